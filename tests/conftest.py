@@ -1,0 +1,31 @@
+"What every test starts from: no network, one thread, fixed seeds."
+import os, random, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+for k,v in dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', TOKENIZERS_PARALLELISM='false', MPLBACKEND='agg',
+                OMP_NUM_THREADS='1', DS_ACCELERATOR='cpu').items(): os.environ.setdefault(k, v)
+
+def pytest_configure(config):
+    "Describe the marker of tests that take long"
+    config.addinivalue_line('markers', 'slow: takes more than 20 seconds')
+
+@pytest.fixture(scope='session')
+def root():
+    "The checkout"
+    return ROOT
+
+@pytest.fixture(scope='session')
+def shared():
+    "Folder `shared` beside the checkout: reference answers and photographs too large or not ours to commit"
+    path = ROOT.parent/'shared'
+    if not path.is_dir(): pytest.skip('no folder `shared` beside the checkout: its reference files are needed here')
+    return path
+
+@pytest.fixture(autouse=True)
+def seeds():
+    "The same random numbers for each test; torch and numpy only where the test has them already"
+    random.seed(0)
+    if 'numpy' in sys.modules: sys.modules['numpy'].random.seed(0)
+    if 'torch' in sys.modules: sys.modules['torch'].manual_seed(0)

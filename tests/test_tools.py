@@ -1,0 +1,93 @@
+"The tools catch what they are for: each breach that `nb_lint` names, what re-execution must not leave, the README."
+import base64, json, subprocess, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/'tools'))
+import nb_lint, outputs, readme # noqa: E402
+
+def md(s): return dict(cell_type='markdown', source=s, metadata={}, id=f'{abs(hash(s)):x}'[:8])
+def code(s, *outs): return dict(cell_type='code', source=s, metadata={}, outputs=list(outs), execution_count=None, id=f'{abs(hash(s)):x}'[:8])
+def text(s): return dict(output_type='execute_result', data={'text/plain': s}, metadata={}, execution_count=None)
+
+EXP, TITLE, FN = code('#| default_exp a.b'), md('# T\n> One line.'), code('#| export\ndef f():\n    "Doc"\n    return 1')
+DEMO, END = code('f()', text('1')), code('#| hide\nimport nbdev; nbdev.nbdev_export()')
+
+def save(path, cells):
+    "Write a notebook of `cells`"
+    path.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+    return path
+
+def breaches(tmp_path, *cells):
+    "Messages of the linter for a notebook of these cells"
+    return [m for i,m in nb_lint.lint(save(tmp_path/'10_a.b.ipynb', cells))]
+
+def test_lint_passes_a_good_notebook(tmp_path):
+    assert breaches(tmp_path, EXP, TITLE, FN, DEMO, END) == []
+
+@pytest.mark.parametrize('cells,says', [
+    ([EXP, TITLE, END], 'no saved output'),
+    ([TITLE], 'an empty notebook'),
+    ([EXP, TITLE, FN, code('f()'), END], 'no saved output at all'),
+    ([EXP, md('no title'), FN, DEMO, END], 'first markdown cell'),
+    ([EXP, md('# T\n> One line.\n\nWhy.'), FN, DEMO, END], 'needs a cell of its own'),
+    ([TITLE, EXP, FN, DEMO, END], 'must be the first cell'),
+    ([EXP, TITLE, FN, DEMO], 'last cell must be'),
+    ([EXP, TITLE, FN, md('x'), md('y'), md('z'), DEMO, END], 'f: no example or test'),
+    ([EXP, TITLE, FN, code('#| hide\nf()', text('1')), code('1', text('1')), END], 'f: no example or test'),
+    ([EXP, TITLE, code('#| export\ndef f(): return 1'), DEMO, END], 'f has no docstring'),
+    ([EXP, TITLE, code('#| export\ndef f():\n    "Doc"\n' + '    x = 1\n'*29), DEMO, END], 'f has 31 lines'),
+    ([EXP, TITLE, code('#| export\n' + 'x = 1\n'*41), DEMO, END], 'exported cell has 41 lines'),
+    ([EXP, TITLE, FN, DEMO, code('import os\nos.name'), END], 'imports share a cell'),
+    ([EXP, TITLE, FN, DEMO, code('#| hide\ntest_eq(f(), 1)'), END], 'unhide'),
+    ([EXP, TITLE, FN, DEMO, code('def'), END], 'does not parse'),
+    ([EXP, TITLE, FN, code('f()', text("PosixPath('/ho" "me/me/x.png')")), END], 'path of one machine'),
+    ([EXP, TITLE, FN, code('f()', text('100%|####| 3/3 [00:00<00:00, 9.1it/s]')), END], 'progress bar'),
+    ([EXP, TITLE, FN, code('f()', dict(output_type='stream', name='stderr', text='uh')), END], 'standard error'),
+    ([EXP, TITLE, FN, code('f()', dict(output_type='error', ename='E', evalue='', traceback=[])), END], 'traceback'),
+])
+def test_lint_names_the_breach(tmp_path, cells, says):
+    assert any(says in m for m in breaches(tmp_path, *cells)), breaches(tmp_path, *cells)
+
+@pytest.mark.parametrize('line', ['from tinyllava_cookbook.c import g', 'from tinyllava_cookbook import c', 'import tinyllava_cookbook.c'])
+def test_lint_wants_imports_from_lower_numbers(tmp_path, line):
+    low = save(tmp_path/'10_a.b.ipynb', [EXP, TITLE, code(f'#| export\n{line}')])
+    high = save(tmp_path/'20_c.ipynb', [code('#| default_exp c'), TITLE])
+    assert ['not below 10' in m for p,m in nb_lint.graph([low, high], 'tinyllava_cookbook')] == [True]
+    assert not list(nb_lint.graph([save(tmp_path/'30_a.b.ipynb', json.loads(low.read_text())['cells']), high], 'tinyllava_cookbook'))
+
+def test_outputs_are_real_and_repeatable(tmp_path):
+    "Two runs give the same bytes; skipped cells keep theirs; tqdm bars go, other widgets stay"
+    nb = save(tmp_path/'10_a.b.ipynb', [EXP, TITLE, FN, code('f(), object()', text('stale')), code('#| slow\n1/0', text('kept')),
+        code('from tqdm.auto import tqdm'), code('for o in tqdm(range(3)): print(o)'),
+        code('import ipywidgets'), code('ipywidgets.IntSlider(3)'), END])
+    assert outputs.refresh(nb) == []
+    once = nb.read_bytes()
+    assert outputs.refresh(nb) == [] and nb.read_bytes() == once
+    outs = [c.get('outputs') for c in json.loads(once)['cells']]
+    assert outs[3][0]['data']['text/plain'] == ['(1, <object>)']
+    assert outs[4][0]['data']['text/plain'] == ['kept']
+    assert [o['output_type'] for o in outs[6]] == ['stream']
+    assert outs[8][0]['data'][outputs.VIEW]['model_id'] == '0'*32
+
+def test_a_failing_cell_leaves_the_notebook_alone(tmp_path, capfd):
+    nb = save(tmp_path/'10_a.b.ipynb', [TITLE, code('1', text('1')), code('1/0')])
+    before = nb.read_bytes()
+    assert outputs.main([str(nb)]) == 1 and nb.read_bytes() == before
+    assert 'ZeroDivisionError' in capfd.readouterr().err
+
+def test_readme_from_a_notebook(tmp_path):
+    "Hidden cells go, pictures become files, links point from the root"
+    picture = dict(output_type='display_data', data={'image/png': base64.b64encode(b'png').decode()}, metadata={})
+    (tmp_path/'nbs').mkdir()
+    save(tmp_path/'nbs/index.ipynb', [md('# T\n> One line.'), code('#| hide\nx'), code('#| echo: false\n#| fig-alt: "P"\ndraw()', picture),
+        code('f()', text('1')), md('[a](10_a.b.ipynb) [b](https://x.y/z.ipynb) [c](../LICENSE)'), md('## Export -')])
+    assert readme.main([], root=tmp_path) is None and not readme.main(['--check'], root=tmp_path)
+    out = (tmp_path/'README.md').read_text()
+    assert out.startswith('# T\n\n<!--') and '> One line.' in out and '![P](nbs/images/index-1.png)' in out
+    assert '```python\nf()\n```\n\n```\n1\n```' in out and 'draw' not in out and 'Export' not in out
+    assert '[a](nbs/10_a.b.ipynb) [b](https://x.y/z.ipynb) [c](LICENSE)' in out
+    assert (tmp_path/'nbs/images/index-1.png').read_bytes() == b'png'
+    (tmp_path/'README.md').write_text('edited by hand')
+    assert readme.main(['--check'], root=tmp_path)

@@ -91,3 +91,21 @@ def test_readme_from_a_notebook(tmp_path):
     assert (tmp_path/'nbs/images/index-1.png').read_bytes() == b'png'
     (tmp_path/'README.md').write_text('edited by hand')
     assert readme.main(['--check'], root=tmp_path)
+
+def test_docs_speaks_myst():
+    "Quarto's dialect, nbdev's links and show_doc's output, as the site needs them"
+    import docs
+    assert [docs.page(o) for o in ('index.ipynb', '00_core.ipynb', '10_data.images.ipynb')] == ['index', 'core', 'data.images']
+    assert docs.markdown('::: {.callout-tip}\nHi\n:::', 'G') == ':::{tip}\nHi\n:::'
+    assert docs.markdown('[a](10_data.images.ipynb#pad) [b](../LICENSE) @fig-x me@fig-y', 'G') == \
+        '[a](<data.images.ipynb#pad>) [b](G/blob/main/LICENSE) {numref}`fig-x` me@fig-y'
+    shown = '---\n\n[source](u#L1){target="_blank" style="x"}\n\n### f\n\n```python\ndef f(\n    a, # See [`g`](u)\n)\n```\n'
+    cell = docs.code_cell(code('#| echo: false\n#| output: asis\nshow_doc(f)', dict(output_type='execute_result', data={'text/markdown': shown})), 'G')
+    assert cell == dict(cell_type='markdown', source='### f\n\n[source](u#L1)\n\n```python\ndef f(\n    a, # See `g`\n)\n```\n')
+    assert docs.code_cell(code('#| echo: false\nplot()'), 'G')['metadata']['tags'] == ['remove-input']
+
+def test_docs_finds_broken_links(tmp_path):
+    import docs
+    (tmp_path/'a.html').write_text('<p id="x"><a href="#x"><a href="b.html#y"><a href="c.html"><img src="https://e.org/p.js"><a href="https://e.org">')
+    (tmp_path/'b.html').write_text('<p id="z">')
+    assert sorted(docs.broken(tmp_path)) == [('a.html', 'b.html#y'), ('a.html', 'c.html'), ('a.html', 'https://e.org/p.js is loaded from elsewhere')]

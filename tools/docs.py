@@ -16,12 +16,23 @@ def join(text):
     "Notebook text, stored as one string or a list of lines, as one string"
     return text if isinstance(text, str) else ''.join(text)
 
+def process_one(job):
+    "Process one notebook, in a worker; where an inherited annotation names what its module lacks, show it as text"
+    import inspect, warnings, fastcore.docments, nbdev.serve_drv
+    warnings.filterwarnings('ignore', 'Found cells containing imports') # nb_lint says so, and allows hidden set-up
+    def signature(sym, eval_str=False):
+        try: return inspect.signature(sym, eval_str=eval_str)
+        except NameError: return inspect.signature(sym)
+    fastcore.docments.signature = signature
+    nbdev.serve_drv.main(job)
+
 def process():
     "Let nbdev write `_proc` (its own command would download Quarto)"
-    import nbdev.doclinks
-    from nbdev.serve import proc_nbs
+    import nbdev.doclinks, nbdev.serve, nbdev.serve_drv
+    from docs import process_one as worker # by its module: a notebook run in a worker takes the place of __main__
     nbdev.doclinks._build_modidx()
-    proc_nbs(n_workers=2, force=True)
+    nbdev.serve_drv.main = worker
+    nbdev.serve.proc_nbs(n_workers=2, force=True)
 
 def settings():
     "The settings of settings.ini"

@@ -6,7 +6,7 @@
 __all__ = ['Sample', 'naming', 'read_sample', 'read_llava', 'expand', 'Encoder', 'VLMDataset']
 
 # %% ../../nbs/12_data.datasets.ipynb #0ebadb63
-import contextlib, hashlib, json, os
+import contextlib, hashlib, json, os, uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,7 +86,7 @@ def _records(path:Path):
 
 def _write_arrow(path:Path, folder, out:Path, batch:int=2000):
     "Check the samples of `path` and write them to `out` in one step"
-    tmp = out.with_name(f'{out.name}.{os.getpid()}.tmp')
+    tmp = out.with_name(f'{out.name}.{uuid.uuid4().hex}.tmp')
     try:
         with pa.OSFile(str(tmp), 'wb') as f, pa.ipc.new_stream(f, _SCHEMA) as w:
             rows = []
@@ -169,7 +169,7 @@ class Encoder:
         if (n := ids.count(self.image_token_id)) != len(counts):
             raise ValueError(f"{n} image tokens for {len(counts)} images; can text have the id {self.image_token_id}?")
         out = expand(ids, labels, self.image_token_id, counts, self.max_length)
-        for l, why in (labels, 'no assistant turn'), (out[1], f'max_length {self.max_length} leaves no room for an answer'):
+        for l, why in (labels, 'no assistant turn'), (out[1], f'max_length {self.max_length} cuts the answer off'):
             if set(l) <= {IGNORE}: raise ValueError(f"nothing to learn: {why}")
         return out
 

@@ -177,9 +177,10 @@ def _ids(tokenizer, text:str, extra:str='', plain:bool=False) -> tuple[list[int]
     enc = tokenizer(extra + text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=plain,
                     verbose=False)
     ids, spans, k = enc['input_ids'], enc['offset_mapping'], len(extra)
+    if not extra: return ids, spans
     skip = tokenizer(extra, add_special_tokens=False)['input_ids'] if extra == '\n' else []
     if ids[:len(skip)] != skip: return _ids(tokenizer, text, '', plain)
-    return ids[len(skip):], [(max(a - k, 0), max(b - k, 0)) for a, b in spans[len(skip):]]
+    return ids[len(skip):], [(max(a - k, 0), max(b - k, 1)) for a, b in spans[len(skip):]]
 
 def _extra(how:str, before:str, text:str, mark:bool) -> str:
     "What goes in front of a piece: in mid-line a newline keeps Llama's from adding their mark; else they always add it"
@@ -193,7 +194,7 @@ def _tokenize(
     image_token_id:int|None,
 ) -> tuple[list[int], list[tuple[int, int]]]:
     "Ids and their spans in the joined text"
-    facts = _facts(tokenizer, ''.join(p.text for p in parts if p.kind == 'format'))
+    facts = _facts(tokenizer, ''.join(sorted({p.text for p in parts if p.kind == 'format'})))
     image_id = facts.image_id if image_token_id is None else image_token_id
     if image_id is None and any(p.kind == 'image' for p in parts):
         raise ValueError(f"the tokenizer has no special token {IMAGE_TOKEN!r}; add it, or pass image_token_id")
@@ -261,8 +262,12 @@ def _jinja(t:ChatTemplate, bos:str='', spaces_in:bool=False) -> str:
             f"{{% if add_generation_prompt %}}{{{{ {_q(t.begin)} }}}}{{% endif %}}")
 
 # %% ../../nbs/11_data.templates.ipynb #30627396
+# Llama's mark the start of a text, yet not after a BOS in the string; there a space stands for the mark
 _BOS = ('', '{{ bos_token }}', "{{ bos_token + ' ' }}",
-        "{{ bos_token }}{% if '<image>' not in messages[0]['content'] %}{{ ' ' }}{% endif %}")
+        "{{ bos_token }}{% set f = namespace(role=none) %}{% for m in messages %}{% set c = m['content'] %}"
+        "{% if f.role is none and (m['role'] == 'assistant' or m['role'] == 'user' and ('<image>' in c if c is string "
+        "else 'image' in c | map(attribute='type') | list)) %}{% set f.role = m['role'] %}{% endif %}{% endfor %}"
+        "{{ ' ' if f.role == 'assistant' else '' }}")
 _PROBE = [dict(role='user', content='Hi'), dict(role='assistant', content='Yes'),
           dict(role='user', content='And?'), dict(role='assistant', content='no, two')]
 

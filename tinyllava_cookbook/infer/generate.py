@@ -9,13 +9,12 @@ __all__ = ['user_turn', 'prompt_ids', 'answer_ids', 'answers', 'open_model', 'Ch
 import functools, threading
 from pathlib import Path
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from ..core import IMAGE_TOKEN, pick_device, pick_dtype
 from ..data.images import load_image
 from ..data.templates import chat_template
-from ..model.checkpoints import load, save
+from ..model.checkpoints import load
 from ..model.llms import stop_ids
 
 # %% ../../nbs/40_infer.generate.ipynb #09081824
@@ -108,8 +107,8 @@ def answers(
         raise ValueError(f"{len(images)} images for {len(questions)} questions; give one entry each, None for none")
     prompts = [prompt_ids(processor, [user_turn(q, len(o))]) for q,o in zip(questions, images)]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))   # longest first: what fits once, fits always
-    res = {}
-    with tqdm(total=len(prompts), unit=' answers', desc='blind' if blind else 'asking', disable=not progress) as bar:
+    res, hide = {}, None if progress else True     # `None`: no bar where the output is no terminal, such as a log
+    with tqdm(total=len(prompts), unit=' answers', desc='blind' if blind else 'asking', disable=hide) as bar:
         for k in range(0, len(order), batch_size):
             some = order[k:k+batch_size]
             shown = [o for i in some for o in images[i]]
@@ -166,10 +165,11 @@ def open_model(
 ) -> tuple:            # Model and processor
     "A model with its processor, loaded if need be"
     if isinstance(model, (str,Path)):
-        config = Path(model)/'config.json'
+        config = Path(model)/'config.json'      # its age tells a folder that was trained again
         return _load_once(str(model), config.stat().st_mtime_ns if config.exists() else None, device)
     if processor is None:
-        raise ValueError(f"a {type(model).__name__} needs its processor; pass `processor=`, or a folder as `model`")
+        raise ValueError(f"a {type(model).__name__} needs its processor; "
+                         "pass `processor=`, or a folder as `model`")
     return model, processor
 
 # %% ../../nbs/40_infer.generate.ipynb #b3ba28b5
@@ -207,7 +207,8 @@ class ChatSession:
         "Ask and wait for the whole answer"
         return ''.join(self.stream(text, image))
 
-    def __repr__(self): return '\n'.join(f"{m['role']}: {m['content']}" for m in self.messages) or 'ChatSession, nothing said'
+    def __repr__(self):
+        return '\n'.join(f"{m['role']}: {m['content']}" for m in self.messages) or 'ChatSession, nothing said'
 
 # %% ../../nbs/40_infer.generate.ipynb #31cac28a
 def stream(

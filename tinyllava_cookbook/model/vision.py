@@ -54,14 +54,12 @@ def load_strict(
     **kwargs,                         # Passed to `from_pretrained`: `dtype`, `attn_implementation`, ...
 ) -> nn.Module:                       # The model, in evaluation mode
     "`from_pretrained` that fails when a tensor is missing, misshapen or left over"
-    try:
-        with _quiet(): model,info = cls.from_pretrained(path, output_loading_info=True, **kwargs)
-    except RuntimeError as e:
-        if 'mismatch' not in str(e).lower(): raise
-        raise ValueError(f"{str(path)!r}: tensors do not fit its config.json. {e}") from None
+    with _quiet():
+        model,info = cls.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     name,left = type(model).__name__, [k for k in info['unexpected_keys'] if not extra(k)]
+    wrong = [f'{k} is {list(a)} in the file, {list(b)} in the model' for k,a,b in info['mismatched_keys']]
+    if wrong: raise ValueError(f"{str(path)!r}: tensors do not fit its config.json: {_named(wrong)}")
     if bad := info['missing_keys']: raise ValueError(f"{str(path)!r} lacks tensors of {name}: {_named(bad)}")
-    if bad := [k[0] for k in info['mismatched_keys']]: raise ValueError(f"{str(path)!r}: wrong shape of {_named(bad)}")
     if left: raise ValueError(f"{str(path)!r} holds tensors that {name} does not have: {_named(left)}")
     return model.eval()
 
@@ -81,7 +79,7 @@ vision_families.register('clip_vision_model', VisionFamily('CLIPVisionModel',
 vision_families.register('siglip_vision_model', VisionFamily('SiglipVisionModel',
     lambda m,x: m.embeddings(x), lambda m: m.encoder.layers))
 vision_families.register('dinov2', VisionFamily('Dinov2Model',
-    lambda m,x: m.embeddings(x), lambda m: m.encoder.layer, prefix=1))
+    lambda m,x: m.embeddings(x), lambda m: m.encoder.layer, prefix=1));
 
 # %% ../../nbs/20_model.vision.ipynb #56ebab16
 def load_vision(

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['LOGITS_AT_ONCE', 'scatter_images', 'supervised_loss', 'VLMConfig', 'VLMPreTrainedModel', 'image_features',
-           'merge_inputs', 'VLMForConditionalGeneration', 'VLMProcessor', 'compose']
+           'merge_inputs', 'repeat_images', 'VLMForConditionalGeneration', 'VLMProcessor', 'compose']
 
 # %% ../../nbs/23_model.vlm.ipynb #654ee0fc
+import shutil
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +23,9 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ..core import IGNORE, IMAGE_TOKEN
-from ..data.images import load_image, prepare
+from ..data.images import IMAGE_MODES, load_image, prepare
 from ..data.templates import chat_template
-from .vision import load_vision, n_patches, patch_grid, vision_features
+from .vision import load_vision, n_layers, n_patches, vision_features
 from .connectors import connector as build_connector
 from .llms import add_image_token, llm_families, llm_logits, load_llm, stop_ids
 
@@ -106,6 +108,7 @@ class VLMPreTrainedModel(PreTrainedModel):
     ):
         super().__init__(config)
         c,v,t = config, config.vision_config, config.text_config
+        n_layers(v, c.vision_feature_layer)   # a wrong layer fails here, not in the first step
         self.vision_tower = AutoModel.from_config(v)
         self.connector = build_connector(c.connector, v.hidden_size, t.hidden_size, **(c.connector_kwargs or {}))
         self.language_model = AutoModelForCausalLM.from_config(t)
@@ -129,7 +132,9 @@ class VLMPreTrainedModel(PreTrainedModel):
     def get_decoder(self): return self.language_model.get_decoder()
 
     def save_pretrained(self, save_directory, **kwargs):
-        return super().save_pretrained(save_directory, **{'save_original_format': False, **kwargs})
+        super().save_pretrained(save_directory, **{'save_original_format': False, **kwargs})
+        for o in Path(save_directory).glob('*.safetensors'):   # safetensors makes files only their owner can read
+            shutil.copymode(Path(save_directory)/'config.json', o)
 
 # %% ../../nbs/23_model.vlm.ipynb #7c1135c4
 def image_features(
@@ -170,12 +175,31 @@ def _positions(mask, t):
     if mask is not None and mask.dim() == 2: return (mask.long().cumsum(-1)-1).clamp(min=0)[:, -t:]
 
 def _last(h_btd, keep):
+    "The positions that `logits_to_keep` means"
     if keep is None: keep = 0
     return h_btd[:, slice(-keep, None) if isinstance(keep, int) else keep]
 
+def repeat_images(
+    pixel_values:Tensor, # (images, 3, h, w)
+    input_ids:Tensor,    # (b, t)
+    times:int,           # How often each row is repeated
+    config:VLMConfig,    # Says what an image is in `input_ids`
+) -> Tensor:             # (images * times, 3, h, w)
+    "Images for rows that are repeated, each with all its images"
+    counts = ((input_ids == config.image_token_id).sum(1)//config.image_seq_length).tolist()
+    return torch.cat([o for o in pixel_values.split(counts) for _ in range(times)])
+
+# %% ../../nbs/23_model.vlm.ipynb #043c5122
 class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
     "A language model that reads images among its words"
     def image_features(self, pixel_values:Tensor) -> Tensor: return image_features(self, pixel_values)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        if expand_size > 1 and (px := kwargs.pop('pixel_values', None)) is not None:
+            many = repeat_images(px, input_ids, expand_size, self.config)
+            ids,kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+            return ids, {**kwargs, 'pixel_values': many}
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
 
     @can_return_tuple
     def forward(self,
@@ -194,8 +218,9 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None): raise ValueError("give either input_ids or inputs_embeds")
         img_bnd = None
         if inputs_embeds is None: inputs_embeds,img_bnd = merge_inputs(self, input_ids, pixel_values)
+        packed = attention_mask is None and position_ids is not None and past_key_values is None
+        if packed or labels is not None: kwargs.setdefault('use_cache', False)   # a cache would undo packing
         if position_ids is None: position_ids = _positions(attention_mask, inputs_embeds.shape[1])
-        if labels is not None: kwargs.setdefault('use_cache', False)
         out = self.get_decoder()(attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs)
         h_btd,head,loss,logits = out.last_hidden_state, partial(llm_logits, self.language_model), None, None
@@ -286,6 +311,14 @@ def _processor(config, image_processor, tokenizer):
     return VLMProcessor(image_processor, tokenizer, tokenizer.chat_template, image_seq_length=config.image_seq_length,
         image_mode=config.image_mode, template=config.template)
 
+_HALVES = 'vision_config', 'text_config'
+
+def _check_fields(cfg, image_mode):
+    "Unknown names, found before anything is loaded"
+    IMAGE_MODES[image_mode]
+    have = sorted(VLMConfig.__annotations__)
+    if bad := sorted(set(cfg) - set(have)): raise TypeError(f"VLMConfig has no field {bad[0]!r}; choose from {have}")
+
 def _assemble(config, vision, llm, seed):
     "A model of these two parts and a connector drawn from `seed`"
     with torch.device('meta'): model = VLMForConditionalGeneration(config)   # a shell: costs no memory
@@ -309,13 +342,16 @@ def compose(
     **cfg,                       # Further fields of `VLMConfig`
 ) -> tuple:                      # Model and processor
     "Join a vision encoder and a language model by a new connector"
-    attn = attn_implementation if isinstance(attn_implementation, dict) else dict.fromkeys(
-        ('vision_config', 'text_config'), attn_implementation)
+    _check_fields(cfg, image_mode)
+    attn = attn_implementation if isinstance(attn_implementation, dict) else dict.fromkeys(_HALVES, attn_implementation)
     v,image_processor = load_vision(vision, dtype, attn_implementation=attn.get('vision_config'))
     t,tokenizer = load_llm(llm, dtype, attn_implementation=attn.get('text_config'))
+    attn = {k: m.config._attn_implementation for k,m in zip(_HALVES, (v, t))}   # a new VLMConfig would forget it
+    for m in (v, t): m.config.name_or_path = ''                                 # no path of this machine in the file
     template = template or llm_families[t.config.model_type].template
     config = VLMConfig(vision_config=v.config, text_config=t.config, connector=connector, template=template,
-        image_mode=image_mode, image_token_id=add_image_token(tokenizer, t), dtype=str(t.dtype)[6:], **cfg)
+        image_mode=image_mode, image_token_id=add_image_token(tokenizer, t), dtype=str(t.dtype)[6:],
+        attn_implementation=attn, **cfg)
     model = _assemble(config, v, t, seed)
     processor = _processor(model.config, image_processor, tokenizer)
     model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, do_sample=False,

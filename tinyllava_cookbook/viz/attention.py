@@ -45,9 +45,9 @@ def attention_rows(
     layers=None,         # Layer indices, negative from the end; `None` for all
 ):                       # Yields a dict: layer to (heads, rows, positions)
     "Record the attention of chosen rows while the model runs on its usual fast path"
-    known, maps = attention_layers(llm), {}
-    chosen = list(known) if layers is None else [_layer(i, len(known)) for i in layers]
-    modules = {known[i]: i for i in chosen}
+    known = attention_layers(llm)
+    maps = dict.fromkeys(list(known) if layers is None else [_layer(i, len(known)) for i in layers])
+    modules = {known[i]: i for i in maps}
     impl = next(iter(known.values())).config._attn_implementation
     before = ALL_ATTENTION_FUNCTIONS.get(impl)
     def probe(module, q, k, v, mask, **kw):
@@ -55,7 +55,10 @@ def attention_rows(
         inner = before or sys.modules[type(module).__module__].eager_attention_forward
         return inner(module, q, k, v, mask, **kw)
     ALL_ATTENTION_FUNCTIONS[impl] = probe
-    try: yield maps
+    try:
+        yield maps
+        if None in maps.values():
+            raise ValueError(f"{type(llm).__name__} did not run inside the block, or attends by itself")
     finally:
         if before is None: del ALL_ATTENTION_FUNCTIONS[impl]
         else: ALL_ATTENTION_FUNCTIONS[impl] = before
@@ -171,7 +174,7 @@ def answer_attention(
 def _overlay(ax, image, map_hw, title):
     w,h = image.size
     ax.imshow(image.convert('L').convert('RGB'), extent=(0,w,h,0))
-    ax.imshow(map_hw, extent=(0,w,h,0), cmap='inferno', alpha=.6, interpolation='bilinear')
+    ax.imshow(map_hw.numpy(), extent=(0,w,h,0), cmap='inferno', alpha=.6, interpolation='bilinear')
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, fontsize=8)
 
@@ -188,9 +191,11 @@ def show_attention(
     maps, share = att.maps(layer, head), att.on_image(layer)
     n = 1 + min(len(att.tokens), most)
     columns = min(columns, n)
-    fig,axes = plt.subplots(-(-n//columns), columns, figsize=(size*columns, 1.25*size*-(-n//columns)), dpi=72, squeeze=False)
+    lines = -(-n//columns)
+    fig,axes = plt.subplots(lines, columns, figsize=(size*columns, 1.25*size*lines), dpi=72, squeeze=False)
     for ax in axes.flat: ax.axis('off')
     axes.flat[0].imshow(att.image)
-    for ax,token,m,s in zip(axes.flat[1:n], att.tokens, maps, share): _overlay(ax, att.image, m, f'{token.strip() or repr(token)}\n{s:.0%}')
+    for ax,token,m,s in zip(axes.flat[1:n], att.tokens, maps, share):
+        _overlay(ax, att.image, m, f'{token.strip() or repr(token)}\n{s:.0%}')
     fig.tight_layout(pad=.3)
     return fig

@@ -1,0 +1,213 @@
+"Answering: batches, streams, conversations, pictures of all kinds, attention."
+import threading
+import pytest, torch
+from PIL import Image, ImageDraw
+from tinyllava_cookbook.data.templates import chat_template
+from tinyllava_cookbook.infer import generate as G
+from tinyllava_cookbook.ingredients import tiny_checkpoint
+from tinyllava_cookbook.model.checkpoints import save
+from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.viz.attention import answer_attention, show_attention
+
+FAMILIES = dict(llama='llama', phi='phi', qwen2='chatml')
+
+@pytest.fixture(scope='module')
+def parts(tmp_path_factory):
+    root = tmp_path_factory.mktemp('parts')
+    llms = {o: tiny_checkpoint(o, root/o, initializer_range=.3) for o in FAMILIES}   # random, but not indifferent
+    return llms | {o: tiny_checkpoint(o, root/o) for o in ('siglip', 'clip')}
+
+@pytest.fixture(scope='module')
+def models(parts): return {k: compose(parts['siglip'], parts[k], template=t) for k,t in FAMILIES.items()}
+
+@pytest.fixture(scope='module')
+def folder(models, tmp_path_factory):
+    "A saved model in a folder whose name is hard"
+    path = tmp_path_factory.mktemp('ein Ordner')/'mödel v1'
+    save(*models['llama'], path)
+    return path
+
+def picture(i, size=(48, 32)):
+    "A circle, in a place and colour of its own"
+    img = Image.new('RGB', size, 'white')
+    ImageDraw.Draw(img).ellipse((4*i, 2*i, 4*i+14, 2*i+14), fill=['red', 'green', 'blue', 'orange'][i%4])
+    return img
+
+def questions(n=10):
+    "Questions of many lengths, some about a picture, one about two"
+    qs = ['what is it?', 'hi', 'is there a large red circle left of the small blue square in the image?', '<image> or <image>?', 'count']
+    pics = [picture(i) for i in range(4)]
+    return [qs[i%5] for i in range(n)], [dict(enumerate([pics[i%4], None, pics[(i+1)%4], [pics[0], pics[1]], pics[2]]))[i%5] for i in range(n)]
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_any_batch_answers_like_one_at_a_time(models, family):
+    model, processor = models[family]
+    qs, ims = questions()
+    prompts = [G.prompt_ids(processor, [G.user_turn(q, len(G._as_list(o)))]) for q,o in zip(qs, ims)]
+    alone = [G.answer_ids(model, processor, [p], G._as_list(o), 8)[0] for p,o in zip(prompts, ims)]
+    assert G.answer_ids(model, processor, prompts, [x for o in ims for x in G._as_list(o)], 8) == alone
+    texts = [processor.tokenizer.decode(o, skip_special_tokens=True).strip() for o in alone]
+    for k in (1, 3, 7): assert G.answers(model, processor, qs, ims, max_new_tokens=8, batch_size=k, progress=False) == texts
+    assert len(set(map(tuple, alone))) > 2          # different questions, different answers
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_prompts_are_what_training_saw(models, family):
+    _, p = models[family]
+    turns = [G.user_turn('what is it?', 1), dict(role='assistant', content='a red circle'), dict(role='user', content='sure?')]
+    full,_ = chat_template(p.template).encode(turns+[dict(role='assistant', content='yes')], p.tokenizer, p.image_token_id)
+    full = [i for o in full for i in [o]*(p.image_seq_length if o==p.image_token_id else 1)]
+    for k in (1, 3):
+        ids = G.prompt_ids(p, turns[:k])
+        assert full[:len(ids)] == ids
+
+def test_each_distinct_picture_is_prepared_once_per_batch(models, monkeypatch):
+    model, processor = models['llama']
+    seen, pixels = [], type(processor).pixels
+    monkeypatch.setattr(type(processor), 'pixels', lambda self, o: (seen.append(o), pixels(self, o))[1])
+    a, b = picture(0), picture(1)
+    G.answers(model, processor, ['what?']*6, [a, b, a, a, b, [a, b]], max_new_tokens=1, batch_size=6, progress=False)
+    assert len(seen) == 2
+
+def test_blind_is_a_picture_of_zeros(models):
+    model, processor = models['llama']
+    img, prompt = picture(1), G.prompt_ids(processor, [G.user_turn('what?', 1)])
+    assert G._batch(model, processor, [prompt], [img])['pixel_values'].abs().sum() > 0
+    blind = [G.answers(model, processor, ['what?'], [o], max_new_tokens=6, blind=True, progress=False) for o in (img, picture(3))]
+    assert blind[0] == blind[1]
+
+class Says:
+    "Makes a model say given ids, row by row"
+    def __init__(self, rows, start): self.rows,self.start = rows,start
+    def __call__(self, ids, scores):
+        out = torch.full_like(scores, -1e9)
+        for r,row in enumerate(self.rows): out[r, row[min(ids.shape[1]-self.start, len(row)-1)]] = 0
+        return out
+
+def test_answers_end_at_the_end_of_turn(models):
+    "A row that stops early is cut there, whatever the others still say; special tokens do not show"
+    model, p = models['qwen2']
+    end, word = p.tokenizer.convert_tokens_to_ids('<|im_end|>'), p.tokenizer(' red', add_special_tokens=False).input_ids
+    prompts = [G.prompt_ids(p, [dict(role='user', content=q)]) for q in ('a', 'a much longer question')]
+    start = max(map(len, prompts))
+    says = Says([[*word, end, *word], word*4], start)
+    assert G.answer_ids(model, p, prompts, [], 4*len(word), logits_processor=[says]) == [word, word*4]
+    says = Says([[*word, end]], len(prompts[0]))
+    assert ''.join(G._stream(model, p, prompts[0], [], logits_processor=[says])) == 'red'
+
+def test_training_mode_is_given_back(models):
+    model, processor = models['llama']
+    model.train()
+    try:
+        G.answers(model, processor, ['hi'], max_new_tokens=2, progress=False)
+        assert model.training
+    finally: model.eval()
+
+def files(root):
+    "The same picture as people send it"
+    img, exif = picture(2, (60, 40)), Image.Exif()
+    exif[0x0112] = 6
+    make = {'plain.png': lambda p: img.save(p), 'turned.jpg': lambda p: img.save(p, exif=exif), 'clear.png': lambda p: img.convert('RGBA').save(p),
+            'grey.png': lambda p: img.convert('L').save(p), 'palette.gif': lambda p: img.save(p), 'thin.png': lambda p: img.resize((300, 3)).save(p),
+            'deep.png': lambda p: img.convert('I').convert('I;16').save(p), 'ein Bild (ü).webp': lambda p: img.save(p)}
+    for name,write in make.items(): write(root/name)
+    return [root/name for name in make]
+
+def test_chat_with_any_picture(folder, tmp_path):
+    for path in files(tmp_path): assert isinstance(G.chat(folder, path, 'what is it?', max_new_tokens=3), str), path
+    assert G.chat(str(folder), str(tmp_path/'plain.png'), 'what?', max_new_tokens=5) == G.chat(folder, picture(2, (60, 40)), 'what?', max_new_tokens=5)
+
+def test_chat_with_a_photograph(folder, shared):
+    photos = sorted((shared/'data').glob('*.jpg'))
+    if not photos: pytest.skip('no photographs in the shared folder')
+    for path in photos: assert isinstance(G.chat(folder, path, 'What is unusual about this image?', max_new_tokens=3), str)
+
+def test_broken_pictures_are_named(folder, tmp_path):
+    good = tmp_path/'good.png'
+    picture(0, (200, 200)).save(good)
+    (tmp_path/'half.png').write_bytes(good.read_bytes()[:300])
+    with pytest.raises(FileNotFoundError, match='gone.png'): G.chat(folder, tmp_path/'gone.png', 'what?')
+    with pytest.raises(ValueError, match='half.png'): G.chat(folder, tmp_path/'half.png', 'what?')
+
+def test_stream_joins_to_the_answer(models):
+    for model, processor in models.values():
+        pieces = list(G.stream(model, picture(1), 'what is it?', processor, max_new_tokens=12))
+        assert ''.join(pieces) == G.answers(model, processor, ['what is it?'], [picture(1)], max_new_tokens=12, progress=False)[0]
+        assert ''.join(pieces) == ''.join(pieces).strip()
+
+def test_stream_that_nobody_reads_ends(models):
+    model, processor = models['llama']
+    before = threading.active_count()
+    s = G.stream(model, picture(1), 'what is it?', processor, max_new_tokens=300)
+    next(s)
+    s.close()
+    assert threading.active_count() == before
+
+def test_error_in_the_thread_is_raised_where_it_is_read(models, monkeypatch):
+    model, processor = models['llama']
+    def broken(*a, **k): raise RuntimeError('out of memory')
+    monkeypatch.setattr(type(model), 'generate', broken)
+    with pytest.raises(RuntimeError, match='out of memory'): G.chat(model, picture(0), 'what?', processor)
+
+def test_sampling_differs_and_greedy_does_not(models):
+    model, processor = models['llama']
+    def say(t): return G.chat(model, picture(0), 'what?', processor, max_new_tokens=12, temperature=t)
+    assert say(0) == say(0)
+    torch.manual_seed(0)
+    assert len({say(2.) for _ in range(4)}) > 1
+
+def test_session_remembers(folder):
+    s = G.ChatSession(folder, image=picture(0), system='Be brief.', max_new_tokens=4)
+    first = s.ask('what is it?')
+    s.ask('and now?', image=[picture(1), picture(2)])
+    assert [m['role'] for m in s.messages] == ['system', 'user', 'assistant', 'user', 'assistant']
+    assert s.messages[3]['content'].count('<image>') == 2 and len(s.shown) == 3
+    s.new(picture(0))
+    assert s.ask('what is it?') == first
+    with pytest.raises(ValueError, match='for 0 images'): s.ask('<image>?')
+    assert len(s.messages) == 3                      # the failed turn left no trace
+
+# Attention
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('eye', ['siglip', 'clip'])
+def test_attention_equals_the_eager_path(parts, family, eye):
+    "Rows recomputed on the fast path against everything that the eager path returns, through the whole model"
+    model, processor = compose(parts[eye], parts[family], template=FAMILIES[family])
+    slow,_ = compose(parts[eye], parts[family], template=FAMILIES[family], attn_implementation='eager')
+    img, prompt = picture(1), G.prompt_ids(processor, [G.user_turn('what is it?', 1)])
+    att = answer_attention(model, processor, img, 'what is it?', max_new_tokens=4)
+    new = G.answer_ids(model, processor, [prompt], [img], 4)[0]
+    with torch.no_grad():
+        ref = slow(input_ids=torch.tensor([prompt+new]), pixel_values=processor.pixels(img), output_attentions=True).attentions
+    rows = slice(len(prompt)-1, len(prompt)+len(new)-1)
+    assert torch.allclose(att.weights, torch.stack(ref)[:, 0, :, rows], atol=1e-5)
+    assert len(att.tokens) == len(new) and att.maps().shape[0] == len(new)
+    same = answer_attention(slow, processor, img, 'what is it?', max_new_tokens=4)   # works on an eager model too
+    assert torch.allclose(att.weights, same.weights, atol=1e-5)
+
+def test_attention_of_a_given_answer(models):
+    model, processor = models['llama']
+    att = answer_attention(model, processor, picture(1), 'what is it?', answer='red circle', layers=[1, 0])
+    assert ''.join(att.tokens).strip() == 'red circle' and att.layers == [1, 0]
+    every = answer_attention(model, processor, picture(1), 'what is it?', answer='red circle')
+    assert torch.equal(att.maps(layer=1), every.maps(layer=1))
+    assert not torch.equal(att.maps(layer=1), every.maps(layer=0))
+
+@pytest.mark.parametrize('mode', ['pad', 'crop', 'squash'])
+def test_the_picture_shown_is_the_one_seen(models, mode):
+    model, processor = models['llama']
+    old, processor.image_mode = processor.image_mode, mode
+    try: att = answer_attention(model, processor, picture(1, (90, 30)), 'what?', answer='red')
+    finally: processor.image_mode = old
+    h, w = processor.pixels(picture(1)).shape[-2:]
+    assert att.image.size == (w, h)
+    top = att.image.getpixel((w//2, 0))
+    assert (max(top) < 200) == (mode=='pad')         # grey bars only where padded
+
+def test_figure_has_a_panel_per_token(models):
+    import matplotlib.pyplot as plt
+    model, processor = models['phi']
+    att = answer_attention(model, processor, picture(1), 'what?', answer='a red circle')
+    fig = show_attention(att, columns=3)
+    assert sum(bool(ax.images) for ax in fig.axes) == 1+len(att.tokens)
+    plt.close(fig)

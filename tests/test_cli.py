@@ -106,20 +106,22 @@ def test_train_dry_run(capsys, monkeypatch):
     assert '256 samples a step = 4 processes x 32 x 2 accumulated' in out and '"lr": 0.0005' in out
     assert out.splitlines()[-1] == 'tinyllava train llava_v15 pretrain --out runs/llava_v15 --set pretrain.lr=5e-4'
 
-def stand_in(monkeypatch, module, name):
+def stand_in(monkeypatch, module, name, gives=None):
     "Replace a module by one whose function `name` records its calls"
     calls, m = [], types.ModuleType(module)
-    setattr(m, name, lambda *a, **k: calls.append((a, k)))
+    setattr(m, name, lambda *a, **k: calls.append((a, k)) or gives)
     monkeypatch.setitem(sys.modules, module, m)
     return calls
 
 def test_commands_reach_their_functions(capsys, monkeypatch):
-    calls = stand_in(monkeypatch, 'tinyllava_cookbook.recipes.quickstart', 'quickstart')
-    assert run(capsys, 'quickstart', '--seed', 3, '--bake')[0] == 0
+    numbers = dict(accuracy=dict(overall=.95, questions=1000), blind_accuracy=.3, pope_f1=.9)
+    calls = stand_in(monkeypatch, 'tinyllava_cookbook.recipes.quickstart', 'quickstart', numbers)
+    code, out, _ = run(capsys, 'quickstart', '--seed', 3, '--bake')
+    assert code == 0 and '95.0% of 1000' in out and 'tinyllava chat --model runs/quickstart/model' in out
     assert calls == [((), dict(out='runs/quickstart', seed=3, bake=True))]
-    calls = stand_in(monkeypatch, 'tinyllava_cookbook.recipes.bake', 'bake')
-    assert run(capsys, 'bake', '--out', 'x y')[0] == 0
-    assert calls == [((), dict(out='x y', seed=0))]
+    calls = stand_in(monkeypatch, 'tinyllava_cookbook.recipes.bake', 'bake', {'micro-llama': dict(report={})})
+    assert run(capsys, 'bake', '--out', 'x y', '--only', 'micro-llama')[0] == 0
+    assert calls == [((), dict(out='x y', seed=0, only='micro-llama'))]
     calls = stand_in(monkeypatch, 'tinyllava_cookbook.train.trainer', 'train_recipe')
     assert run(capsys, 'train', 'micro', 'finetune', '--set', 'seed=5', '--out', 'here')[0] == 0
     (r, out), kw = calls[0]

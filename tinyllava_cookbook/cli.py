@@ -46,16 +46,23 @@ def _quickstart_args(p):
 @command('quickstart', 'train, evaluate and look into a small model, on the CPU, in minutes', _quickstart_args)
 def _quickstart(a):
     from tinyllava_cookbook.recipes.quickstart import quickstart
-    quickstart(out=a.out, seed=a.seed, bake=a.bake)
+    _quiet()
+    n = quickstart(out=a.out, seed=a.seed, bake=a.bake)
+    acc, out = n['accuracy'], shlex.quote(str(Path(a.out)))
+    print(f"{acc['overall']:.1%} of {acc['questions']} held-out questions right, {n['blind_accuracy']:.1%} without the "
+          f"image; POPE F1 {n['pope_f1']:.3f}\nreport: {Path(a.out)/'report.html'}")
+    print(f'ask it: tinyllava chat --model {out}/model --image some.png "what color is the circle?"')
 
 def _bake_args(p):
     p.add_argument('--out', default='runs/bake', metavar='DIR', help='where the checkpoints go (default: %(default)s)')
     p.add_argument('--seed', type=int, default=0, help='same seed, same weights (default: %(default)s)')
+    p.add_argument('--only', metavar='NAME', help='one of them: micro-siglip or micro-llama')
 
 @command('bake', 'pretrain the micro vision tower and language model from nothing', _bake_args)
 def _bake(a):
     from tinyllava_cookbook.recipes.bake import bake
-    bake(out=a.out, seed=a.seed)
+    _quiet()
+    for name,made in bake(out=a.out, seed=a.seed, only=a.only).items(): print(f"{name}: {made['report']}")
 
 # %% ../nbs/90_cli.ipynb #00ce811a
 def _train_args(p):

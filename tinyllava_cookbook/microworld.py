@@ -177,18 +177,13 @@ def describe(
     return ' '.join(parts)
 
 # %% ../nbs/01_microworld.ipynb #2ad597d1
-def _notations(o:Obj) -> list[str]:
-    return [phrase(o), f'{o.place}: {o.size} {o.name}', f'{o.name} ({o.size}, {o.place})']
-
 def scene_text(
     scene:Scene,       # What to say
-    rng:random.Random, # Chooses notation and order
+    rng:random.Random, # Chooses the order
 ) -> str:
-    "The scene as text, in a random notation and order"
-    objs, kind = rng.sample(scene.objs, len(scene.objs)), rng.randrange(3)
-    parts = [_notations(o)[kind] for o in objs]
-    w, p = scene.word, scene.word_place
-    if w: parts.insert(rng.randint(0, len(parts)), [f'the word {w} {at(p)}', f'{p}: word {w}', f'word {w} ({p})'][kind])
+    "The scene in brief, in a random order"
+    parts = [f'{o.size} {o.name} {o.place}' for o in rng.sample(scene.objs, len(scene.objs))]
+    if scene.word: parts.insert(rng.randint(0, len(parts)), f'word {scene.word} {scene.word_place}')
     return ', '.join(parts) + '.'
 
 # %% ../nbs/01_microworld.ipynb #e0c115e9
@@ -203,7 +198,7 @@ def scene_nats(
         used = {(p.shape, p.color) for p in scene.objs[:i]}
         ways *= sum(k not in used for k in _OBJECTS[split,o.place])
     if word: ways *= 9 * len(_WORDS[split,scene.word_place]) * (n+1) # its place, which, and where in the text
-    return math.log(ways * 3 * math.factorial(n))              # notation and order
+    return math.log(ways * math.factorial(n))                  # in which order
 
 # %% ../nbs/01_microworld.ipynb #99929bf5
 @dataclass(frozen=True)

@@ -74,8 +74,11 @@ def test_micro(
     kw = dict(batch_size=batch_size, max_new_tokens=12, progress=progress)
     items, pope = load_questions(test/'questions.jsonl'), load_pope(test/'pope', test/'images')
     results = {}
-    for name, some, more in (('seeing', items, {}), ('blind', items, dict(blind=True)), ('pope', pope, dict(score='pope'))):
+    def ask(name, some, **more):
         with timed(seconds, name, progress): results[name] = evaluate(model, processor, some, **kw, **more)
+    ask('seeing', items)
+    ask('blind', items, blind=True)
+    ask('pope', pope, score='pope')
     return results
 
 def summary(
@@ -89,7 +92,8 @@ def summary(
     return dict(accuracy=dict(overall=round(seeing['accuracy'], 4), ci=[round(c, 4) for c in seeing['ci']],
                               questions=seeing['n'], by_kind=by_kind(seeing)),
                 blind_accuracy=round(blind['accuracy'], 4), blind_by_kind=by_kind(blind),
-                pope_f1=round(pope['f1'], 4), pope_by_category={k: round(v['f1'], 4) for k,v in pope['by_kind'].items()},
+                pope_f1=round(pope['f1'], 4),
+                pope_by_category={k: round(v['f1'], 4) for k,v in pope['by_kind'].items()},
                 seconds=seconds, seed=seed, versions=versions())
 
 # %% ../../nbs/70_recipes.quickstart.ipynb #20878bdc
@@ -133,7 +137,8 @@ def sample_answers(
             text = html.escape(r['prompt']).replace('\n', '<br>')
             gold = '' if r['correct'] else f'<br>truth: {html.escape(r["answer"])}'
             image = Image.open(pictures[r['question_id']]).resize((128,128), Image.Resampling.NEAREST)
-            cards.append(f'<figure class={title}>{_png(image)}<figcaption>{text}<br><b>{html.escape(r["text"])}</b>{gold}</figcaption></figure>')
+            said = f'{text}<br><b>{html.escape(r["text"])}</b>{gold}'
+            cards.append(f'<figure class={title}>{_png(image)}<figcaption>{said}</figcaption></figure>')
     return ''.join(cards)
 
 # %% ../../nbs/70_recipes.quickstart.ipynb #524e2195
@@ -156,9 +161,10 @@ def attention_maps(
 
 # %% ../../nbs/70_recipes.quickstart.ipynb #b2ec8809
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-h1,h2{font-weight:600} table{border-collapse:collapse} td,th{padding:.15rem .7rem;text-align:left} tr:last-child{font-weight:600}
-td i{display:block;height:.7rem;background:#4878a8} img{max-width:100%} .cards{display:flex;flex-wrap:wrap;gap:.8rem}
-figure{width:11rem;margin:0;padding:.6rem;border:1px solid #ddd;border-radius:.4rem;font-size:13px} .wrong{border-color:#c33}
+h1,h2{font-weight:600} table{border-collapse:collapse} td,th{padding:.15rem .7rem;text-align:left}
+tr:last-child{font-weight:600} td i{display:block;height:.7rem;background:#4878a8} img{max-width:100%}
+.cards{display:flex;flex-wrap:wrap;gap:.8rem} .wrong{border-color:#c33}
+figure{width:11rem;margin:0;padding:.6rem;border:1px solid #ddd;border-radius:.4rem;font-size:13px}
 pre{background:#f5f5f5;padding:.7rem;overflow:auto;font-size:12px}"""
 
 def write_report(
@@ -174,11 +180,16 @@ def write_report(
     looks = ''.join(f'<p>{html.escape(q)}</p>{_png(fig)}' for q,fig in maps)
     lo, hi = acc['ci']
     body = f"""<h1>{html.escape(r.name)}: {acc['overall']:.1%} of {acc['questions']} held-out questions</h1>
-<p>95 % interval {lo:.1%} to {hi:.1%}; blind {numbers['blind_accuracy']:.1%}; POPE F1 {numbers['pope_f1']:.3f}; seed {numbers['seed']}.<br>{times}.</p>
-<h2>Scores</h2><table><tr><th>question</th><th>exact match</th><th></th><th>blind</th></tr>{_score_rows(numbers)}</table>
-<h2>Loss</h2>{_png(curves)}<h2>Where it looks</h2>{looks}<h2>Answers</h2><div class=cards>{cards}</div>
+<p>95 % interval {lo:.1%} to {hi:.1%}; blind {numbers['blind_accuracy']:.1%}; POPE F1 {numbers['pope_f1']:.3f};
+seed {numbers['seed']}.<br>{times}.</p>
+<h2>Scores</h2>
+<table><tr><th>question</th><th>exact match</th><th></th><th>blind</th></tr>{_score_rows(numbers)}</table>
+<h2>Loss</h2>{_png(curves)}
+<h2>Where it looks</h2>{looks}
+<h2>Answers</h2><div class=cards>{cards}</div>
 <h2>Recipe</h2><pre>{html.escape(repr(r))}</pre><p>{html.escape(str(numbers['versions']))}</p>"""
-    page = f'<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(r.name)}</title><style>{_STYLE}</style>{body}</html>'
+    head = f'<meta charset=utf-8><title>{html.escape(r.name)}</title><style>{_STYLE}</style>'
+    page = f'<!doctype html><html lang=en><head>{head}</head><body>{body}</body></html>'
     Path(path).write_text(page, encoding='utf-8')
     return Path(path)
 
@@ -197,7 +208,8 @@ def quickstart(
     out.mkdir(parents=True, exist_ok=True)
     if bake:
         with timed(seconds, 'bake', progress): bake_ingredients(out/'ingredients', seed, progress=progress)
-        r = dataclasses.replace(r, **{k: str(out/'ingredients'/f'micro-{v}') for k,v in (('vision', 'siglip'), ('llm', 'llama'))})
+        made = out/'ingredients'
+        r = dataclasses.replace(r, vision=str(made/'micro-siglip'), llm=str(made/'micro-llama'))
     with timed(seconds, 'data', progress): train, test = micro_data(out/'data', n_train, n_test, seed)
     model, processor, stages = train_micro(r, train, out, progress)
     seconds |= {name: round(s.seconds, 1) for name,s in stages.items()}

@@ -160,7 +160,8 @@ def micro_llama(
     "A new Llama with tied embeddings"
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tok), hidden_size=cfg.llm_width, intermediate_size=cfg.llm_width*5//2,
-        num_hidden_layers=cfg.llm_layers, num_attention_heads=cfg.heads, max_position_embeddings=1024, initializer_range=.04, tie_word_embeddings=True,
+        num_hidden_layers=cfg.llm_layers, num_attention_heads=cfg.heads, max_position_embeddings=1024,
+        initializer_range=.04, tie_word_embeddings=True,
         bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
 
 def document_batch(

@@ -38,16 +38,16 @@ from ..microworld import (
 class Bake:
     "Sizes and lengths of the two pretraining runs"
     width:int = 128         # Of SigLIP's two transformers
-    llm_width:int = 96      # Of the language model
+    llm_width:int = 128     # Of the language model
     heads:int = 4           # Attention heads
     vision_layers:int = 4   # The VLM reads the output of the last but one
     text_layers:int = 2     # Of SigLIP's text half
-    llm_layers:int = 6      # Deep and narrow: questions take several look-ups, one after the other
+    llm_layers:int = 4      # Of the language model
     image_size:int = 72     # Pixels the 64-pixel pictures are resized to: 6 x 6 patches, 2 x 2 for each place
     patch_size:int = 12     # Pixels
     siglip_steps:int = 1800 # Optimizer steps
     siglip_batch:int = 64   # Pictures a step
-    llama_steps:int = 6000  # Optimizer steps
+    llama_steps:int = 4800  # Optimizer steps
     llama_batch:int = 8     # Documents a step
     lr_siglip:float = 1e-3  # Peak learning rates
     lr_llama:float = 2e-3

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'IMAGE_TOKEN', 'SHORT', 'LETTER', 'UnknownName', 'Registry', 'seed_everything', 'pick_device', 'pick_dtype',
-           'read_json', 'write_json', 'cache_dir', 'package_data', 'versions']
+           'read_json', 'write_json', 'cache_dir', 'package_data', 'quiet', 'versions']
 
 # %% ../nbs/00_core.ipynb #f1f55919
 import difflib, json, os, random, tempfile, uuid
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,16 @@ def package_data(
         have = sorted(o.name for o in root.iterdir()) if root.exists() else []
         raise FileNotFoundError(f"no package data {name!r} in {str(root)!r}; choose from {have}, or reinstall")
     return path
+
+# %% ../nbs/00_core.ipynb #4931b3ae
+@contextmanager
+def quiet():
+    "Inside the block `transformers` says nothing but errors"
+    from transformers.utils import logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try: yield
+    finally: logging.set_verbosity(level)
 
 # %% ../nbs/00_core.ipynb #069e2367
 _PACKAGES = 'tinyllava_cookbook torch transformers tokenizers accelerate datasets numpy pillow'.split()

@@ -16,7 +16,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, BitImageP
     PreTrainedTokenizerFast, SiglipImageProcessorPil)
 from transformers.utils import logging
 
-from .core import Registry, UnknownName, package_data
+from .core import Registry, UnknownName, package_data, quiet
 
 # %% ../nbs/03_ingredients.ipynb #92fc0122
 def tiny_text(
@@ -121,13 +121,9 @@ def tiny_checkpoint(
     dir,kinds = Path(dir), {**{k: _tiny_vision for k in tiny_visions}, **{k: _tiny_llm for k in tiny_llms}}
     if family not in kinds: raise KeyError(f"no tiny checkpoint {family!r}; choose from {sorted(kinds)}")
     dir.mkdir(parents=True, exist_ok=True)
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()   # SigLIP's own default configuration has ids outside its vocabulary
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            kinds[family](family, dir, **config)
-    finally: logging.set_verbosity(level)
+    with quiet(), torch.random.fork_rng(devices=[]):   # SigLIP's default configuration has ids outside its vocabulary
+        torch.manual_seed(seed)
+        kinds[family](family, dir, **config)
     return dir
 
 # %% ../nbs/03_ingredients.ipynb #44d1b062

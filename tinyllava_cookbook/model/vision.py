@@ -9,7 +9,6 @@ __all__ = ['vision_families', 'checkpoint_path', 'load_strict', 'VisionFamily', 
 # %% ../../nbs/20_model.vision.ipynb #19c1748f
 import re
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,17 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor
 from transformers.utils import logging
 
-from ..core import Registry
+from ..core import Registry, quiet
 
 # %% ../../nbs/20_model.vision.ipynb #8ce8a1b5
-@contextmanager
-def _quiet():
-    "Keep the loader's report off the screen while its findings become errors"
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try: yield
-    finally: logging.set_verbosity(level)
-
 def checkpoint_path(
     path,                    # A folder, or the name of a repository on the Hub: `owner/name`
     need:str='config.json',  # A file that must be there
@@ -54,7 +45,7 @@ def load_strict(
     **kwargs,                         # Passed to `from_pretrained`: `dtype`, `attn_implementation`, ...
 ) -> nn.Module:                       # The model, in evaluation mode
     "`from_pretrained` that fails when a tensor is missing, misshapen or left over"
-    with _quiet():
+    with quiet():
         model,info = cls.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     name,left = type(model).__name__, [k for k in info['unexpected_keys'] if not extra(k)]
     wrong = [f'{k} is {list(a)} in the file, {list(b)} in the model' for k,a,b in info['mismatched_keys']]
@@ -89,12 +80,12 @@ def load_vision(
 ) -> tuple:            # The encoder and its image processor
     "Load a vision encoder and the image processor that was trained with it"
     path = checkpoint_path(path)
-    with _quiet(): cfg = AutoConfig.from_pretrained(path)
+    with quiet(): cfg = AutoConfig.from_pretrained(path)
     cfg = getattr(cfg, 'vision_config', cfg)
     cls = getattr(transformers, vision_families[cfg.model_type].model)
     model = load_strict(cls, path, lambda k: not k.startswith('vision_model.'), config=cfg, dtype=dtype, **kwargs)
     if Path(path).is_dir(): checkpoint_path(path, 'preprocessor_config.json')
-    with _quiet(): return model, AutoImageProcessor.from_pretrained(path)
+    with quiet(): return model, AutoImageProcessor.from_pretrained(path)
 
 # %% ../../nbs/20_model.vision.ipynb #d4221297
 def patch_grid(

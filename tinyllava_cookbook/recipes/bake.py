@@ -26,12 +26,13 @@ from tqdm.auto import tqdm
 from transformers import (
     LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessorPil, SiglipModel)
 
-from ..core import UnknownName, seed_everything, versions, write_json
+from ..core import UnknownName, quiet, seed_everything, versions, write_json
 from ..data.templates import chat_template
 from ..ingredients import SHIPPED, ingredient, tiny_tokenizer
 from ..microworld import (
     ASK, COLORS, PLACES, SHAPES, SIZES, WORDS, Obj, Scene, at, caption, capitalized, draw, phrase, questions,
     sample_scene, scene_nats, scene_text)
+from ..model.vision import load_strict
 
 # %% ../../nbs/69_recipes.bake.ipynb #fc62da88
 @dataclass
@@ -428,15 +429,14 @@ _TRAIN = {'micro-llama': train_llama, 'micro-siglip': train_siglip}
 
 def _report(name:str, folder:Path, tok:PreTrainedTokenizerFast, cfg:Bake) -> dict:
     "What the finished folder can do"
-    if name == 'micro-llama': return reading_report(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), tok)
-    model = SiglipModel.from_pretrained(folder, dtype=torch.float32)
-    return seeing_report(model, tok, micro_image_processor(cfg))
+    if name == 'micro-llama': return reading_report(load_strict(LlamaForCausalLM, folder, dtype=torch.float32), tok)
+    return seeing_report(load_strict(SiglipModel, folder, dtype=torch.float32), tok, micro_image_processor(cfg))
 
 def _bake_one(name:str, out:Path, cfg:Bake, seed:int, progress:bool) -> dict:
     "Train one ingredient into `out/name`; what its `bake.json` holds"
     start, tok, folder = time.perf_counter(), micro_tokenizer(seed=seed), out/name
     model, log = _TRAIN[name](tok, cfg, seed, progress)
-    model.eval().half().save_pretrained(folder)
+    with quiet(): model.eval().half().save_pretrained(folder)
     tok.save_pretrained(folder)
     if name == 'micro-siglip': micro_image_processor(cfg).save_pretrained(folder)
     for p in folder.iterdir(): p.chmod(0o644) # safetensors makes files that only their owner can read

@@ -152,8 +152,9 @@ def attention_maps(
     import matplotlib.pyplot as plt
     pictures, out = {o.id: o.image for o in load_questions(test/'questions.jsonl')}, []
     for kind in kinds:
-        row = next((r for r in results['seeing']['answers'] if r['kind'] == kind and r['text']), None)
-        if row is None: continue
+        rows = [r for r in results['seeing']['answers'] if r['kind'] == kind and r['text']]
+        if not rows: continue
+        row = rows[len(rows)*(len(out)+1)//(len(kinds)+1)] # each from another part of the test, so another picture
         fig = show_attention(answer_attention(model, processor, pictures[row['question_id']], row['prompt']), size=1.6)
         plt.close(fig)
         out.append((f"{row['prompt']} {row['text']}", fig))
@@ -177,7 +178,7 @@ def write_report(
 ) -> Path:          # The file
     "Write the report: one file that carries its pictures"
     acc, times = numbers['accuracy'], ', '.join(f'{k} {v:.0f} s' for k,v in numbers['seconds'].items())
-    looks = ''.join(f'<p>{html.escape(q)}</p>{_png(fig)}' for q,fig in maps)
+    looks = ''.join(f'<div><p>{html.escape(q)}</p>{_png(fig)}</div>' for q,fig in maps)
     lo, hi = acc['ci']
     body = f"""<h1>{html.escape(r.name)}: {acc['overall']:.1%} of {acc['questions']} held-out questions</h1>
 <p>95 % interval {lo:.1%} to {hi:.1%}; blind {numbers['blind_accuracy']:.1%}; POPE F1 {numbers['pope_f1']:.3f};
@@ -185,7 +186,7 @@ seed {numbers['seed']}.<br>{times}.</p>
 <h2>Scores</h2>
 <table><tr><th>question</th><th>exact match</th><th></th><th>blind</th></tr>{_score_rows(numbers)}</table>
 <h2>Loss</h2>{_png(curves)}
-<h2>Where it looks</h2>{looks}
+<h2>Where it looks</h2><div class=cards>{looks}</div>
 <h2>Answers</h2><div class=cards>{cards}</div>
 <h2>Recipe</h2><pre>{html.escape(repr(r))}</pre><p>{html.escape(str(numbers['versions']))}</p>"""
     head = f'<meta charset=utf-8><title>{html.escape(r.name)}</title><style>{_STYLE}</style>'

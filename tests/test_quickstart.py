@@ -82,15 +82,17 @@ print(p(text=chat, max_new_tokens=8, return_full_text=False)[0]["generated_text"
     assert r.returncode == 0, r.stderr[-2000:]
     assert 'circle' in r.stdout
 
-def test_checkpoint_is_complete_without_its_ingredients(run, tmp_path):
-    "Moved, and with the package's weights out of reach, it still answers"
+def test_checkpoint_is_complete(run, pictures, tmp_path):
+    "Moved it still answers, and it names no folder; without its processor it says so"
     import shutil
     moved = tmp_path/'moved model'
     shutil.copytree(run/'model', moved)
     text = ''.join(p.read_text() for p in moved.glob('*.json') if p.name != 'recipe.json') # which says what was run
     assert str(run) not in text and str(Path.home()) not in text
+    ask = lambda: tinyllava('chat', '--model', moved, '--image', pictures[0], 'how many objects are there?')
+    assert ask().stdout.strip()
     (moved/'processor_config.json').unlink()
-    r = tinyllava('chat', '--model', moved, '--image', 'none.png', 'what?')
+    r = ask()
     assert r.returncode == 1 and 'processor' in r.stderr and 'Traceback' not in r.stderr
 
 def test_shipped_ingredients_have_their_log():

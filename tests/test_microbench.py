@@ -44,8 +44,15 @@ def truth(scene, question):
     if m := re.match(r'is the (.+) (left of|right of|above|below) the (.+)\?', q):
         (ar,ac),(br,bc) = one(scene, m[1]).cell, one(scene, m[3]).cell
         return 'yes' if {'left of': ac<bc, 'right of': ac>bc, 'above': ar<br, 'below': ar>br}[m[2]] else 'no'
-    if m := re.match(r'which is (smaller|larger), the (.+) or the (.+)\?', q):
-        return next(n for n in m.group(2, 3) if one(scene, n).size==('small' if m[1]=='smaller' else 'large'))
+    if m := re.match(r'are there more (\w+) than (\w+)\?', q):
+        more, fewer = (sum(o.shape[:5]==x[:5] for o in scene.objs) for x in m.groups())
+        return 'yes' if more>fewer else 'no'
+    if m := re.match(r'what is the (leftmost|rightmost|highest|lowest) object\?', q):
+        row = {'highest': 0, 'lowest': 0}.get(m[1], 1)
+        ends = [o.cell[row] for o in scene.objs]
+        end = (min if m[1] in ('leftmost', 'highest') else max)(ends)
+        assert ends.count(end)==1
+        return scene.objs[ends.index(end)].name
     if re.match(r'what (word|does the text)', q): return scene.word
     if m := re.match(r'is the object (?:at|in) the (.+) (\w+)\?', q):
         return 'yes' if next(o.color for o in scene.objs if o.place==m[1])==m[2] else 'no'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BENCHMARKS', 'SYNONYMS', 'POOLS', 'MMBENCH_COLUMNS', 'View', 'views', 'save_view', 'coco_name', 'save_coco',
            'write_jsonl', 'sentence', 'ten_answers', 'vqa_types', 'write_vqav2', 'gqa_program', 'gqa_spans',
-           'gqa_questions', 'write_gqa', 'write_textvqa', 'Choice', 'choice', 'write_scienceqa', 'write_pope',
+           'gqa_questions', 'write_gqa', 'write_textvqa', 'Choice', 'asked', 'choice', 'write_scienceqa', 'write_pope',
            'mme_pairs', 'write_mme', 'either', 'mmvet_items', 'write_mmvet', 'mmmu_record', 'write_mmmu', 'circular',
            'write_mmbench', 'llavabench_qas', 'write_llavabench', 'write_benchmarks']
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from PIL import Image
 
 from .core import Registry, write_json
-from .microworld import (ASK, COLORS, PLACES, SHAPES, SIZES, WORDS, Obj, Scene, absent, an, at,
+from .microworld import (ASK, COLORS, PLACES, QA, SHAPES, SIZES, WORDS, Obj, Scene, absent, an, at,
                                            describe, draw, image_name, phrase, pope_questions, questions,
                                            sample_scene, scene_text)
 
@@ -112,8 +112,8 @@ def ten_answers(
     return [dict(answer=a, answer_confidence=rng.choice(['yes','yes','maybe']), answer_id=j+1)
             for j,a in enumerate(said)]
 
-_VQA_TYPES = ['what color is the', 'how many', 'is there a', 'is the', 'where is the', 'what is the', 'which',
-              'what', 'is there'] # Those of VQA's 65 question types that the world's questions can have
+_VQA_TYPES = ['what color is the', 'how many', 'is there a', 'are there', 'where is the', 'what is the', 'what',
+              'is there'] # Those of VQA's 65 question types that the world's questions can have
 
 def vqa_types(
     question:str, # As asked
@@ -337,14 +337,22 @@ class Choice:
     @property
     def letter(self) -> str: return 'ABCDEFGHI'[self.answer]
 
+def asked(
+    scene:Scene,       # What to ask about
+    rng:random.Random, # Source of all choices
+) -> dict[str,QA]:     # Kind -> question, for the keys of `POOLS` that the scene allows
+    "A question of every kind that can have options"
+    return {k: qa for k in POOLS if (qa := ASK[k](scene, rng))}
+
 def choice(
     scene:Scene,        # What to ask about
     rng:random.Random,  # Source of all choices
-    kind:str|None=None, # A key of `POOLS`; `None`: any that fits
+    kind:str|None=None, # A kind that `asked` has for this scene; `None`: any of them
     n:int = 4,          # Number of options
 ) -> Choice:
     "A question about the scene with `n` options, one of them right"
-    qa = ASK[kind or rng.choice([k for k in POOLS if k != 'read' or scene.word])](scene, rng)
+    qas = asked(scene, rng)
+    qa = qas[kind or rng.choice(list(qas))]
     options = rng.sample([o for o in POOLS[qa.kind] if o != qa.answer], n-1) + [qa.answer]
     rng.shuffle(options)
     return Choice(qa.kind, sentence(qa.question), options, options.index(qa.answer))
@@ -396,13 +404,13 @@ def write_pope(
     return out
 
 # %% ../nbs/02_microbench.ipynb #902fe8be
-_OPPOSITE = {'left of': 'right of', 'right of': 'left of', 'above': 'below', 'below': 'above'}
-
 def _mme_position(scene:Scene, rng:random.Random) -> list[str]:
-    qa = ASK['relation'](scene, rng)
-    if qa is None: return []
-    flipped = re.sub('left of|right of|above|below', lambda m: _OPPOSITE[m[0]], qa.question)
-    return [sentence(q) for q in ([qa.question, flipped] if qa.answer == 'yes' else [flipped, qa.question])]
+    "Is a left of (above) b, and the opposite; nothing for a single object"
+    if len(scene.objs) < 2: return []
+    a, b = rng.sample(scene.objs, 2)
+    i = rng.choice([i for i in (0,1) if a.cell[i] != b.cell[i]])
+    true, false = [('above', 'below'), ('left of', 'right of')][i][::1 if a.cell[i] < b.cell[i] else -1]
+    return [f'Is the {a.name} {word} the {b.name}?' for word in (true, false)]
 
 def mme_pairs(
     scene:Scene,       # What to ask about
@@ -533,8 +541,7 @@ def write_mmmu(
     "MMMU: `{Subject}/validation-00000-of-00001.parquet`, `answer_dict_val.json`, `anns_for_eval.json`, `all_images/`"
     out, by_subject = Path(folder)/'mmmu', {}
     for v in views:
-        kinds = [k for k in POOLS if k != 'read' or v.scene.word]
-        for is_open,kind in zip((False, True), rng.sample(kinds, 2)):
+        for is_open,kind in zip((False, True), rng.sample(list(asked(v.scene, rng)), 2)):
             rows = by_subject.setdefault(_SUBJECTS[kind], [])
             rows.append(mmmu_record(v, rng, len(rows)+1, kind, is_open))
             save_view(v, out/'all_images'/f"{rows[-1]['id']}_1.png")
@@ -568,10 +575,11 @@ def circular(
 
 # %% ../nbs/02_microbench.ipynb #d04a9d71
 def _mmb_choices(scene:Scene, rng:random.Random) -> list[Choice]:
-    "One question with four options and, where two objects are, one with two"
+    "One question with four options and, where the scene allows it, one with two"
     qa = ASK['relation'](scene, rng)
-    two = [Choice('relation', sentence(qa.question), ['yes', 'no'], ['yes', 'no'].index(qa.answer))] if qa else []
-    return [choice(scene, rng)] + two
+    if not qa: return [choice(scene, rng)]
+    options = rng.sample([qa.answer, rng.choice([o.name for o in scene.objs if o.name != qa.answer])], 2)
+    return [choice(scene, rng), Choice('relation', sentence(qa.question), options, options.index(qa.answer))]
 
 def _mmb_rows(view:View, c:Choice, index:int) -> list[dict]:
     buffer = io.BytesIO()

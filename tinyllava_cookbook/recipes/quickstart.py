@@ -17,11 +17,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..core import seed_everything, versions, write_json
-from ..eval.benchmarks import evaluate, load_pope, load_questions
+from ..core import versions, write_json
+from ..eval.benchmarks import Item, evaluate, load_pope, load_questions
 from ..microworld import ASK, write_world
 from .bake import bake as bake_ingredients
-from ..train.recipes import Recipe, recipe, to_dict
+from ..train.recipes import Recipe, recipe
 from ..train.trainer import plot_log, train_recipe
 from ..viz.attention import answer_attention, show_attention
 
@@ -65,14 +65,14 @@ def train_micro(
 # %% ../../nbs/70_recipes.quickstart.ipynb #91e1759b
 def test_micro(
     model, processor,      # What is tested
-    test:Path,             # From `micro_data`
+    items:list[Item],      # Questions to be matched exactly
+    pope:list[Item],       # POPE's questions
     seconds:dict,          # Gets the times
     progress:bool = True,  # Show bars?
     batch_size:int = 64,   # Questions at a time
 ) -> dict[str,dict]:       # Results of `evaluate`: 'seeing', 'blind', 'pope'
     "Exact match on held-out questions, seeing and blind, and POPE"
     kw = dict(batch_size=batch_size, max_new_tokens=12, progress=progress)
-    items, pope = load_questions(test/'questions.jsonl'), load_pope(test/'pope', test/'images')
     results = {}
     def ask(name, some, **more):
         with timed(seconds, name, progress): results[name] = evaluate(model, processor, some, **kw, **more)
@@ -124,12 +124,11 @@ def _score_rows(numbers:dict) -> str:
 
 def sample_answers(
     results:dict,  # From `test_micro`
-    test:Path,     # From `micro_data`
+    pictures:dict, # Question id -> picture
     n:int = 8,     # Cards
 ) -> str:          # HTML
     "One right answer of each kind, and all kinds of wrong ones, with their pictures"
     rows = results['seeing']['answers']
-    pictures = {o.id: o.image for o in load_questions(test/'questions.jsonl')}
     right, wrong = ({r['kind']: r for r in rows if r['correct'] == ok} for ok in (True, False))
     cards = []
     for title, some in (('right', right), ('wrong', wrong)):
@@ -145,12 +144,12 @@ def sample_answers(
 def attention_maps(
     model, processor,  # The finished model
     results:dict,      # From `test_micro`
-    test:Path,         # From `micro_data`
+    pictures:dict,     # Question id -> picture
     kinds:tuple[str,...] = ('color', 'place', 'count', 'read'), # One question of each
 ) -> list:             # (question, figure)
     "Where the model looks while it answers one question of each kind"
     import matplotlib.pyplot as plt
-    pictures, out = {o.id: o.image for o in load_questions(test/'questions.jsonl')}, []
+    out = []
     for kind in kinds:
         rows = [r for r in results['seeing']['answers'] if r['kind'] == kind and r['text']]
         if not rows: continue
@@ -214,9 +213,12 @@ def quickstart(
     with timed(seconds, 'data', progress): train, test = micro_data(out/'data', n_train, n_test, seed)
     model, processor, stages = train_micro(r, train, out, progress)
     seconds |= {name: round(s.seconds, 1) for name,s in stages.items()}
-    results = test_micro(model, processor, test, seconds, progress)
+    items, pope = load_questions(test/'questions.jsonl'), load_pope(test/'pope', test/'images')
+    results = test_micro(model, processor, items, pope, seconds, progress)
     with timed(seconds, 'report', progress):
-        maps, cards = attention_maps(model, processor, results, test), sample_answers(results, test)
+        pictures = {o.id: o.image for o in items}
+        maps = attention_maps(model, processor, results, pictures)
+        cards = sample_answers(results, pictures)
         numbers = summary(results, seconds, seed)
         write_report(out/'report.html', numbers, r, loss_curves(stages), cards, maps)
     write_json(out/'answers.json', {k: v['answers'] for k,v in results.items()})

@@ -267,7 +267,7 @@ def micro(
     "Microworld in minutes on a CPU: align the connector, then tune connector and LLM"
     return Recipe('micro', vision, llm, template='llama', image_mode='squash', stages=[
         Stage(**_align, lr=2e-3, global_batch_size=32, max_steps=100, max_length=384),
-        Stage(**_instruct, lr=1e-3, optimizer='muon', global_batch_size=16, max_steps=1200, max_length=384,
+        Stage(**_instruct, lr=1e-3, optimizer='muon', global_batch_size=16, max_steps=600, max_length=384,
               trainer=dict(adam_beta2=.98))])
 
 # %% ../../nbs/30_train.recipes.ipynb #d8b7b5ef

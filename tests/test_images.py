@@ -5,7 +5,8 @@ import pytest
 from PIL import Image, ImageFile
 
 torch = pytest.importorskip('torch')
-from tinyllava_cookbook.data.images import IMAGE_MODES, load_image, prepare, target_size
+from tinyllava_cookbook.data.images import (IMAGE_MODES, anyres_n_tokens, best_canvas, image_size, load_image, pinpoints,
+                                            prepare, target_size, unpad)
 
 NAMES = 'portrait landscape square rgba grayscale palette'.split()
 
@@ -25,8 +26,8 @@ def test_pixels_equal_the_reference(shared, goldens, kind, mode):
     from safetensors.torch import load_file
     half = load_file(shared/'goldens'/'images'/'pixel_values_56_fp16.safetensors')
     processor = build(goldens['processors'][kind], kind)
-    ours = mode if mode == 'pad' else 'crop' if kind.startswith('clip') else 'squash'   # the processor alone
-    for name in NAMES:
+    alone = ['none', 'crop' if kind.startswith('clip') else 'squash']   # what the processor does by itself
+    for name, ours in [(n, m) for n in NAMES for m in (['pad'] if mode == 'pad' else alone)]:
         case = goldens['cases'][f'{kind}|{mode}|{name}|rgb']
         x, grid = prepare(Image.open(shared/'goldens'/'images'/f'{name}.png'), processor, ours)
         assert list(x.shape) == [1, *case['shape']] and x.dtype == torch.float32 and grid == (1, 1)
@@ -51,7 +52,10 @@ def test_photographs(shared):
     from transformers import SiglipImageProcessorPil
     processor = SiglipImageProcessorPil(size=dict(height=32, width=32))
     for path in (shared/'data').glob('*.jpg'):
-        for mode in IMAGE_MODES: assert prepare(load_image(path), processor, mode)[0].shape == (1, 3, 32, 32)
+        for mode in IMAGE_MODES:
+            x, (rows, cols) = prepare(load_image(path), processor, mode)
+            assert x.shape == (1 + rows*cols*(mode == 'anyres'), 3, 32, 32)
+        assert image_size(path) == load_image(path).size[::-1]
 
 @pytest.mark.parametrize('turn', range(1, 9))
 def test_every_exif_orientation(tmp_path, turn):
@@ -118,4 +122,128 @@ def test_odd_shapes(size):
                       CLIPImageProcessorPil(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32))):
         h, w = target_size(processor)
         for mode in IMAGE_MODES:
-            assert prepare(Image.new('RGB', size, 'red'), processor, mode)[0].shape == (1, 3, h, w)
+            x, (rows, cols) = prepare(Image.new('RGB', size, 'red'), processor, mode)
+            assert x.shape == (1 + rows*cols*(mode == 'anyres'), 3, h, w)
+
+# anyres, against transformers' LLaVA-NeXT
+
+NEXT = [[336, 672], [672, 336], [672, 672], [336, 1344], [1344, 336]]     # the canvases of the paper's authors ...
+RELEASED = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # ... and those of the released weights
+
+def sizes(n, seed, most=2000):
+    "Heights and widths: any, and the awkward ones around tiles and proportions of canvases"
+    rng = np.random.default_rng(seed)
+    some = [(h, w) for h in (1, 2, 335, 336, 337, 672, 673) for w in (1, 3, 336, 671, 672, 1344, 1345)]
+    return some + [tuple(int(o) for o in np.exp(rng.uniform(0, np.log(most), 2)).round()) for _ in range(n)]
+
+def next_processor(tile, pins):
+    from transformers import LlavaNextImageProcessorPil
+    return LlavaNextImageProcessorPil(size=dict(shortest_edge=tile), crop_size=dict(height=tile, width=tile), image_grid_pinpoints=pins)
+
+@pytest.mark.parametrize('tile', [32, 336])
+def test_anyres_tiles_equal_transformers(tile):
+    "Tile for tile, bit for bit"
+    from transformers import CLIPImageProcessorPil
+    rng = np.random.default_rng(tile)
+    for pins, some in ((NEXT, sizes(12 if tile == 336 else 150, 0)), (RELEASED, sizes(3 if tile == 336 else 50, 1)[-60:])):
+        if tile == 336: some = some[::4]
+        pins = [[h*tile//336, w*tile//336] for h, w in pins]
+        theirs = next_processor(tile, pins)
+        clip = CLIPImageProcessorPil(size=dict(shortest_edge=tile), crop_size=dict(height=tile, width=tile), image_grid_pinpoints=pins)
+        for h, w in [(max(1, h*tile//336), max(1, w*tile//336)) for h, w in some]:
+            im = Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype='uint8'))
+            want = theirs(images=im, return_tensors='pt')
+            assert want['image_sizes'].tolist() == [[h, w]]
+            for processor in (clip, theirs):
+                x, (rows, cols) = prepare(im, processor, 'anyres')
+                assert torch.equal(x, want['pixel_values'][0]), (h, w)
+                assert [rows*tile, cols*tile] in pins and len(x) == 1 + rows*cols
+
+def test_a_processor_without_pinpoints_of_its_own_takes_the_usual_grids():
+    from transformers import CLIPImageProcessorPil
+    clip = CLIPImageProcessorPil(size=dict(shortest_edge=336), crop_size=dict(height=336, width=336))
+    assert [list(o) for o in pinpoints(clip)] == NEXT
+
+def test_anyres_with_every_mode_of_a_next_processor():
+    "It stands in for CLIP's: the other modes give one tile"
+    from transformers import CLIPImageProcessorPil
+    im = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 90, 3), dtype='uint8'))
+    clip = CLIPImageProcessorPil(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32))
+    for mode in ('pad', 'crop', 'squash', 'none'):
+        assert torch.equal(prepare(im, next_processor(32, [[32, 64]]), mode)[0], prepare(im, clip, mode)[0])
+
+@pytest.mark.parametrize('pins', [NEXT, RELEASED], ids=['next', 'released'])
+@pytest.mark.parametrize('patch', [14, 16, 28])
+def test_anyres_tokens_equal_transformers(pins, patch):
+    "Token for token, as its processor counts and as its model unpads"
+    from transformers import LlavaNextProcessor
+    from transformers.image_processing_utils import select_best_resolution
+    from transformers.models.llava_next.modeling_llava_next import unpad_image
+    n = 336//patch
+    count = LlavaNextProcessor._get_number_of_features
+    class Stub:   # the counting part of the processor, which needs no tokenizer
+        image_processor, patch_size, num_additional_image_tokens = next_processor(336, pins), patch, 1
+        _get_unpadded_features = LlavaNextProcessor._get_unpadded_features
+    for h, w in sizes(3000, patch, 5000):
+        canvas = best_canvas((h, w), pins)
+        assert tuple(canvas) == tuple(select_best_resolution((h, w), pins))
+        ours = anyres_n_tokens((h, w), (n, n), pins, (336, 336))
+        assert ours == count(Stub(), h, w, 336, 336) - 1, (h, w)     # the class token is counted, then dropped
+        x = torch.arange(canvas[0]//336*n * (canvas[1]//336*n)).reshape(1, canvas[0]//336*n, -1)
+        assert torch.equal(unpad(x, (h, w)), unpad_image(x, (h, w)))
+        rows, cols = unpad(x, (h, w)).shape[1:]
+        assert ours == n*n + rows*(cols + 1)
+
+def test_anyres_tokens_through_the_whole_processor(tmp_path):
+    "What transformers writes into a prompt for a real image"
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlavaNextProcessor, PreTrainedTokenizerFast
+    t = Tokenizer(models.WordLevel({'<unk>': 0, 'a': 1}, unk_token='<unk>')); t.pre_tokenizer = pre_tokenizers.Whitespace()
+    tok = PreTrainedTokenizerFast(tokenizer_object=t, unk_token='<unk>'); tok.add_special_tokens({'additional_special_tokens': ['<image>']})
+    processor = LlavaNextProcessor(next_processor(336, NEXT), tok, patch_size=14, vision_feature_select_strategy='default',
+                                   num_additional_image_tokens=1)
+    for h, w in [(480, 640), (640, 480), (100, 100), (333, 1999), (1200, 31), (720, 720)]:
+        im = Image.new('RGB', (w, h), 'red')
+        ids = processor(images=im, text='<image> a', return_tensors='pt')['input_ids']
+        assert int((ids == tok.convert_tokens_to_ids('<image>')).sum()) == anyres_n_tokens((h, w), (24, 24), NEXT, (336, 336))
+
+# files that are not one plain picture
+
+@pytest.mark.parametrize('suffix', ['gif', 'webp', 'png', 'tiff'])
+def test_animations_give_their_first_frame(tmp_path, suffix):
+    frames = [Image.new('RGB', (16, 8), c) for c in ('red', 'lime', 'blue')]
+    frames[0].save(tmp_path/f'a.{suffix}', save_all=True, append_images=frames[1:], **(dict(lossless=True) if suffix == 'webp' else {}))
+    assert Image.open(tmp_path/f'a.{suffix}').n_frames == 3
+    got = load_image(tmp_path/f'a.{suffix}')
+    assert got.getpixel((8, 4)) == (255, 0, 0) and image_size(tmp_path/f'a.{suffix}') == (8, 16)
+
+def test_transparent_gif_over_white(tmp_path):
+    im = Image.new('RGBA', (4, 4), (0, 0, 0, 0)); im.putpixel((0, 0), (255, 0, 0, 255))
+    im.save(tmp_path/'a.gif', save_all=True, append_images=[Image.new('RGBA', (4, 4), 'blue')])
+    got = load_image(tmp_path/'a.gif')
+    assert got.getpixel((0, 0)) == (255, 0, 0) and got.getpixel((3, 3)) == (255, 255, 255)
+
+@pytest.mark.parametrize('suffix', ['png', 'tiff'])
+def test_sixteen_bit_black_and_white(tmp_path, suffix):
+    "A dark picture stays dark: the scale is the type's, not the brightest pixel's"
+    Image.fromarray(np.array([[0, 300, 5000]], dtype='uint16')).save(tmp_path/f'a.{suffix}')
+    assert [p[0] for p in np.asarray(load_image(tmp_path/f'a.{suffix}'))[0]] == [0, 1, 19]
+
+@pytest.mark.parametrize('limit', [399, 150, 10])
+def test_too_many_pixels_say_so(tmp_path, monkeypatch, limit):
+    "Just over the limit, over twice the limit where PIL has an error of its own, and far over"
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', limit)
+    for suffix in ('png', 'jpg', 'gif', 'webp', 'bmp'):
+        path = tmp_path/f'a.{suffix}'
+        Image.new('RGB', (20, 20)).save(path)
+        for read in (load_image, image_size):
+            with pytest.raises(ValueError, match=f'400 pixels are over the limit of {limit}; shrink the file, or raise PIL.Image.MAX'): read(path)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', None)
+    assert load_image(path).size == (20, 20)
+
+@pytest.mark.parametrize('turn', range(1, 9))
+@pytest.mark.parametrize('suffix', ['png', 'jpg', 'webp', 'tiff'])
+def test_size_is_that_of_the_upright_picture(tmp_path, turn, suffix):
+    exif = Image.Exif(); exif[0x0112] = turn
+    Image.new('RGB', (32, 16)).save(tmp_path/f'a.{suffix}', exif=exif)
+    assert image_size(tmp_path/f'a.{suffix}') == load_image(tmp_path/f'a.{suffix}').size[::-1] == ((32, 16) if turn > 4 else (16, 32))

@@ -195,12 +195,12 @@ def test_resume_takes_whole_checkpoints_only(parts, encoded, tmp_path):
     w = load_file(at/'model.safetensors')
     gone = w.pop('connector.layers.0.weight')
     save_file(w, at/'model.safetensors', metadata=dict(format='pt'))
-    with pytest.raises(ValueError, match='lacks tensors .*connector.layers.0.weight'): train(parts, st, tmp_path, encoded, resume=at)
+    with pytest.raises(ValueError, match='model.safetensors has '): train(parts, st, tmp_path, encoded, resume=at)
     save_file({**w, 'connector.layers.0.weight':gone, 'connector.layers.9.weight':gone.clone()}, at/'model.safetensors',
               metadata=dict(format='pt'))
-    with pytest.raises(ValueError, match='does not have: connector.layers.9'): train(parts, st, tmp_path, encoded, resume=at)
+    with pytest.raises(ValueError, match='model.safetensors has '): train(parts, st, tmp_path, encoded, resume=at)
     (at/'scheduler.pt').unlink()
-    with pytest.raises(FileNotFoundError, match="lacks .'scheduler.pt'"): train(parts, st, tmp_path, encoded, resume=at)
+    with pytest.raises(FileNotFoundError, match='scheduler.pt'): train(parts, st, tmp_path, encoded, resume=at)
     with pytest.raises(FileNotFoundError, match='no checkpoint in'): train(parts, st, tmp_path/'new', encoded, resume=True)
 
 # ---- a whole recipe

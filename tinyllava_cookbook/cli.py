@@ -37,6 +37,11 @@ def command(
         return run
     return add
 
+# %% ../nbs/90_cli.ipynb #76d31118
+def _positive(s):
+    if not s.isdigit() or int(s)<1: raise argparse.ArgumentTypeError(f"{s!r} is not a whole number above 0")
+    return int(s)
+
 # %% ../nbs/90_cli.ipynb #edffa233
 def _quickstart_args(p):
     p.add_argument('--out', default='runs/quickstart', metavar='DIR', help='where it all goes (default: %(default)s)')
@@ -99,9 +104,55 @@ def _show_plan(r, stages, out, a):
     words = ['tinyllava', 'train', a.recipe, *a.stages, '--out', out, *[w for c in a.changes for w in ('--set', c)]]
     print('\n'+shlex.join(words))
 
+# %% ../nbs/90_cli.ipynb #51b1ba2f
+def _check_args(p):
+    p.add_argument('data', metavar='DATA', help='a JSON file, or a folder that `read_data` knows')
+    p.add_argument('--images', metavar='DIR', help='folder of the pictures')
+    p.add_argument('--recipe', metavar='RECIPE',
+                   help='count tokens: a recipe, its JSON file, or the folder of a model')
+    p.add_argument('--stage', metavar='STAGE', help="whose template and length limit (default: the recipe's last)")
+    p.add_argument('--allow', metavar='KIND', nargs='*', default=[], help='kinds of fault that are fine with you')
+    p.add_argument('--workers', type=int, metavar='N', help='processes (default: one for each core)')
+    p.add_argument('--fix', metavar='FILE', help='write the samples without fault')
+    p.add_argument('--out', metavar='DIR', help='gets report.json, a table and pictures')
+    p.add_argument('--json', action='store_true', help='print the report as one JSON object')
+
+def _encoder_of(a):
+    "What turns a sample into tokens, as the recipe's stage would"
+    if not a.recipe: return None
+    from tinyllava_cookbook.model.vlm import VLMProcessor
+    if (Path(a.recipe)/'processor_config.json').exists(): return VLMProcessor.from_pretrained(a.recipe).encoder()
+    from tinyllava_cookbook.train.recipes import recipe
+    from tinyllava_cookbook.train.trainer import _start
+    r = recipe(a.recipe)
+    s = r.stage(a.stage) if a.stage else r.stages[-1]
+    kw = dict(image_mode=s.image_mode) if s.image_mode else {}
+    return _start(r, None, 0)[1].encoder(template=s.template, max_length=s.max_length, **kw)
+
+@command('check', 'look at every sample of a data set before training does', _check_args)
+def _check(a):
+    from tinyllava_cookbook.data.preflight import preflight, report_dict
+    _quiet()
+    r = preflight(a.data, a.images, _encoder_of(a), a.allow, workers=a.workers, progress=sys.stderr.isatty(),
+                  fix=a.fix, out=a.out)
+    print(json.dumps(report_dict(r)) if a.json else r)
+    return 0 if r.ok else 1
+
+# %% ../nbs/90_cli.ipynb #c7180fcd
+def _bench_args(p):
+    p.add_argument('what', metavar='WHAT', choices=['data'], help='data: samples a second of data set and collator')
+    p.add_argument('--n', type=_positive, default=256, metavar='N', help='samples (default: %(default)s)')
+    p.add_argument('--json', action='store_true', help='print the rows as JSON')
+
+@command('bench', 'measure how many samples a second a data set and its collator give', _bench_args)
+def _bench(a):
+    from tinyllava_cookbook.data.bench import bench_data, table
+    rows = bench_data(a.n)
+    print(json.dumps(rows) if a.json else table(rows))
+
 # %% ../nbs/90_cli.ipynb #8fcb9133
-def _model_args(p):
-    p.add_argument('--model', required=True, metavar='DIR', help='folder of a trained model')
+def _model_args(p, required=True):
+    p.add_argument('--model', required=required, metavar='DIR', help='folder of a trained model')
     p.add_argument('--device', default='auto', help='auto, cpu or cuda (default: %(default)s)')
 
 def _quiet():
@@ -122,10 +173,6 @@ def _chat_args(p):
     p.add_argument('question', metavar='QUESTION', nargs='?', help='what to ask; without it, a conversation begins')
     p.add_argument('--max-new-tokens', type=_positive, default=256, metavar='N',
                    help='longest answer (default: %(default)s)')
-
-def _positive(s):
-    if not s.isdigit() or int(s)<1: raise argparse.ArgumentTypeError(f"{s!r} is not a whole number above 0")
-    return int(s)
 
 @command('chat', 'ask a trained model about a picture', _chat_args)
 def _chat(a):
@@ -168,10 +215,14 @@ def _converse(session):
 
 # %% ../nbs/90_cli.ipynb #66c795ac
 def _eval_args(p):
-    _model_args(p)
+    _model_args(p, required=False)
+    p.add_argument('folder', metavar='MODEL', nargs='?', help='the same as --model')
     what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument('--bench', metavar='NAME,NAME', help='benchmarks by name; see `tinyllava score --help`')
     what.add_argument('--questions', metavar='FILE', help='a questions.jsonl; its pictures are beside it, in images/')
     what.add_argument('--pope', metavar='DIR', help='folder of coco_pope_{random,popular,adversarial}.json')
+    p.add_argument('--data', metavar='DIR', help='folder of the benchmarks\' own files; needed for --bench')
+    p.add_argument('--out', metavar='DIR', help='gets answers, scores.json and index.html; needed for --bench')
     p.add_argument('--images', metavar='DIR', help='folder of the pictures; needed for --pope')
     p.add_argument('--short', action=argparse.BooleanOptionalAction,
                    help="append LLaVA-1.5's request for a single word or phrase (default: for POPE only)")
@@ -193,6 +244,9 @@ def _items(a):
 @command('eval', 'score a trained model on a file of questions, or on POPE', _eval_args)
 def _eval(a):
     from tinyllava_cookbook.eval.benchmarks import evaluate, score_table
+    a.model = a.model or a.folder
+    if not a.model: raise Usage("name the model: tinyllava eval MODEL ...")
+    if a.bench: return _eval_benches(a)
     items = _items(a)     # wrong files are found before the weights are loaded
     model,processor = _load(a)
     how = dict(batch_size=a.batch_size, score='pope' if a.pope else 'exact', progress=sys.stderr.isatty())
@@ -203,9 +257,44 @@ def _eval(a):
     brief = lambda r: {k:v for k,v in r.items() if k!='answers'}
     print(json.dumps(brief(res) | (dict(without_image=brief(blind)) if blind else {})))
 
+def _eval_benches(a):
+    from tinyllava_cookbook.eval.benchmarks import load_benchmark
+    from tinyllava_cookbook.eval.run import results_table, run_eval
+    if not a.data or not a.out: raise Usage("--bench needs --data DIR, the benchmarks' files, and --out DIR")
+    names = a.bench.split(',')
+    for n in names: load_benchmark(n, a.data)     # wrong files are found before the weights are loaded
+    how = dict(batch_size=a.batch_size, limit=a.limit, blind=a.blind, model_id=Path(a.model).name)
+    results = run_eval(*_load(a), names, a.data, a.out, progress=sys.stderr.isatty(), **how)
+    if results is None: return                    # other processes are not done yet: the last one reports
+    print((Path(a.out)/'scores.json').read_text() if a.json else results_table(results))
+
 def _write_lines(path, rows):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows), encoding='utf-8')
+
+# %% ../nbs/90_cli.ipynb #0fc137a8
+def _score_args(p):
+    p.add_argument('bench', metavar='BENCH',
+                   help='vqav2, gqa, textvqa, scienceqa, pope, mme, mmvet, mmmu, mmbench, llavabench')
+    p.add_argument('--annotations', metavar='PATH', help="the benchmark's own files")
+    p.add_argument('--answers', metavar='FILE', required=True, help='JSON lines with question_id and text')
+    p.add_argument('--partial', action='store_true', help='score the answers that are there, and count the others')
+    p.add_argument('--set', metavar='NAME=VALUE', action='append', default=[], dest='options',
+                   help='an option of the scorer, e.g. split=test (repeatable)')
+    p.add_argument('--json', action='store_true', help='print the scores as one JSON object')
+
+def _value(text):
+    "JSON where it is JSON, else the text itself"
+    try: return json.loads(text)
+    except ValueError: return text
+
+@command('score', 'score a file of answers by the official rules of a benchmark', _score_args)
+def _score(a):
+    from tinyllava_cookbook.eval.scoring import score_file
+    if odd := [o for o in a.options if '=' not in o]: raise Usage(f"--set {odd[0]!r} is not NAME=VALUE")
+    options = {k: _value(v) for k,v in (o.split('=', 1) for o in a.options)}
+    s = score_file(a.bench, a.annotations, a.answers, **(dict(partial=True) if a.partial else {}) | options)
+    print(json.dumps(s.to_dict()) if a.json else s)
 
 # %% ../nbs/90_cli.ipynb #a405e55f
 def parser() -> argparse.ArgumentParser: # For `tinyllava` and all its commands
@@ -222,7 +311,7 @@ def parser() -> argparse.ArgumentParser: # For `tinyllava` and all its commands
     return p
 
 def _order():
-    first = ['quickstart', 'bake', 'train', 'chat', 'eval']
+    first = ['quickstart', 'bake', 'check', 'train', 'chat', 'eval', 'score', 'bench']
     return first + [n for n in commands.names() if n not in first]
 
 # %% ../nbs/90_cli.ipynb #ab2724f0
@@ -237,9 +326,9 @@ def main(
     argv:list[str]|None=None, # Words after `tinyllava`; `None` takes those of the process
 ) -> int:                     # Exit code
     "Run one command; errors become one line"
-    a = parser().parse_args(argv)
+    a, code = parser().parse_args(argv), 0
     try:
-        commands[a.command].run(a)
+        code = commands[a.command].run(a) or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
@@ -250,7 +339,7 @@ def main(
         if getattr(a, 'debug', False): raise
         print(f'tinyllava {a.command}: {_one_line(e)}', file=sys.stderr)
         return 2 if isinstance(e, Usage) else 1
-    return 0
+    return code
 
 # %% ../nbs/90_cli.ipynb #0975ec44
 #| eval: false

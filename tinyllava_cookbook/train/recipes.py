@@ -59,7 +59,7 @@ _OWNED = dict(learning_rate='lr', num_train_epochs='epochs', max_steps='max_step
 class Stage:
     "One training run: data, what learns, and how"
     name:str                            # How the stage is called; also the name of its folder
-    data:str|None = None                # LLaVA JSON file; may be given when training starts
+    data:str|dict|None = None           # File or folder; or sources, as `read_mixture` takes them
     images:str|None = None              # Folder that image paths are relative to; `None`: the folder of `data`
     tune:dict = field(default_factory=dict)    # Component -> `Tune`, or just the mode
     template:str|None = None            # Chat template; `None` takes the recipe's
@@ -73,7 +73,11 @@ class Stage:
     optimizer:str = 'adamw'             # One of `OPTIMIZERS`
     weight_decay:float = 0.             # For matrices; biases and norms are never decayed
     max_length:int = 2048               # Tokens per sample, image tokens included
+    pack:int|None = None                # Tokens per row that samples are packed into; `None` pads instead
     image_mode:str|None = None          # How images become square; `None` takes the recipe's
+    share:float = 1.                    # Of the data, drawn once: half of a mix is often nearly as good
+    on_bad_sample:str = 'raise'         # Or 'substitute': another takes the place of a sample that cannot be used
+    bad_budget:float = .01              # Most samples to replace: a share of them (below 1) or a number
     trainer:dict = field(default_factory=dict) # Further `TrainingArguments`
 
     def __post_init__(self):
@@ -94,6 +98,11 @@ def _check_stage(s):
     for k in 'global_batch_size', 'device_batch_size', 'max_steps', 'lr', 'epochs', 'max_length':
         v = getattr(s, k)
         _check(v is None or v > 0, f"{at} {k} is {v}; it must be above 0")
+    _check(s.pack is None or s.pack >= s.max_length,
+           f"{at} pack is {s.pack}; a row must hold the longest sample, max_length {s.max_length}, or be none")
+    _check(0 < s.share <= 1, f"{at} share is {s.share}; it is above 0, and 1 is all of the data")
+    _check(s.on_bad_sample in ('raise', 'substitute'),
+           f"{at} on_bad_sample {s.on_bad_sample!r} is not 'raise' or 'substitute'")
     _check(s.schedule in SCHEDULES, f"{at} schedule {s.schedule!r} is not one of {SCHEDULES}")
     _check(s.optimizer in OPTIMIZERS, f"{at} optimizer {s.optimizer!r} is not one of {OPTIMIZERS}")
     for k in 'warmup', 'weight_decay': _check(getattr(s, k) >= 0, f"{at} {k} {getattr(s, k)} is negative")
@@ -225,6 +234,8 @@ def _set(o, way, text, path):
     elif isinstance(kids[k], (Stage, Tune, dict, list)):
         below = [o.name for o in kids[k]] if isinstance(kids[k], list) else list(_children(kids[k]))
         raise ValueError(f"override {path!r} stops too early; go on with one of {below}")
+    elif isinstance(o, dict):                                                            # data.NAME.share=.5
+        o[k] = _convert(text, float if isinstance(o[k], int) else type(o[k]), path)
     else: setattr(o, k, _convert(text, typing.get_type_hints(type(o))[k], path))
 
 def _loads(text):
@@ -271,7 +282,7 @@ def micro(
               trainer=dict(adam_beta2=.98))])
 
 # %% ../../nbs/30_train.recipes.ipynb #d8b7b5ef
-_paper = dict(warmup=.03, schedule='cosine', weight_decay=0., epochs=1., max_length=2048)
+_paper = dict(warmup=.03, schedule='cosine', weight_decay=0., epochs=1., max_length=2048, pack=4096)
 
 @recipes.register('llava_v15')
 def llava_v15(

@@ -64,7 +64,7 @@ def hit(job, out, at, sig, wait=0.):
         if lines[-1] == at: break
     time.sleep(wait)
     p.send_signal(sig)
-    rest,err = p.communicate(timeout=120)
+    rest,err = p.communicate(timeout=600)
     return p.returncode, [*lines, *map(str.split, rest.splitlines())], err
 
 @pytest.fixture(scope='module')
@@ -90,7 +90,7 @@ def test_kill_at_five_random_moments(job, whole):
         assert code == -signal.SIGKILL, (lines, err[-2000:])
         for o in (out/'finetune').glob('checkpoint-*'): check_complete(o)   # what has a name is whole
     p = start(job, out)
-    _,err = p.communicate(timeout=120)
+    _,err = p.communicate(timeout=600)
     assert p.returncode == 0, err[-3000:]
     same_end(whole, out)
 
@@ -106,7 +106,7 @@ def test_asked_to_stop(job, whole, sig):
     last = int(lines[-1][1])
     assert code == 85 and 3 <= last <= 5 and checkpoints(out/'finetune')[-1].name == f'checkpoint-{last}'
     p = start(job, out)
-    said,err = p.communicate(timeout=120)
+    said,err = p.communicate(timeout=600)
     assert p.returncode == 0 and said.split()[:2] == ['finetune', str(last + 1)]
     same_end(whole, out)
 

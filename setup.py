@@ -10,7 +10,8 @@ config.read(here/'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
 
 expected = '''lib_name version description keywords author author_email license status min_python git_url
-    requirements dev_requirements docs_requirements api_requirements console_scripts'''.split()
+    requirements dev_requirements docs_requirements api_requirements deepspeed_requirements qlora_requirements
+    console_scripts'''.split()
 missing = [o for o in expected if o not in cfg]
 if missing: raise SystemExit(f'settings.ini lacks {missing}')
 
@@ -27,7 +28,7 @@ setuptools.setup(
     packages = setuptools.find_packages(include=[lib, f'{lib}.*'], exclude=[f'{lib}._data*']),
     package_data = {lib: ['_data/**/*']},
     install_requires = shlex.split(cfg['requirements']),
-    extras_require = {o: shlex.split(cfg[f'{o}_requirements']) for o in ('dev','docs','api')},
+    extras_require = {o: shlex.split(cfg[f'{o}_requirements']) for o in ('dev','docs','api','deepspeed','qlora')},
     python_requires = '>=' + cfg['min_python'],
     long_description = readme.read_text(encoding='utf-8') if readme.exists() else cfg['description'],
     long_description_content_type = 'text/markdown',

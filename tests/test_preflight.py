@@ -224,7 +224,8 @@ def test_lengths_that_depend_on_pictures(world):
 def test_work_can_be_sent_to_fresh_processes(encoder):
     "Where processes are spawned, not forked, what they do is pickled"
     import pickle
-    from tinyllava_cookbook.data.preflight import _Looks, _Picture, _Text
+    from tinyllava_cookbook.data.batches import _Pieces
+    from tinyllava_cookbook.data.preflight import _Picture, _Text
     for look in _Text(encoder, (512,), None, 20), _Picture(20):
-        again = pickle.loads(pickle.dumps(_Looks(['x'], look)))
-        assert again[0] == _Looks(['x'], look)[0]
+        again = pickle.loads(pickle.dumps(_Pieces(['x'], look)))
+        assert again[0] == _Pieces(['x'], look)[0]

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'IMAGE_TOKEN', 'SHORT', 'LETTER', 'UnknownName', 'Registry', 'seed_everything', 'pick_device', 'pick_dtype',
-           'read_json', 'write_json', 'cache_dir', 'package_data', 'quiet', 'versions']
+           'replacing', 'read_json', 'write_json', 'write_lines', 'cache_dir', 'package_data', 'Table', 'quiet',
+           'versions']
 
 # %% ../nbs/00_core.ipynb #f1f55919
-import difflib, json, os, random, tempfile, uuid
+import difflib, html, json, os, random, tempfile, uuid
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,20 @@ def pick_dtype(
     return getattr(torch, name)
 
 # %% ../nbs/00_core.ipynb #5184d1db
+@contextmanager
+def replacing(
+    path,   # The file to be; folders are made
+):          # Gives the path to write to
+    "Write a file in one step: it takes its place at the end of the block, and not after an error"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')   # its own in every thread
+    try:
+        yield part
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #15fdf212
 def read_json(
     path,   # A JSON file in UTF-8
 ) -> Any:   # What it holds
@@ -124,13 +139,18 @@ def write_json(
     "Write JSON in one step: the file is either the old one or all of the new one"
     path = Path(path)
     text = json.dumps(obj, indent=indent, ensure_ascii=False)   # fails before anything is touched
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')   # its own in every thread
-    try:
-        tmp.write_text(text + '\n', encoding='utf-8')
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    with replacing(path) as part: part.write_text(text + '\n', encoding='utf-8')
     return path
+
+# %% ../nbs/00_core.ipynb #ed071124
+def write_lines(
+    path,   # Where to; folders are made
+    rows,   # What JSON can hold, one per line
+) -> Path:  # The path
+    "Write JSON lines, in one step too"
+    with replacing(path) as part, part.open('w', encoding='utf-8', newline='\n') as f:
+        f.writelines(json.dumps(r, ensure_ascii=False) + '\n' for r in rows)
+    return Path(path)
 
 # %% ../nbs/00_core.ipynb #028b9c47
 def cache_dir(
@@ -160,6 +180,25 @@ def package_data(
         have = sorted(o.name for o in root.iterdir()) if root.exists() else []
         raise FileNotFoundError(f"no package data {name!r} in {str(root)!r}; choose from {have}, or reinstall")
     return path
+
+# %% ../nbs/00_core.ipynb #f9d5f918
+class Table(list):
+    "Rows (dicts with the same keys) that print as a table, in text and in HTML"
+    def _cells(self) -> list[list[str]]:
+        def fmt(v):
+            if isinstance(v, int): return f'{v:,}'
+            return '' if v is None else f'{v:g}' if isinstance(v, float) else str(v)
+        return [list(self[0])] + [[fmt(v) for v in r.values()] for r in self] if self else [[]]
+    def __repr__(self) -> str:
+        cells = self._cells()
+        width = [max(map(len, col)) for col in zip(*cells)]
+        right = [isinstance(v, (int, float)) for v in self[0].values()] if self else []
+        line = lambda r: '  '.join(c.rjust(w) if n else c.ljust(w) for c,w,n in zip(r, width, right)).rstrip()
+        return '\n'.join(map(line, cells))
+    def _repr_html_(self) -> str:
+        row = lambda r,t: '<tr>' + ''.join(f'<{t}>{html.escape(c)}</{t}>' for c in r) + '</tr>'
+        head,*body = self._cells()
+        return f"<table>{row(head, 'th')}{''.join(row(r, 'td') for r in body)}</table>"
 
 # %% ../nbs/00_core.ipynb #4931b3ae
 @contextmanager

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'SYNONYMS', 'POOLS', 'MMBENCH_COLUMNS', 'View', 'views', 'save_view', 'coco_name', 'save_coco',
-           'write_jsonl', 'sentence', 'ten_answers', 'vqa_types', 'write_vqav2', 'gqa_program', 'gqa_spans',
-           'gqa_questions', 'write_gqa', 'write_textvqa', 'Choice', 'asked', 'choice', 'write_scienceqa', 'write_pope',
-           'mme_pairs', 'write_mme', 'either', 'mmvet_items', 'write_mmvet', 'mmmu_record', 'write_mmmu', 'circular',
+           'sentence', 'ten_answers', 'vqa_types', 'write_vqav2', 'gqa_program', 'gqa_spans', 'gqa_questions',
+           'write_gqa', 'write_textvqa', 'Choice', 'asked', 'choice', 'write_scienceqa', 'write_pope', 'mme_pairs',
+           'write_mme', 'either', 'mmvet_items', 'write_mmvet', 'mmmu_record', 'write_mmmu', 'circular',
            'write_mmbench', 'llavabench_qas', 'write_llavabench', 'write_benchmarks']
 
 # %% ../nbs/02_microbench.ipynb #1d4b873f
@@ -17,13 +17,13 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
-from .core import Registry, write_json
+from .core import Registry, write_json, write_lines
 from .microworld import (ASK, COLORS, PLACES, QA, SHAPES, SIZES, WORDS, Obj, Scene, absent, an, at,
                                            describe, draw, image_name, phrase, pope_questions, questions,
                                            sample_scene, scene_text)
@@ -79,16 +79,6 @@ def save_coco(
 
 # %% ../nbs/02_microbench.ipynb #0ff4ecb0
 BENCHMARKS = Registry('benchmark') # Name -> writer
-
-def write_jsonl(
-    path:str|Path,       # Where to; folders are made
-    rows:Iterable[dict], # One per line
-) -> Path:
-    "Write JSON lines"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows), encoding='utf-8')
-    return path
 
 def sentence(
     text:str, # One or more sentences
@@ -321,7 +311,7 @@ def write_textvqa(
     write_json(out/'TextVQA_0.5.1_val.json', head | dict(dataset_version='0.5.1', data=rows))
     write_json(out/'TextVQA_Rosetta_OCR_v0.2_val.json', head | dict(dataset_version='0.2', data=ocr))
     prompts = [_textvqa_prompt(r, ocr[k//2]) for k,r in enumerate(rows)]
-    write_jsonl(out/'llava_textvqa_val_v051_ocr.jsonl', prompts)
+    write_lines(out/'llava_textvqa_val_v051_ocr.jsonl', prompts)
     return out
 
 # %% ../nbs/02_microbench.ipynb #e0de62ad
@@ -399,7 +389,7 @@ def write_pope(
     "POPE: `coco/coco_pope_{random,popular,adversarial}.json` (JSON lines); pictures in `../val2014`"
     out, names = Path(folder)/'pope', {image_name(k): coco_name(v.i+1) for k,v in enumerate(views)}
     for category, rows in pope_questions([v.scene for v in views], rng).items():
-        write_jsonl(out/'coco'/f'coco_pope_{category}.json', [r | dict(image=names[r['image']]) for r in rows])
+        write_lines(out/'coco'/f'coco_pope_{category}.json', [r | dict(image=names[r['image']]) for r in rows])
     save_coco(folder, views)
     return out
 
@@ -638,7 +628,7 @@ def write_llavabench(
             answers.append(dict(question_id=len(answers), prompt=question, text=answer,
                                 answer_id=f'scene-{v.i}-{category}', model_id='microworld', metadata={}))
     for name, rows in dict(questions=qs, context=context, answers_gpt4=answers).items():
-        write_jsonl(out/f'{name}.jsonl', rows)
+        write_lines(out/f'{name}.jsonl', rows)
     return out
 
 # %% ../nbs/02_microbench.ipynb #c73740b3

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .core import IMAGE_TOKEN, LETTER, SHORT, write_json
+from .core import IMAGE_TOKEN, LETTER, SHORT, write_json, write_lines
 
 # %% ../nbs/01_microworld.ipynb #841a3dfd
 SIDE = 64 # Width and height of a picture in pixels
@@ -423,5 +423,5 @@ def write_world(
     files = {f'pope/coco_pope_{k}.json': rows for k,rows in pope_questions(scenes, rng).items()}
     files['questions.jsonl'] = single
     for name,rows in files.items():
-        (folder/name).write_text(''.join(json.dumps(r)+'\n' for r in rows), encoding='utf-8')
+        write_lines(folder/name, rows)
     return scenes

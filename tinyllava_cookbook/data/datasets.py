@@ -8,7 +8,7 @@ __all__ = ['ON_READING', 'FORMATS', 'BAD', 'ON_BAD', 'Sample', 'naming', 'read_s
            'Encoder', 'image_counts', 'VLMDataset', 'VLMStream', 'passes', 'Mixture', 'read_mixture']
 
 # %% ../../nbs/12_data.datasets.ipynb #0ebadb63
-import contextlib, csv, hashlib, json, logging, math, os, re, uuid, zlib
+import contextlib, csv, hashlib, json, logging, math, os, re, zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.table import MemoryMappedTable
-from ..core import IGNORE, IMAGE_TOKEN, Registry, cache_dir
+from ..core import IGNORE, IMAGE_TOKEN, Registry, cache_dir, replacing
 from .images import (IMAGE_MODES, anyres_n_tokens, image_size, load_image, pinpoints,
                                             prepare, target_size)
 from .templates import ChatTemplate, chat_template, read_messages
@@ -178,14 +178,10 @@ def _arrow(key:str, records, folder, name:str, on_bad_sample:str='raise', batch:
     keep, out = on_bad_sample == 'keep', cache_dir('arrow')/f'{key}.arrow'
     schema = _SCHEMA.append(pa.field('error', pa.string())) if keep else _SCHEMA
     if not out.exists():
-        part = out.with_name(f'{out.name}.{uuid.uuid4().hex}.tmp')
-        try:
-            with pa.OSFile(str(part), 'wb') as f, pa.ipc.new_stream(f, schema) as w:
-                rows = (_row(r, i, folder, keep, name) for i, r in enumerate(records()))
-                while some := [r for _, r in zip(range(batch), rows)]:
-                    w.write_batch(pa.RecordBatch.from_pylist(some, schema))
-            os.replace(part, out)
-        finally: part.unlink(missing_ok=True)
+        with replacing(out) as part, pa.OSFile(str(part), 'wb') as f, pa.ipc.new_stream(f, schema) as w:
+            rows = (_row(r, i, folder, keep, name) for i, r in enumerate(records()))
+            while some := [r for _, r in zip(range(batch), rows)]:
+                w.write_batch(pa.RecordBatch.from_pylist(some, schema))
     ds = Dataset(MemoryMappedTable.from_file(str(out)), fingerprint=key)
     if not len(ds): raise ValueError(f"{name!r} holds no samples")
     return ds

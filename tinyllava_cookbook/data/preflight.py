@@ -7,7 +7,7 @@ __all__ = ['FAULTS', 'Fault', 'image_fault', 'text_fault', 'Count', 'count', 'Re
            'show_lengths', 'show_samples', 'save_report', 'write_clean', 'preflight']
 
 # %% ../../nbs/14_data.preflight.ipynb #89cc105a
-import copy, json, os, time, uuid, zlib
+import copy, json, time, zlib
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
-from ..core import IGNORE, IMAGE_TOKEN, write_json
+from ..core import IGNORE, IMAGE_TOKEN, replacing, write_json
+from .batches import look_at_all
 from .datasets import FORMATS, Encoder, Sample, _guess, image_counts, read_records, read_sample
 from .images import image_size, load_image
 from .templates import show_mask
@@ -98,27 +97,6 @@ def count(
     ids, labels = e.tokens(sample)[:2]
     at = [i for i, l in enumerate(labels) if l != IGNORE]
     return Count(len(ids), len(at), tuple(len(at) - bisect_left(at, m) for m in limits))
-
-# %% ../../nbs/14_data.preflight.ipynb #df0ddb48
-class _Looks(Dataset):
-    "What `look` finds for 64 things at a time"
-    def __init__(self, things, look): self.things,self.look = things,look
-    def __len__(self): return -(-len(self.things) // 64)
-    def __getitem__(self, k):
-        return [self.look(self.things[i], i) for i in range(64*k, min(64*k + 64, len(self.things)))]
-
-def _as_is(x): return x
-def _cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
-def _each(things, look, what:str, workers:int|None, progress:bool) -> list:
-    "`look(thing, index)` of each, in order"
-    if workers is None: workers = min(_cores(), len(things)//500)
-    out, silent = [], {} if progress else dict(disable=True)
-    with tqdm(total=len(things), desc=what, delay=1, **silent) as bar:
-        for found in DataLoader(_Looks(things, look), batch_size=None, num_workers=workers, collate_fn=_as_is):
-            out += found
-            bar.update(len(found))
-    return out
 
 # %% ../../nbs/14_data.preflight.ipynb #fd9cefdc
 @dataclass
@@ -325,17 +303,13 @@ def write_clean(
     if len(r.bad) == r.samples: raise ValueError("not one sample is without fault; nothing to write")
     lines = path.suffix.lower() in ('.jsonl', '.ndjson')
     start, between, end = ('', '\n', '\n') if lines else ('[\n', ',\n', '\n]\n')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, n = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp'), 0
     try:
-        with part.open('w', encoding='utf-8') as f:
+        with replacing(path) as part, part.open('w', encoding='utf-8') as f:
             for n, o in enumerate(_clean(r), 1):
                 f.write((between if n > 1 else start) + json.dumps(o, ensure_ascii=False))
             f.write(end)
-        os.replace(part, path)
     except TypeError:
         raise ValueError("rows that hold pictures fit no JSON file; select those outside `.bad`") from None
-    finally: part.unlink(missing_ok=True)
     return n
 
 # %% ../../nbs/14_data.preflight.ipynb #9e99a7ac
@@ -388,9 +362,9 @@ def preflight(
     encoder = _encoder(recipe)
     rows, folder, source = _rows(data, images, format)
     limits = _limits(encoder.max_length) if encoder else ()
-    texts = _each(rows, _Text(encoder, limits, folder, max_aspect), 'texts', workers, progress)
+    texts = look_at_all(rows, _Text(encoder, limits, folder, max_aspect), 'texts', workers, progress)
     files = list(dict.fromkeys(p for o in texts for p in o[4]))
-    looks = _each(files, _Picture(max_aspect), 'pictures', workers, progress)
+    looks = look_at_all(files, _Picture(max_aspect), 'pictures', workers, progress)
     seen, faults = dict(zip(files, looks)), _repeats(texts)
     for i, (name, _, fault, _, paths, inside) in enumerate(texts):
         faults += [Fault(i, name, *o) for o in (fault, *inside, *(seen[p] for p in dict.fromkeys(paths))) if o]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, BitImageProcessorPil, CLIPImageProcessorPil,
-    PreTrainedTokenizerFast, SiglipImageProcessorPil)
+    PreTrainedTokenizerFast, SiglipImageProcessorPil, ViTImageProcessorPil)
 from transformers.utils import logging
 
 from .core import Registry, UnknownName, package_data, quiet
@@ -36,15 +36,27 @@ def tiny_text(
     return [one() for _ in range(n)]
 
 # %% ../nbs/03_ingredients.ipynb #aab3bf61
+_END,_CHAT = '<|endoftext|>', ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
+_LLAMA,_LLAMA3 = ['<unk>', '<s>', '</s>'], ['<|begin_of_text|>', '<|end_of_text|>']
+_GEMMA = dict(first=['<pad>', '<eos>', '<bos>', '<unk>', '<start_of_turn>', '<end_of_turn>'], bos='<bos>', eos='<eos>',
+    unk='<unk>', pad='<pad>')
 tiny_tokenizers = Registry('tokenizer family')
-tiny_tokenizers.register('llama', dict(first=['<unk>', '<s>', '</s>'], bos='<s>', eos='</s>', unk='<unk>'))
-tiny_tokenizers.register('gemma', dict(first=['<pad>', '<eos>', '<bos>', '<unk>', '<start_of_turn>', '<end_of_turn>'],
-    bos='<bos>', eos='<eos>', unk='<unk>', pad='<pad>'))
-tiny_tokenizers.register('phi', dict(last=['<|endoftext|>'], eos='<|endoftext|>', unk='<|endoftext|>'))
-tiny_tokenizers.register('qwen2', dict(last=['<|endoftext|>', '<|im_start|>', '<|im_end|>'], eos='<|endoftext|>',
-    pad='<|endoftext|>'))
-tiny_tokenizers.register('stablelm', dict(last=['<|endoftext|>', '<|im_start|>', '<|im_end|>'], eos='<|endoftext|>',
-    pad='<|endoftext|>'))
+for _name,_tokens in dict(
+    llama = dict(first=_LLAMA, bos='<s>', eos='</s>', unk='<unk>'),
+    llama3 = dict(last=_LLAMA3 + ['<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>'], bos=_LLAMA3[0],
+        eos='<|eot_id|>'),
+    phi = dict(last=[_END], eos=_END, unk=_END),
+    phi3 = dict(first=_LLAMA, last=[_END, '<|assistant|>', '<|system|>', '<|end|>', '<|user|>'], bos='<s>',
+        adds_bos=False, eos=_END, unk='<unk>', pad=_END),
+    qwen2 = dict(last=_CHAT, eos=_END, pad=_END),
+    qwen3 = dict(last=_CHAT, eos='<|im_end|>', pad=_END),
+    gemma = _GEMMA, gemma2 = dict(_GEMMA), gemma3_text = dict(_GEMMA, last=['<image_soft_token>']),
+    stablelm = dict(last=_CHAT, eos=_END, pad=_END),
+    smollm2 = dict(first=_CHAT, bos='<|im_start|>', adds_bos=False, eos='<|im_end|>', unk=_END, pad='<|im_end|>'),
+    smollm3 = dict(last=_LLAMA3 + _CHAT[1:], eos='<|im_end|>', pad='<|im_end|>'),
+    granite = dict(first=_LLAMA3[1:], last=['<|start_of_role|>', '<|end_of_role|>'], bos=_LLAMA3[1], adds_bos=False,
+        eos=_LLAMA3[1], unk=_LLAMA3[1], pad=_LLAMA3[1]),
+).items(): tiny_tokenizers.register(_name, _tokens)
 
 # %% ../nbs/03_ingredients.ipynb #a2d1782c
 def tiny_tokenizer(
@@ -59,7 +71,7 @@ def tiny_tokenizer(
     tok.train_from_iterator(texts or tiny_text(), trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
         special_tokens=f.get('first', []), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tok.add_special_tokens(f.get('last', []))
-    if bos := f.get('bos'):
+    if (bos := f.get('bos')) and f.get('adds_bos', True):
         tok.post_processor = processors.TemplateProcessing(single=f'{bos} $A', pair=f'{bos} $A {bos} $B',
             special_tokens=[(bos, tok.token_to_id(bos))])
     names = {f'{k}_token': f[k] for k in ('bos', 'eos', 'unk', 'pad') if k in f}
@@ -69,18 +81,30 @@ def tiny_tokenizer(
 # %% ../nbs/03_ingredients.ipynb #a5fa4f3d
 _LLM = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=512, initializer_range=0.08)
+_GEMMA_LLM = dict(_LLM, head_dim=16, query_pre_attn_scalar=16, sliding_window=16,
+    layer_types=['sliding_attention', 'full_attention'])
 tiny_llms = Registry('tiny language model')
-tiny_llms.register('llama', dict(_LLM))
-tiny_llms.register('phi', dict(_LLM, num_key_value_heads=4, partial_rotary_factor=0.5, pad_vocab=64))
-tiny_llms.register('qwen2', dict(_LLM, tie_word_embeddings=True, pad_vocab=64))
-tiny_llms.register('gemma', dict(_LLM, num_key_value_heads=1, head_dim=8))
-tiny_llms.register('stablelm', dict(_LLM, num_key_value_heads=4, pad_vocab=64))
+for _name,_config in dict(
+    llama = _LLM, llama3 = dict(_LLM, model='llama', tie_word_embeddings=True),
+    phi = dict(_LLM, num_key_value_heads=4, partial_rotary_factor=0.5, pad_vocab=64),
+    phi3 = dict(_LLM, num_key_value_heads=4, pad_vocab=64),
+    qwen2 = dict(_LLM, tie_word_embeddings=True, pad_vocab=64),
+    qwen3 = dict(_LLM, tie_word_embeddings=True, head_dim=16, pad_vocab=64),
+    gemma = dict(_LLM, num_key_value_heads=1, head_dim=8),
+    gemma2 = _GEMMA_LLM, gemma3_text = dict(_GEMMA_LLM, spare_rows=-1),
+    stablelm = dict(_LLM, num_key_value_heads=4, pad_vocab=64),
+    smollm2 = dict(_LLM, model='llama', tie_word_embeddings=True),
+    smollm3 = dict(_LLM, tie_word_embeddings=True, no_rope_layer_interval=2),
+    granite = dict(_LLM, tie_word_embeddings=True, embedding_multiplier=12., residual_multiplier=.22,
+        attention_multiplier=.125, logits_scaling=8.),
+).items(): tiny_llms.register(_name, _config)
 
 def _tiny_llm(family, dir, **over):
     tok = tiny_tokenizer(family)
     kw = dict(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=None, **tiny_llms[family])
-    pad = kw.pop('pad_vocab', 1)
-    cfg = AutoConfig.for_model(family, **{**kw, 'vocab_size': -(-len(tok)//pad)*pad, **over})
+    model,pad,spare = kw.pop('model', family), kw.pop('pad_vocab', 1), kw.pop('spare_rows', 0)
+    rows = -(-(len(tok) + spare)//pad)*pad
+    cfg = AutoConfig.for_model(model, **{**kw, 'vocab_size': rows, **over})
     AutoModelForCausalLM.from_config(cfg, dtype=torch.float32).save_pretrained(dir)
     tok.save_pretrained(dir)
 
@@ -90,29 +114,40 @@ _TEXT = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_atte
     max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1)
 tiny_visions = Registry('tiny vision encoder')
 
+def _square(px): return dict(size={'shortest_edge': px}, crop_size={'height': px, 'width': px})
+
 @tiny_visions.register('clip')
 def _tiny_clip(px, **over):
     return (dict(vision_config={**_VISION, 'intermediate_size': 64, **over}, text_config=_TEXT, projection_dim=16),
-        CLIPImageProcessorPil(size={'shortest_edge': px}, crop_size={'height': px, 'width': px}))
+        CLIPImageProcessorPil(**_square(px)))
 
 @tiny_visions.register('siglip')
-def _tiny_siglip(px, **over):
-    return (dict(vision_config={**_VISION, 'intermediate_size': 64, **over}, text_config=_TEXT),
-        SiglipImageProcessorPil(size={'height': px, 'width': px}, resample=3))
+def _tiny_siglip(px, resample=3, **over):
+    return (dict(model='siglip', vision_config={**_VISION, 'intermediate_size': 64, **over}, text_config=_TEXT),
+        SiglipImageProcessorPil(size={'height': px, 'width': px}, resample=resample))
+
+@tiny_visions.register('siglip2')
+def _tiny_siglip2(px, **over): return _tiny_siglip(px, resample=2, **over)   # fixed resolution: a SigLIP, bilinear
 
 @tiny_visions.register('dinov2')
-def _tiny_dinov2(px, **over):
-    return (dict({**_VISION, 'mlp_ratio': 2, **over}),
-        BitImageProcessorPil(size={'shortest_edge': px}, crop_size={'height': px, 'width': px}))
+def _tiny_dinov2(px, **over): return {**_VISION, 'mlp_ratio': 2, **over}, BitImageProcessorPil(**_square(px))
+
+@tiny_visions.register('dinov2_with_registers')
+def _tiny_registers(px, **over): return _tiny_dinov2(px, **{'num_register_tokens': 4, **over})
+
+@tiny_visions.register('vit')
+def _tiny_vit(px, **over):
+    return {**_VISION, 'intermediate_size': 64, **over}, ViTImageProcessorPil(size={'height': px, 'width': px})
 
 def _tiny_vision(family, dir, **over):
     cfg,proc = tiny_visions[family](over.get('image_size', _VISION['image_size']), **over)
-    AutoModel.from_config(AutoConfig.for_model(family, **cfg), dtype=torch.float32).save_pretrained(dir)
+    cfg = AutoConfig.for_model(cfg.pop('model', family), **cfg)
+    AutoModel.from_config(cfg, dtype=torch.float32).save_pretrained(dir)
     proc.save_pretrained(dir)
 
 # %% ../nbs/03_ingredients.ipynb #d3d719e9
 def tiny_checkpoint(
-    family:str,  # 'clip', 'siglip', 'dinov2', or 'llama', 'phi', 'qwen2', 'gemma', 'stablelm'
+    family:str,  # A name of `tiny_visions` or `tiny_llms`: 'clip', 'siglip', 'llama', 'qwen2', ...
     dir,         # Where to write
     seed:int=0,  # Same seed, same weights
     **config,    # Configuration fields to set otherwise, e.g. `hidden_size=64`

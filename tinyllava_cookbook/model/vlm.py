@@ -123,7 +123,6 @@ class VLMPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         if module not in set(self.connector.modules()): super()._init_weights(module)
-        elif hasattr(module, 'reset_parameters'): module.reset_parameters()
 
     def get_input_embeddings(self): return self.language_model.get_input_embeddings()
     def set_input_embeddings(self, value): self.language_model.set_input_embeddings(value)

@@ -144,7 +144,8 @@ def image_features(
     c,tower = model.config, model.vision_tower
     x_bnv = vision_features(tower, pixel_values.to(tower.device), c.vision_feature_layer, c.vision_feature_select,
         c.drop_first_patch)
-    return model.connector(x_bnv.to(next((p.dtype for p in model.connector.parameters()), x_bnv.dtype)))
+    floats = (p.dtype for p in model.connector.parameters() if p.is_floating_point())   # 4-bit weights are bytes
+    return model.connector(x_bnv.to(next(floats, x_bnv.dtype)))
 
 def _blank(model):
     "An empty image for a batch without any"

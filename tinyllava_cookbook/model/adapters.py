@@ -14,13 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-# %% ../../nbs/26_model.adapters.ipynb #b435b3b8
-def _peft():
-    "peft; what bitsandbytes says about an optional kernel is left out"
-    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
-    import peft
-    return peft
+# %% ../../nbs/26_model.adapters.ipynb #424f4b4d
+logging.getLogger('bitsandbytes').setLevel(logging.ERROR)   # silent about a kernel that is optional
 
+# %% ../../nbs/26_model.adapters.ipynb #b435b3b8
 def add_adapters(
     model:nn.Module,    # Changed in place
     names:list[str],    # Full names of linear layers
@@ -33,7 +30,8 @@ def add_adapters(
     if not names: raise ValueError("no layers to adapt")
     for n in names:
         if not isinstance(model.get_submodule(n), nn.Linear): raise TypeError(f"{n!r} is not a linear layer")
-    peft,four = _peft(), any(is_quantized(model.get_submodule(n)) for n in names)
+    import peft
+    four = any(is_quantized(model.get_submodule(n)) for n in names)
     cfg = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, use_dora=dora, target_modules=list(names))
     model.is_loaded_in_4bit = four   # peft asks for this
     peft.inject_adapter_in_model(cfg, model)
@@ -88,7 +86,6 @@ def quantize(
 ):
     "Keep the weights of these layers in 4 bits"
     need_bitsandbytes()
-    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
     for n in names: model.set_submodule(n, _nf4(model.get_submodule(n)))
 
 # %% ../../nbs/26_model.adapters.ipynb #5572d117
@@ -137,9 +134,10 @@ def merge_adapters(
 # %% ../../nbs/26_model.adapters.ipynb #1b7bd63a
 def _config(layers, also):
     "peft's configuration for these layers"
+    from peft import LoraConfig
     first = next(iter(layers.values()))
     r,alpha = first.r['default'], first.lora_alpha['default']
-    return _peft().LoraConfig(r=r, lora_alpha=alpha, lora_dropout=getattr(first.lora_dropout['default'], 'p', 0.),
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=getattr(first.lora_dropout['default'], 'p', 0.),
         target_modules=list(layers), use_dora=first.use_dora['default'], modules_to_save=list(also) or None,
         rank_pattern={n:m.r['default'] for n,m in layers.items() if m.r['default'] != r},
         alpha_pattern={n:m.lora_alpha['default'] for n,m in layers.items() if m.lora_alpha['default'] != alpha},

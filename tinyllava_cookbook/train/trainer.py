@@ -9,6 +9,9 @@ __all__ = ['PARALLEL', 'PEAK_TFLOPS', 'DONE', 'EpochBatches', 'deepspeed_config'
            'train_recipe']
 
 # %% ../../nbs/32_train.trainer.ipynb #cab1f33a
+# first, as it silences what transformers imports
+from ..model.adapters import adapted, merge_adapters, merged_state, n_weights, restore, save_adapters
+
 import atexit, dataclasses, importlib.util, json, math, os, shutil, sys, time
 from contextlib import contextmanager
 from functools import partial
@@ -31,11 +34,11 @@ from ..durable import (Stopped, asked_to_stop, check_complete, checkpoints, find
     mark_complete, publish, remove, stop_on_signal)
 from ..ingredients import ingredient
 from ..model.checkpoints import load, save
-from ..model.vision import load_strict, patch_grid
+from ..model.vision import patch_grid
 from ..model.vlm import compose
 from .recipes import Recipe, Stage, _check_names, batch_sizes, to_dict
 from .recipes import recipe as find_recipe
-from .tuning import apply_tune, param_groups, reachable
+from .tuning import _prefix, apply_tune, check_tune, param_groups, reachable
 
 # %% ../../nbs/32_train.trainer.ipynb #9740cff2
 class EpochBatches:
@@ -97,6 +100,8 @@ def _parallel(name, stage, cuda):
         raise ValueError(f"stage {stage.name!r}: Muon needs whole matrices; take parallel 'ddp', or optimizer 'adamw'")
     if 'RANK' not in os.environ:
         raise ValueError(f"parallel {name!r} needs a launcher, for one process too: torchrun --nproc-per-node 1 ...")
+    if name in ('zero3', 'zero3-offload', 'fsdp') and any(t.mode == 'qlora' for t in stage.tune.values()):
+        raise ValueError(f"stage {stage.name!r}: 4-bit weights cannot be cut up by {name!r}; take 'ddp' or 'zero2'")
     if name == 'fsdp' and not cuda:
         raise ValueError("parallel 'fsdp' needs GPUs: accelerate runs plain DDP on a CPU, in silence")
     if name == 'fsdp': return dict(fsdp=True, fsdp_config=dict(version=2, state_dict_type='FULL_STATE_DICT'))
@@ -229,7 +234,7 @@ def flop_rates(
     model,   # A `VLMForConditionalGeneration`, after `apply_tune`
 ) -> dict:   # Per token, per learned token, per image and per squared length
     "Floating point operations of a training step: forward, and backward as far as something learns"
-    def size(ps): return sum(p.numel() for p in ps if p.ndim > 1)
+    def size(ps): return sum(n_weights(p) for p in ps if p.ndim > 1)
     def cost(ps, below):   # 2 per weight forward, 2 to pass the gradient on, 2 for a weight that learns
         learn = [p for p in ps if p.requires_grad]
         return 2*size(ps) + 2*size(ps if below else learn) + 2*size(learn)
@@ -295,7 +300,7 @@ class _Metered(Trainer):
 
 # %% ../../nbs/32_train.trainer.ipynb #f9903de8
 _SAME = ('tune', 'template', 'global_batch_size', 'lr', 'epochs', 'max_steps', 'warmup', 'schedule', 'optimizer',
-         'weight_decay', 'max_length', 'image_mode', 'pack')   # fields of a stage that decide its losses
+         'weight_decay', 'max_length', 'image_mode', 'pack', 'share', 'on_bad_sample')   # what decides a stage's losses
 
 def _plan(stage, **more):
     "What has to be the same for a run to go on"
@@ -351,8 +356,7 @@ class _Strict(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled: return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        model = self.model if model is None else model
-        model.load_state_dict(load_strict(type(model), resume_from_checkpoint, dtype=torch.float32).state_dict())
+        restore(self.model if model is None else model, resume_from_checkpoint)
 
 # %% ../../nbs/32_train.trainer.ipynb #df958c1a
 class StopSignal(TrainerCallback):
@@ -643,11 +647,15 @@ def _float_weights(model, cuda):
         if p.requires_grad: p.data = p.data.float()
 
 def _save_whole(trainer, path, recipe):
-    "The finished model in one folder, gathered from all processes"
-    t = trainer
-    if t.is_deepspeed_enabled or t.is_fsdp_enabled:
-        whole = t.accelerator.get_state_dict(t.model_wrapped)
-        t.model.save_pretrained = partial(t.model.save_pretrained, state_dict=whole)
+    "The finished model in one folder, gathered from all processes; adapters both taken in and beside it"
+    t,cut = trainer, trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    whole = t.accelerator.get_state_dict(t.model_wrapped) if cut else None
+    if t.args.should_save and adapted(t.model):
+        also = [_prefix[p] for p,o in t.stage.tune.items() if o.mode in ('full', 'partial')]
+        save_adapters(t.model, Path(path)/'adapter', also, whole)
+        if cut: whole = merged_state(t.model, whole)
+    if cut: t.model.save_pretrained = partial(t.model.save_pretrained, state_dict=whole)
+    else: merge_adapters(t.model)
     if t.args.should_save: save(t.model, t.processor, path, recipe=recipe)
 
 def _finish(trainer, result, out, final, recipe):
@@ -656,6 +664,7 @@ def _finish(trainer, result, out, final, recipe):
         at = f"step {s.global_step} of {s.max_steps}"
         raise Stopped(f"asked to stop: saved in {str(out)!r} at {at}; resume='auto' goes on")
     if final: _save_whole(trainer, final, recipe)
+    elif not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled): merge_adapters(trainer.model)
     if trainer.args.should_save:
         write_json(out/'log.json', dataclasses.asdict(result))
         if final: write_json(out/DONE, _plan(trainer.stage, seed=trainer.args.seed))
@@ -727,6 +736,7 @@ def train_recipe(
     names = [s.name for s in r.stages]
     todo = list(stages or names)
     _check_names([*todo, *data], names, f"stage in recipe {r.name!r}:")
+    check_tune(*map(r.stage, todo))
     rows = {o:_rows(r.stage(o), data.get(o), images) for o in todo}   # missing data fails here
     results = {o:x for o in todo if resume and (x := _finished(r, out, o))}
     model = None

@@ -1,0 +1,140 @@
+"Adapters in training: what changes, what a folder holds, and that it goes on after an interruption."
+import copy, json, os, subprocess, sys
+from unittest.mock import patch
+import pytest
+
+torch = pytest.importorskip('torch')
+pytest.importorskip('peft')
+from safetensors.torch import load_file
+from transformers.utils import logging
+from tinyllava_cookbook.core import read_json
+from tinyllava_cookbook.ingredients import tiny_checkpoint
+from tinyllava_cookbook.microworld import write_world
+from tinyllava_cookbook.model.adapters import adapted, restore
+from tinyllava_cookbook.model.checkpoints import load
+from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.train.recipes import ADAPTERS, PARTS, Recipe, Stage, Tune
+from tinyllava_cookbook.train.trainer import train_recipe, train_stage
+from tinyllava_cookbook.train.tuning import apply_tune, learnable
+
+logging.disable_progress_bar()
+WIDE = dict(hidden_size=64, intermediate_size=128)
+
+@pytest.fixture(scope='module')
+def parts(tmp_path_factory):
+    "Folders of random tiny checkpoints"
+    d = tmp_path_factory.mktemp('parts')
+    return {o: tiny_checkpoint(o, d/o, **WIDE) for o in ('siglip', 'llama', 'qwen2')}
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    "Eight samples of the microworld"
+    d = tmp_path_factory.mktemp('world')
+    write_world(d, 8)
+    return dict(world=dict(data=str(d/'instruct.json'), images=str(d/'images')))
+
+def stage(tune, **kw):
+    kw = dict(lr=5e-3, global_batch_size=4, max_steps=4, warmup=0., image_mode='squash') | kw
+    return Stage('ft', tune=tune, **kw)
+
+def inputs(model):
+    "One picture and a question"
+    torch.manual_seed(3)
+    ids = [1, *[model.config.image_token_id]*model.config.image_seq_length, 50, 60, 70]
+    return dict(input_ids=torch.tensor([ids]), pixel_values=torch.randn(1, 3, 32, 32))
+
+@torch.no_grad()
+def logits(model): return model.eval()(**inputs(model)).logits
+
+TUNES = {
+    'lora': dict(connector='full', llm=Tune('lora', r=4, dropout=.1)),
+    'dora': dict(connector='full', llm=Tune('dora', r=4)),
+    'qlora': dict(connector='full', llm=Tune('qlora', r=4)),
+    'everywhere': dict(vision=Tune('lora', r=2, lr=1e-3), connector=Tune('lora', r=3), llm=Tune('lora', r=4, targets=['q_proj', 'v_proj'])),
+    'all in 4 bits': dict.fromkeys(PARTS, Tune('qlora', r=4)),
+    'mixed': dict(vision=Tune('partial', from_layer=1), connector=Tune('lora', r=4), llm=Tune('dora', r=4)),
+}
+
+@pytest.mark.parametrize('name', TUNES)
+@pytest.mark.parametrize('llm', ['llama', 'qwen2'])
+def test_exactly_the_adapted_weights_change_and_every_folder_says_the_same(parts, world, tmp_path, name, llm):
+    base,processor = compose(parts['siglip'], parts[llm])
+    model,st = copy.deepcopy(base), stage(TUNES[name])
+    want = set().union(*(learnable(base, p, t) for p,t in st.tune.items()))
+    result = train_stage(model, processor, st, tmp_path, world, progress=False, device='cpu', final=tmp_path/'final')
+    assert result.log[-1]['loss'] < result.log[0]['loss']
+    assert not adapted(model)
+    old,new = base.state_dict(), model.state_dict()
+    assert list(old) == list(new)                                             # a plain model
+    assert {k for k in old if not torch.equal(old[k], new[k])} == want
+    opened,_ = load(tmp_path/'final', device='cpu', dtype='float32')
+    assert torch.equal(logits(opened), logits(model))
+    if 'qlora' in {t.mode for t in st.tune.values()}: return                   # beside 4-bit weights: the next test
+    assert torch.allclose(logits(with_adapters(copy.deepcopy(base), tmp_path/'final'/'adapter')), logits(model), atol=2e-5)
+
+def with_adapters(model, folder):
+    "`model` and the corrections of a folder, by peft; a stage with LoRA and DoRA has one folder for each"
+    from peft import PeftModel
+    for f in [folder] if (folder/'adapter_config.json').exists() else [folder/'lora', folder/'dora']:
+        opened = PeftModel.from_pretrained(model, f)
+        before = logits(opened)
+        model = opened.merge_and_unload()
+        assert torch.allclose(logits(model), before, atol=2e-5)
+    return model
+
+def test_4_bit_adapter_fits_the_4_bit_base(parts, world, tmp_path):
+    "peft opens the adapter over the same quantized base; the merged folder is that model, dequantized"
+    from peft import PeftModel
+    from tinyllava_cookbook.model.adapters import quantize
+    from tinyllava_cookbook.train.tuning import _linears, reachable
+    base,processor = compose(parts['siglip'], parts['llama'])
+    model = copy.deepcopy(base)
+    train_stage(model, processor, stage(TUNES['qlora']), tmp_path, world, progress=False, device='cpu', final=tmp_path/'final')
+    quantize(base, _linears(base, 'llm', None, reachable(base)))
+    again = PeftModel.from_pretrained(base, tmp_path/'final'/'adapter')
+    assert torch.allclose(logits(again), logits(model), atol=1e-4)
+
+def test_resume_is_exact(parts, world, tmp_path):
+    "Stopped in the middle and resumed: the same losses, the same weights, for LoRA with dropout, DoRA and 4 bits"
+    for name in 'lora', 'mixed', 'qlora':
+        def run(out, **kw):
+            model,processor = compose(parts['siglip'], parts['qwen2'])
+            r = train_stage(model, processor, stage(TUNES[name], trainer=dict(save_steps=2)), out, world, progress=False, device='cpu', **kw)
+            return model, [o['loss'] for o in r.log]
+        whole,losses = run(tmp_path/name)
+        again,rest = run(tmp_path/name, resume=tmp_path/name/'checkpoint-2')
+        assert rest == losses and len(losses) == 4
+        assert all(torch.equal(a, b) for a,b in zip(whole.state_dict().values(), again.state_dict().values()))
+
+def test_a_checkpoint_of_4_bits_knows_its_base(parts, world, tmp_path):
+    model,processor = compose(parts['siglip'], parts['llama'])
+    st = stage(TUNES['qlora'], max_steps=1, trainer=dict(save_steps=1))
+    train_stage(model, processor, st, tmp_path, world, progress=False, device='cpu')
+    other,_ = compose(parts['siglip'], parts['llama'])
+    for p in other.language_model.parameters(): p.data *= 1.5
+    apply_tune(other, st)
+    with pytest.raises(ValueError, match='was trained on other weights'): restore(other, tmp_path/'checkpoint-1')
+    with pytest.raises(ValueError, match='lacks tensors|lacks'): load(tmp_path/'checkpoint-1')   # never opens as if it were plain
+
+def test_next_stage_starts_from_the_merged_model(parts, world, tmp_path):
+    r = Recipe('two', str(parts['siglip']), str(parts['llama']), image_mode='squash', stages=[
+        Stage('one', tune=dict(llm=Tune('lora', r=4)), lr=1e-2, global_batch_size=4, max_steps=2),
+        Stage('two', tune=dict(connector='full'), lr=1e-3, global_batch_size=4, max_steps=2, warmup=0.)])
+    model,_,_ = train_recipe(r, tmp_path, dict(one=world, two=world), progress=False, device='cpu')
+    one,_ = load(tmp_path/'one', device='cpu', dtype='float32')
+    same = {k for k,v in one.state_dict().items() if torch.equal(v, model.state_dict()[k])}
+    assert {k.split('.')[0] for k in set(one.state_dict()) - same} == {'connector'}
+    assert read_json(tmp_path/'model'/'recipe.json')['stages'][0]['tune']['llm']['r'] == 4
+
+def test_missing_bitsandbytes_is_said_before_anything_loads(tmp_path):
+    r = Recipe('q', '/no/vision', '/no/llm', stages=[stage(TUNES['qlora'])])
+    with patch('importlib.util.find_spec', return_value=None), pytest.raises(ImportError, match='pip install bitsandbytes'):
+        train_recipe(r, tmp_path)
+
+def test_gradient_checkpointing_changes_nothing(parts, world, tmp_path):
+    def losses(**trainer):
+        model,processor = compose(parts['siglip'], parts['llama'])
+        tune = dict(vision=Tune('lora', r=2, dropout=0.), llm=Tune('lora', r=4, dropout=0.))
+        r = train_stage(model, processor, stage(tune, trainer=trainer), tmp_path, world, progress=False, device='cpu')
+        return [o['loss'] for o in r.log]
+    assert losses() == pytest.approx(losses(activation_checkpointing=True), rel=1e-5)

@@ -42,15 +42,18 @@ def load_strict(
     cls,                              # A model class or an Auto class of `transformers`
     path,                             # A folder, or `owner/name` on the Hub
     extra:Callable=lambda key: False, # Which tensors of the file may go unused
-    **kwargs,                         # Passed to `from_pretrained`: `dtype`, `attn_implementation`, ...
+    named:Callable=lambda key: key,   # What the file calls a tensor, for errors
+    **kwargs,                         # Passed to `from_pretrained`: `dtype`, `state_dict` instead of a file, ...
 ) -> nn.Module:                       # The model, in evaluation mode
     "`from_pretrained` that fails when a tensor is missing, misshapen or left over"
+    file = None if 'state_dict' in kwargs else path
     with quiet():
-        model,info = cls.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    name,left = type(model).__name__, [k for k in info['unexpected_keys'] if not extra(k)]
-    wrong = [f'{k} is {list(a)} in the file, {list(b)} in the model' for k,a,b in info['mismatched_keys']]
+        model,info = cls.from_pretrained(file, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    name,left = type(model).__name__, [named(k) for k in info['unexpected_keys'] if not extra(k)]
+    wrong = [f'{named(k)} is {list(a)} in the file, {list(b)} in the model' for k,a,b in info['mismatched_keys']]
     if wrong: raise ValueError(f"{str(path)!r}: tensors do not fit its config.json: {_named(wrong)}")
-    if bad := info['missing_keys']: raise ValueError(f"{str(path)!r} lacks tensors of {name}: {_named(bad)}")
+    if bad := [named(o) for o in info['missing_keys']]:
+        raise ValueError(f"{str(path)!r} lacks tensors of {name}: {_named(bad)}")
     if left: raise ValueError(f"{str(path)!r} holds tensors that {name} does not have: {_named(left)}")
     return model.eval()
 

@@ -101,10 +101,10 @@ def test_eval_pope(capsys, home):
 
 def test_train_dry_run(capsys, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '4')
-    code, out, err = run(capsys, 'train', 'llava_v15', 'pretrain', '--set', 'pretrain.lr=5e-4', '--dry-run')
+    code, out, err = run(capsys, 'train', 'llava_v15', 'pretrain', '--set', 'pretrain.lr=5e-4', '--set', 'pretrain.pack=none', '--dry-run')
     assert (code, err) == (0, '')
     assert '256 samples a step = 4 processes x 32 x 2 accumulated' in out and '"lr": 0.0005' in out
-    assert out.splitlines()[-1] == 'tinyllava train llava_v15 pretrain --out runs/llava_v15 --set pretrain.lr=5e-4'
+    assert out.splitlines()[-1] == 'tinyllava train llava_v15 pretrain --out runs/llava_v15 --set pretrain.lr=5e-4 --set pretrain.pack=none'
 
 def stand_in(monkeypatch, module, name, gives=None):
     "Replace a module by one whose function `name` records its calls"

@@ -76,33 +76,102 @@ def _train_args(p):
     p.add_argument('--out', metavar='DIR', help='where weights and logs go (default: runs/RECIPE)')
     p.add_argument('--set', metavar='PATH=VALUE', action='append', default=[], dest='changes',
                    help='change a field, e.g. finetune.lr=1e-4 (repeatable)')
+    p.add_argument('--data', metavar='[STAGE=]FILE', action='append', default=[],
+                   help="what a stage learns from; say which, where there are several (default: the recipe's)")
+    p.add_argument('--images', metavar='DIR', help='folder that image paths are relative to')
+    p.add_argument('--start', metavar='DIR', help='model to start from (default: what the stage before saved)')
+    p.add_argument('--resume', metavar='auto|DIR',
+                   help='auto: leave out what is finished, go on from the newest whole checkpoint; or a checkpoint')
+    p.add_argument('--parallel', metavar='NAME', default='ddp',
+                   help='ddp, zero1, zero2, zero3, zero1-offload ..., fsdp (default: %(default)s)')
+    p.add_argument('--eval-data', metavar='FILE', help='its loss is measured every STAGE.trainer.eval_steps')
+    p.add_argument('--ask-every', type=_positive, default=0, metavar='N',
+                   help='steps between answers to the first three samples, in OUT/STAGE/samples.jsonl')
+    p.add_argument('--report-to', metavar='NAME', action='append', default=[],
+                   help='wandb, tensorboard, trackio ... (repeatable)')
     p.add_argument('--device', default='auto', help='auto, cpu or cuda (default: %(default)s)')
     p.add_argument('--dry-run', action='store_true', help='print the stages and batch sizes, then stop')
 
+# %% ../nbs/90_cli.ipynb #c3fea535
+def _stage_data(given, stages, names):
+    "Stage -> file, from words like `FILE` or `STAGE=FILE`"
+    found = {}
+    for o in given:
+        stage,eq,file = o.partition('=')
+        if not eq or stage not in names:
+            if len(stages) > 1: raise Usage(f"--data {o!r}: which stage? write one of {[f'{n}=FILE' for n in stages]}")
+            stage,file = stages[0],o
+        if stage in found: raise Usage(f"--data: two files for stage {stage!r}; join them in a recipe's data")
+        found[stage] = file
+    return found
+
+def _train_words(a, out):
+    "The command as it would be typed"
+    options = {'--out': [out], '--set': a.changes, '--data': a.data, '--images': [a.images], '--start': [a.start],
+        '--resume': [a.resume], '--parallel': [a.parallel], '--eval-data': [a.eval_data], '--report-to': a.report_to,
+        '--ask-every': [a.ask_every and str(a.ask_every)], '--device': [a.device]}
+    given = [w for k,vs in options.items() for v in vs if v and (k, v) not in _usual for w in (k, v)]
+    return ['tinyllava', 'train', a.recipe, *a.stages, *given]
+
+_usual = ('--parallel', 'ddp'), ('--device', 'auto')
+
+# %% ../nbs/90_cli.ipynb #bec7196d
 @command('train', 'train a recipe, or some of its stages', _train_args)
 def _train(a):
+    from tinyllava_cookbook.durable import Stopped, stop_on_signal
     from tinyllava_cookbook.train.recipes import override, recipe
     r = override(recipe(a.recipe), a.changes)
-    stages = [r.stage(n) for n in a.stages or [s.name for s in r.stages]]
-    out = a.out or f'runs/{r.name}'
-    if a.dry_run: return _show_plan(r, stages, out, a)
-    from tinyllava_cookbook.train.trainer import train_recipe
-    _quiet()
-    train_recipe(r, out, stages=[s.name for s in stages], device=a.device)
+    names = [s.name for s in r.stages]
+    stages = [r.stage(n) for n in a.stages or names]
+    todo,out = [s.name for s in stages], a.out or f'runs/{r.name}'
+    if a.report_to: r = override(r, [f'{n}.trainer.report_to={json.dumps(a.report_to)}' for n in todo])
+    data = _stage_data(a.data, todo, names)
+    if a.resume not in (None, 'auto') and len(todo) > 1: raise Usage("--resume DIR is of one stage: name that stage")
+    if a.dry_run: return _show_plan(r, [r.stage(n) for n in todo], out, a)
+    with stop_on_signal():
+        from tinyllava_cookbook.train.trainer import train_recipe
+        _quiet()
+        given = {k:getattr(a, k) for k in ('images', 'start', 'resume', 'parallel', 'device', 'eval_data', 'ask_every')}
+        try: train_recipe(r, out, data=data, stages=todo, **given)
+        except Stopped as e:
+            print(f'tinyllava train: {e}', file=sys.stderr)
+            raise
     print(f"done: weights in {out}")
+
+def _batch_line(s, world):
+    processes = f"{world} process{'es'*(world>1)}"
+    start = f"{s.name}: {s.global_batch_size} samples a step"
+    rows = f"1 row of {s.pack} tokens x as many as hold them on average, counted from the data"
+    if s.pack: return f"{start}, packed = {processes} x {rows}"
+    from tinyllava_cookbook.train.recipes import batch_sizes
+    n,k = batch_sizes(s, world)
+    return f"{start} = {processes} x {n} x {k} accumulated"
 
 def _show_plan(r, stages, out, a):
     from dataclasses import asdict
-    from tinyllava_cookbook.train.recipes import batch_sizes
     world = int(os.environ.get('WORLD_SIZE', 1))
     print(r)
-    for s in stages:
-        n,k = batch_sizes(s, world)
-        print(f"\n{s.name}: {s.global_batch_size} samples a step = "
-              f"{world} process{'es'*(world>1)} x {n} x {k} accumulated")
-        print(json.dumps(asdict(s), indent=1))
-    words = ['tinyllava', 'train', a.recipe, *a.stages, '--out', out, *[w for c in a.changes for w in ('--set', c)]]
-    print('\n'+shlex.join(words))
+    for s in stages: print(f"\n{_batch_line(s, world)}\n{json.dumps(asdict(s), indent=1)}")
+    print('\n'+shlex.join(_train_words(a, out)))
+
+# %% ../nbs/90_cli.ipynb #fec6dac9
+def _deepspeed_args(p):
+    p.add_argument('recipe', metavar='RECIPE', help='name of a recipe, or a JSON file')
+    p.add_argument('--stage', metavar='STAGE', help="whose numbers (default: the recipe's last)")
+    p.add_argument('--zero', type=int, default=2, choices=(1, 2, 3),
+                   help='cut up: 1 the optimizer, 2 gradients too, 3 weights too (default: %(default)s)')
+    p.add_argument('--offload', action='store_true', help="keep what is cut up in the host's memory")
+    p.add_argument('--gpus', type=_positive, default=1, metavar='N', help='on all nodes (default: %(default)s)')
+    p.add_argument('--set', metavar='PATH=VALUE', action='append', default=[], dest='changes',
+                   help='change a field, e.g. finetune.lr=1e-4 (repeatable)')
+
+@command('deepspeed-config', "print DeepSpeed's configuration for a stage of a recipe", _deepspeed_args)
+def _deepspeed(a):
+    from tinyllava_cookbook.train.recipes import override, recipe
+    r = override(recipe(a.recipe), a.changes)
+    stage = r.stage(a.stage or r.stages[-1].name)
+    from tinyllava_cookbook.train.trainer import deepspeed_config
+    print(json.dumps(deepspeed_config(a.zero, a.offload, stage, a.gpus), indent=1))
 
 # %% ../nbs/90_cli.ipynb #51b1ba2f
 def _check_args(p):

@@ -75,21 +75,36 @@ class EpochBatches:
 # %% ../../nbs/32_train.trainer.ipynb #ad9f6718
 PARALLEL = 'ddp', 'zero1', 'zero2', 'zero3', 'zero1-offload', 'zero2-offload', 'zero3-offload', 'fsdp'
 
+def _stage_numbers(stage, world_size):
+    "What plain DeepSpeed has to be told about a stage"
+    if stage.optimizer == 'muon': raise ValueError(f"stage {stage.name!r}: DeepSpeed cuts up AdamW, not Muon; set "
+                                                   f"{stage.name}.optimizer=adamw")
+    more,(size,accumulate) = stage.trainer, batch_sizes(stage, world_size)
+    adam = dict(lr=stage.lr, betas=[more.get('adam_beta1', .9), more.get('adam_beta2', .999)],
+                eps=more.get('adam_epsilon', 1e-8), weight_decay=stage.weight_decay)
+    return dict(train_batch_size=stage.global_batch_size, train_micro_batch_size_per_gpu=size,
+                gradient_accumulation_steps=accumulate, gradient_clipping=more.get('max_grad_norm', 1.),
+                bf16=dict(enabled=more.get('bf16', True)), optimizer=dict(type='AdamW', params=adam))
+
 def deepspeed_config(
     zero:int=2,          # What is cut up: 1 the optimizer, 2 gradients too, 3 weights too
     offload:bool=False,  # Keep it in the host's memory
-) -> dict:               # 'auto' is filled in by the trainer, from the stage
-    "DeepSpeed's configuration, as its JSON file would hold it"
+    stage=None,          # Fill in its numbers; `None`: 'auto', for the trainer to fill in
+    world_size:int=1,    # Processes that train together
+) -> dict:               # As the JSON file would hold it
+    "DeepSpeed's configuration"
     if zero not in (1, 2, 3): raise ValueError(f"zero {zero}; choose 1, 2 or 3")
-    host = dict(device='cpu', pin_memory=torch.cuda.is_available())
-    cut = dict(stage=zero, overlap_comm=True, contiguous_gradients=True, reduce_bucket_size='auto')
+    host = dict(device='cpu', pin_memory=True)
+    cut = dict(stage=zero, overlap_comm=True, contiguous_gradients=True)
     if offload: cut |= dict(offload_optimizer=host)
     if zero == 3 and offload: cut |= dict(offload_param=host)
-    if zero == 3: cut |= dict(stage3_gather_16bit_weights_on_model_save=True, stage3_prefetch_bucket_size='auto',
-                              stage3_param_persistence_threshold='auto')
-    sizes = dict.fromkeys(('train_batch_size', 'train_micro_batch_size_per_gpu', 'gradient_accumulation_steps'), 'auto')
-    return dict(sizes, gradient_clipping='auto', bf16=dict(enabled='auto'), zero_optimization=cut,
-                zero_allow_untested_optimizer=True)
+    if zero == 3: cut |= dict(stage3_gather_16bit_weights_on_model_save=True)
+    fixed = dict(zero_optimization=cut, zero_allow_untested_optimizer=True)
+    if stage is not None: return fixed | _stage_numbers(stage, world_size)
+    sizes = ['reduce_bucket_size'] + ['stage3_prefetch_bucket_size', 'stage3_param_persistence_threshold']*(zero == 3)
+    cut |= dict.fromkeys(sizes, 'auto')
+    return fixed | dict(train_batch_size='auto', train_micro_batch_size_per_gpu='auto',
+                        gradient_accumulation_steps='auto', gradient_clipping='auto', bf16=dict(enabled='auto'))
 
 # %% ../../nbs/32_train.trainer.ipynb #27e9475d
 def _parallel(name, stage, cuda):
@@ -602,6 +617,8 @@ def _leave():
 def _trainer(model, processor, stage, out, data=None, images=None, seed=0, callbacks=(), progress=True, device='auto',
              parallel='ddp', eval_data=None, ask_every=0):
     "The trainer of a stage, and the table of what learns"
+    if eval_data is not None and 'eval_steps' not in stage.trainer:
+        raise ValueError(f"eval_data would never be used: set {stage.name}.trainer.eval_steps")
     dataset = stage_dataset(processor, stage, data, images)
     held = None if eval_data is None else stage_dataset(processor, stage, eval_data, images)
     packs = stage_packs(stage, dataset, device, seed)
@@ -719,6 +736,15 @@ def _finished(r, out, name):
     _same_plan(read_json(out/name/DONE), _plan(r.stage(name), seed=r.seed), out/name)
     return StageResult(**read_json(out/name/'log.json'))
 
+def _ready(r, todo, data, images, parallel, device='auto', eval_data=None, **kwargs):
+    "The data of each stage; what is missing or does not fit is found here, before weights are loaded"
+    names = [s.name for s in r.stages]
+    _check_names([*todo, *data], names, f"stage in recipe {r.name!r}:")
+    check_tune(*map(r.stage, todo))
+    for o in todo: _parallel(parallel, r.stage(o), pick_device(device).type == 'cuda')
+    if eval_data is not None: _rows(r.stage(todo[0]), eval_data, images)
+    return {o:_rows(r.stage(o), data.get(o), images) for o in todo}
+
 # %% ../../nbs/32_train.trainer.ipynb #364e555a
 def train_recipe(
     recipe,               # A `Recipe`, or the name of one
@@ -735,16 +761,14 @@ def train_recipe(
     r,out,data = recipe if isinstance(recipe, Recipe) else find_recipe(recipe), Path(out), data or {}
     names = [s.name for s in r.stages]
     todo = list(stages or names)
-    _check_names([*todo, *data], names, f"stage in recipe {r.name!r}:")
-    check_tune(*map(r.stage, todo))
-    rows = {o:_rows(r.stage(o), data.get(o), images) for o in todo}   # missing data fails here
+    rows = _ready(r, todo, data, images, parallel, **kwargs)
     results = {o:x for o in todo if resume and (x := _finished(r, out, o))}
     model = None
     with stop_on_signal():
         for name in todo:
             if name in results: continue
             if model is None: model,processor = _start(r, out, names.index(name), start if name == todo[0] else None)
-            results[name] = train_stage(model, processor, r.stage(name), out/name, rows[name], seed=r.seed,
+            results[name] = train_stage(model, processor, r.stage(name), out/name, rows[name], images, r.seed,
                 resume=resume, parallel=parallel, final=_weights(r, out, name), recipe=to_dict(r), **kwargs)
             if parallel != 'ddp': model = None   # wrapped, cut up, perhaps rounded: the next one opens the folder
     if model is None: model,processor = _start(r, out, names.index(todo[-1]) + 1)

@@ -1,0 +1,151 @@
+"Training from a shell: every option reaches the trainer, a dry run tells the truth, DeepSpeed reads our configuration."
+import json, shlex, sys
+import pytest
+
+torch = pytest.importorskip('torch')
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
+from tinyllava_cookbook import cli
+from tinyllava_cookbook.core import read_json
+from tinyllava_cookbook.durable import REQUEUE, Stopped
+from tinyllava_cookbook.microworld import write_world
+from tinyllava_cookbook.train import trainer
+from tinyllava_cookbook.train.recipes import batch_sizes, recipe, recipes
+
+def run(capsys, *argv):
+    "Exit code, output, errors"
+    try: code = cli.main([str(o) for o in argv])
+    except SystemExit as e: code = e.code
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    "A small world, in a folder with a space and an umlaut"
+    d = tmp_path_factory.mktemp('kleine größe')
+    write_world(d, 6, seed=1)
+    return d
+
+QUICK = [w for o in ('pretrain.max_steps=2', 'finetune.max_steps=2', 'pretrain.global_batch_size=4',
+                     'finetune.global_batch_size=4') for w in ('--set', o)]
+
+def test_every_option_reaches_the_trainer(capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr(trainer, 'train_recipe', lambda *a, **k: calls.append((a, k)))
+    line = ['micro', 'finetune', '--out', 'o', '--data', 'd=1.json', '--images', 'i', '--start', 's', '--resume', 'auto',
+            '--parallel', 'zero2', '--eval-data', 'e', '--ask-every', '7', '--report-to', 'wandb', '--report-to', 'trackio',
+            '--device', 'cpu', '--set', 'finetune.lr=1']
+    assert run(capsys, 'train', *line)[::2] == (0, '')
+    (r,out),kw = calls[0]
+    assert (out, kw) == ('o', dict(data=dict(finetune='d=1.json'), stages=['finetune'], images='i', start='s', resume='auto',
+                                   parallel='zero2', device='cpu', eval_data='e', ask_every=7))
+    assert r.stage('finetune').trainer['report_to'] == ['wandb', 'trackio'] and 'report_to' not in r.stage('pretrain').trainer
+    code,out,err = run(capsys, 'train', *line, '--dry-run')   # what it prints is the same command
+    again = shlex.split(out.splitlines()[-1])
+    assert (code, err, again[:2]) == (0, '', ['tinyllava', 'train'])
+    one,two = (vars(cli.parser().parse_args(o)) for o in (['train', *line], again[1:]))
+    assert one == two and len(calls) == 1
+
+@pytest.mark.parametrize('argv,says', [
+    (['--data', 'a.json'], "--data 'a.json': which stage? write one of ['pretrain=FILE', 'finetune=FILE']"),
+    (['finetune', '--data', 'a', '--data', 'finetune=b'], "two files for stage 'finetune'"),
+    (['--resume', 'runs/x/checkpoint-3'], "--resume DIR is of one stage: name that stage"),
+])
+def test_what_does_not_fit_together(capsys, argv, says):
+    code,out,err = run(capsys, 'train', 'micro', *argv, '--dry-run')
+    assert (code, out) == (2, '') and says in err
+
+@pytest.mark.parametrize('argv,says', [
+    (['--data', 'pretrain=nowhere/c.json', '--data', 'finetune=x.json'], "nowhere/c.json"),
+    (['--parallel', 'zero4'], "parallel 'zero4'; choose from ['ddp', 'zero1'"),
+    (['finetune', '--parallel', 'zero2'], "Muon needs whole matrices"),
+    (['pretrain', '--parallel', 'zero2'], "needs a launcher"),
+    (['pretrain', '--parallel', 'fsdp'], "needs"),
+    ([], "stage 'pretrain' has no data"),
+])
+def test_mistakes_are_found_before_weights_are_loaded(capsys, monkeypatch, tmp_path, argv, says):
+    monkeypatch.setattr(trainer, '_start', None)
+    monkeypatch.delenv('RANK', raising=False)
+    code,out,err = run(capsys, 'train', 'micro', *argv, '--device', 'cpu', '--out', tmp_path)
+    assert (code, out, err.count('\n')) == (1, '', 1) and says in err
+
+def test_dry_run_of_a_packed_stage(capsys, monkeypatch):
+    "Rows, not samples, are what a device takes"
+    monkeypatch.setenv('WORLD_SIZE', '8')
+    code,out,_ = run(capsys, 'train', 'llava_v15', 'finetune', '--dry-run')
+    assert code == 0 and 'finetune: 128 samples a step, packed = 8 processes x 1 row of 4096 tokens' in out
+    code,out,_ = run(capsys, 'train', 'llava_v15', 'finetune', '--set', 'finetune.pack=none', '--dry-run')
+    assert 'finetune: 128 samples a step = 8 processes x 16 x 1 accumulated' in out
+
+def test_a_run_from_the_shell(capsys, data, tmp_path):
+    "Both stages, an evaluation set, samples; then again, with nothing left to do"
+    files = ['--data', f'pretrain={data}/pretrain.json', '--data', f'finetune={data}/instruct.json', '--images', data/'images']
+    more = ['--eval-data', data/'instruct.json', '--ask-every', 2, '--set', 'finetune.trainer.eval_steps=1']
+    argv = ['train', 'micro', *QUICK, *files, '--out', tmp_path/'run', '--device', 'cpu']
+    code,out,err = run(capsys, *argv, *more)
+    assert code == 1 and 'eval_data would never be used: set pretrain.trainer.eval_steps' in err
+    more += ['--set', 'pretrain.trainer.eval_steps=2']
+    code,out,err = run(capsys, *argv, *more)
+    assert (code, out) == (0, f"done: weights in {tmp_path/'run'}\n"), err
+    log = read_json(tmp_path/'run/finetune/log.json')
+    assert [o['step'] for o in log['evals']] == [1, 2] and len(log['log']) == 2
+    assert [json.loads(o)['step'] for o in (tmp_path/'run/finetune/samples.jsonl').read_text().splitlines()] == [0]*3 + [2]*3
+    at = (tmp_path/'run/model/model.safetensors').stat().st_mtime_ns
+    assert run(capsys, *argv, *more, '--resume', 'auto')[0] == 0
+    assert (tmp_path/'run/model/model.safetensors').stat().st_mtime_ns == at
+
+def test_asked_to_stop_says_so(capsys, monkeypatch):
+    def stop(*a, **k): raise Stopped("asked to stop: saved in 'x' at step 1 of 2")
+    monkeypatch.setattr(trainer, 'train_recipe', stop)
+    assert run(capsys, 'train', 'micro') == (REQUEUE, '', "tinyllava train: asked to stop: saved in 'x' at step 1 of 2\n")
+
+# ---- where the log goes
+
+class Logger(TrainerCallback):
+    seen = []
+    def on_log(self, args, state, control, logs=None, **kw): self.seen.append((args.run_name, state.global_step, logs))
+
+def test_report_to_reaches_the_integration(capsys, monkeypatch, data, tmp_path):
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, 'wandb', Logger)
+    monkeypatch.setattr(Logger, 'seen', [])
+    argv = ['train', 'micro', 'pretrain', *QUICK, '--data', data/'pretrain.json', '--images', data/'images', '--device', 'cpu']
+    assert run(capsys, *argv, '--out', tmp_path/'run', '--report-to', 'wandb')[0] == 0
+    steps = [o for o in Logger.seen if 'loss' in o[2]]
+    assert [(name, step) for name,step,_ in steps] == [('run-pretrain', 1), ('run-pretrain', 2)]
+    assert {'loss', 'grad_norm', 'learning_rate', 'tokens_per_second', 'padding', 'data_wait', 'tflops'} <= set(steps[0][2])
+    code,_,err = run(capsys, *argv, '--out', tmp_path/'other', '--report-to', 'nobody')
+    assert code == 1 and 'nobody is not supported' in err and 'tensorboard' in err
+
+def test_a_missing_logger_is_named(capsys, monkeypatch, data, tmp_path):
+    monkeypatch.setitem(sys.modules, 'trackio', None)
+    monkeypatch.setattr(integration_utils, 'is_trackio_available', lambda: False)
+    argv = ['train', 'micro', 'pretrain', *QUICK, '--data', data/'pretrain.json', '--images', data/'images', '--device', 'cpu']
+    code,_,err = run(capsys, *argv, '--out', tmp_path, '--report-to', 'trackio')
+    assert code == 1 and 'pip install trackio' in err
+
+# ---- DeepSpeed
+
+@pytest.mark.parametrize('zero', [1, 2, 3])
+@pytest.mark.parametrize('more', [[], ['--offload']], ids=['', 'offload'])
+def test_deepspeed_reads_it(capsys, monkeypatch, zero, more):
+    "DeepSpeed's own reader, which knows every key and checks that the batch sizes agree"
+    pytest.importorskip('deepspeed')
+    from deepspeed.runtime.config import DeepSpeedConfig
+    monkeypatch.setenv('WORLD_SIZE', '1')
+    for name in recipes.names():
+        s = recipe(name).stages[-1]
+        fix = ['--set', f'{s.name}.optimizer=adamw']
+        code,out,err = run(capsys, 'deepspeed-config', name, '--zero', zero, *more, *fix)
+        assert (code, err) == (0, '')
+        d = DeepSpeedConfig(json.loads(out))
+        size,accumulate = batch_sizes(s, 1)
+        assert (d.train_micro_batch_size_per_gpu, d.gradient_accumulation_steps, d.train_batch_size) == (size, accumulate, s.global_batch_size)
+        assert d.zero_config.stage == zero and d.optimizer_params['lr'] == s.lr and d.bfloat16_config.enabled
+        assert bool(d.zero_config.offload_optimizer) == bool(more) and d.gradient_clipping == 1.
+
+def test_deepspeed_mistakes(capsys):
+    code,out,err = run(capsys, 'deepspeed-config', 'llava_v15', '--gpus', '7')
+    assert (code, out) == (1, '') and 'set it to 126 or 133' in err
+    assert run(capsys, 'deepspeed-config', 'llava_v15', '--zero', '4')[0] == 2
+    code,out,err = run(capsys, 'deepspeed-config', 'micro')
+    assert code == 1 and 'set finetune.optimizer=adamw' in err

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor,
     BatchFeature, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel, ProcessorMixin)
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -25,7 +25,7 @@ from transformers.utils.generic import can_return_tuple
 from ..core import IGNORE, IMAGE_TOKEN
 from ..data.images import IMAGE_MODES, load_image, prepare
 from ..data.templates import chat_template
-from .vision import load_vision, n_layers, n_patches, vision_features
+from .vision import build_vision, load_vision, n_layers, n_patches, vision_features
 from .connectors import connector as build_connector
 from .llms import add_image_token, llm_families, llm_logits, load_llm, stop_ids
 
@@ -84,6 +84,7 @@ class VLMConfig(PreTrainedConfig):
     vision_feature_layer: int = -2                   # Index into the encoder's hidden states
     vision_feature_select: str = 'patch'             # 'patch', 'cls_patch' or 'cls'
     drop_first_patch: bool = False                   # For old weights: see the notebook on vision
+    scale_image_features: bool = False               # Times the root of the LLM's width, as its words: old Gemma weights
     image_token_id: int|None = None                  # Id that stands for one image feature
     image_seq_length: int|None = None                # Features per image; derived
     image_mode: str = 'pad'                          # A name of `IMAGE_MODES`
@@ -95,6 +96,12 @@ class VLMConfig(PreTrainedConfig):
         self.tie_word_embeddings = bool(getattr(self.text_config, 'tie_word_embeddings', False))
 
 # %% ../../nbs/23_model.vlm.ipynb #d5480f25
+def _connector(config):
+    "The connector of a configuration, with new weights"
+    v,t = config.vision_config, config.text_config
+    two = {'d_first': v.both[0].hidden_size} if config.connector == 'mof_mlp' and hasattr(v, 'both') else {}
+    return build_connector(config.connector, v.hidden_size, t.hidden_size, **{**two, **(config.connector_kwargs or {})})
+
 class VLMPreTrainedModel(PreTrainedModel):
     "Vision encoder, connector and language model, not yet joined"
     config: VLMConfig
@@ -109,8 +116,7 @@ class VLMPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         c,v,t = config, config.vision_config, config.text_config
         n_layers(v, c.vision_feature_layer)   # a wrong layer fails here, not in the first step
-        self.vision_tower = AutoModel.from_config(v)
-        self.connector = build_connector(c.connector, v.hidden_size, t.hidden_size, **(c.connector_kwargs or {}))
+        self.vision_tower,self.connector = build_vision(v), _connector(c)
         self.language_model = AutoModelForCausalLM.from_config(t)
         m = self.connector.n_tokens(n_patches(v, c.vision_feature_select, c.drop_first_patch))
         if c.image_seq_length not in (None, m):
@@ -145,7 +151,8 @@ def image_features(
     x_bnv = vision_features(tower, pixel_values.to(tower.device), c.vision_feature_layer, c.vision_feature_select,
         c.drop_first_patch)
     floats = (p.dtype for p in model.connector.parameters() if p.is_floating_point())   # 4-bit weights are bytes
-    return model.connector(x_bnv.to(next(floats, x_bnv.dtype)))
+    x_bnd = model.connector(x_bnv.to(next(floats, x_bnv.dtype)))
+    return x_bnd*c.text_config.hidden_size**.5 if c.scale_image_features else x_bnd
 
 def _blank(model):
     "An empty image for a batch without any"
@@ -324,14 +331,13 @@ def _assemble(config, vision, llm, seed):
     with torch.device('meta'): model = VLMForConditionalGeneration(config)   # a shell: costs no memory
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        conn = build_connector(config.connector, vision.config.hidden_size, llm.config.hidden_size,
-            **(config.connector_kwargs or {}))
+        conn = _connector(config)
     model.vision_tower,model.connector,model.language_model = vision, conn.to(llm.dtype), llm
     return model.eval()
 
 # %% ../../nbs/23_model.vlm.ipynb #43a02ae0
 def compose(
-    vision,                      # Folder of a vision encoder
+    vision,                      # Folder of a vision encoder, or two as 'one + other'
     llm,                         # Folder of a language model
     connector:str='mlp2x_gelu',  # A name of `connectors`
     template:str|None=None,      # A chat template; `None` takes the usual one of the LLM's family
@@ -339,15 +345,16 @@ def compose(
     seed:int=0,                  # For what is random: the connector
     dtype='float32',             # Precision of the weights
     attn_implementation=None,    # For both halves, or a dict with 'vision_config' and 'text_config'
+    mix:str='concat',            # How the features of two encoders come: 'concat' or 'interleave'
     **cfg,                       # Further fields of `VLMConfig`
 ) -> tuple:                      # Model and processor
     "Join a vision encoder and a language model by a new connector"
     _check_fields(cfg, image_mode)
     attn = attn_implementation if isinstance(attn_implementation, dict) else dict.fromkeys(_HALVES, attn_implementation)
-    v,image_processor = load_vision(vision, dtype, attn_implementation=attn.get('vision_config'))
+    v,image_processor = load_vision(vision, dtype, mix=mix, attn_implementation=attn.get('vision_config'))
     t,tokenizer = load_llm(llm, dtype, attn_implementation=attn.get('text_config'))
     attn = {k: m.config._attn_implementation for k,m in zip(_HALVES, (v, t))}   # a new VLMConfig would forget it
-    for m in (v, t): m.config.name_or_path = ''                                 # no path of this machine in the file
+    for o in (v.config, *getattr(v.config, 'both', ()), t.config): o.name_or_path = ''   # no path of this machine
     template = template or llm_families[t.config.model_type].template
     config = VLMConfig(vision_config=v.config, text_config=t.config, connector=connector, template=template,
         image_mode=image_mode, image_token_id=add_image_token(tokenizer, t), dtype=str(t.dtype)[6:],

@@ -84,7 +84,7 @@ class VLMConfig(PreTrainedConfig):
     vision_feature_layer: int = -2                   # Index into the encoder's hidden states
     vision_feature_select: str = 'patch'             # 'patch', 'cls_patch' or 'cls'
     drop_first_patch: bool = False                   # For old weights: see the notebook on vision
-    scale_image_features: bool = False               # Times the root of the LLM's width, as its words: old Gemma weights
+    scale_image_features: bool = False               # Times the root of the LLM's width, for old Gemma weights
     image_token_id: int|None = None                  # Id that stands for one image feature
     image_seq_length: int|None = None                # Features per image; derived
     image_mode: str = 'pad'                          # A name of `IMAGE_MODES`

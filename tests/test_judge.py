@@ -88,7 +88,7 @@ def test_killed_and_continued(small, replay):
     "Every reply is paid for once, whatever happens in between"
     n = iter(range(99))
     replay.reply = lambda body: '0.5' if next(n)<4 else 401
-    with pytest.raises(EndpointError, match='are graded and kept: run again to go on'): grade(small, replay)
+    with pytest.raises(EndpointError, match='are done and kept: run again to go on'): grade(small, replay)
     assert not (small/'g.json').exists() and len(rows_of(small/'g.replies.jsonl')) == 4
     with (small/'g.replies.jsonl').open('a') as f: f.write('{"key": "x", "tex')          # killed while writing
     replay.reply, replay.bodies = (lambda body: '0.5'), []
@@ -163,3 +163,78 @@ def test_unknown_category(tmp_path, replay):
     lines(tmp_path/'context.jsonl', [dict(id=0, image='a', caption='c')]); lines(tmp_path/'answers_gpt4.jsonl', [dict(question_id=0, text='x')])
     with pytest.raises(ValueError, match="category 'poem' is not one of conv, detail, complex"):
         J.judge_llavabench(tmp_path, lines(tmp_path/'a.jsonl', [dict(question_id=0, text='x')]), tmp_path/'r.jsonl', Endpoint('j', replay.url), progress=False)
+
+# MMBench
+
+def mmb(at, said, seed=0):
+    "Questions of two or three options in circular passes, and what a model said to each pass"
+    rows, answers = [], []
+    for i,texts in enumerate(said):
+        options = ['red car', 'blue whale', 'green tree'][:len(texts)]
+        for k,text in enumerate(texts):
+            turned = options[k:]+options[:k]
+            rows.append(dict(index=i + k*10**6, question=f'What is q{i}', answer='ABC'[turned.index('red car')], category='c', split='dev',
+                             **{'l2-category': 'coarse_perception'}, **dict(zip('ABCD', turned + [None]*(4-len(turned))))))
+            answers.append(dict(question_id=i + k*10**6, text=text))
+    (at/'items.json').write_text(json.dumps(rows))
+    return rows, lines(at/'a.jsonl', answers)
+
+def test_mmbench_request_to_the_letter(shared):
+    at = shared/'goldens'/'eval'/'mmbench'
+    if not at.is_dir(): pytest.skip(f'no reference requests in {at}')
+    want = json.loads((at/'judge_prompt_example.json').read_text())['prompt']
+    assert J.mmbench_request('What is it', dict(A='dog', B='cat'), 'a puppy') == [dict(role='user', content=want)]
+
+def test_mmbench_asks_only_what_decides(tmp_path, replay):
+    vague = 'something with four wheels, I would say, on a road'
+    _, answers = mmb(tmp_path, [['A', 'B'],            # read, right
+                                ['B', vague],          # read, wrong: lost whatever the second means
+                                [vague, vague],        # both asked
+                                [vague, vague, 'B'],   # the first reading is wrong: the second is not asked
+                                ['A', vague]])         # never a letter: three tries, then dice
+    def reply(body):
+        text = body['messages'][0]['content'].split('Example 3')[1]
+        assert body['temperature'] == 0 and body['messages'][0]['role'] == 'user'
+        return 'B' if 'q3' in text else 'Hm' if 'q4' in text else 'A' if 'A. red car' in text else 'B'
+    replay.reply = reply
+    e = J.judge_mmbench(tmp_path, answers, tmp_path/'r.jsonl', Endpoint('j', replay.url, price=(1, 1)), dry_run=True, progress=False)
+    assert (e.requests, replay.bodies) == (5, [])
+    s = J.judge_mmbench(tmp_path, answers, tmp_path/'r.jsonl', Endpoint('j', replay.url), progress=False)
+    asked = [re.search(r'q\d', b['messages'][0]['content'].split('Example 3')[1])[0] for b in replay.bodies]
+    assert sorted(asked) == ['q2']*2 + ['q3'] + ['q4']*3
+    hits = {o['id']: o['score'] for o in s.items}
+    dice = rows_of(tmp_path/'r.jsonl')[-1]
+    assert dice['reply'].startswith('guessed') and dice['choice'] in 'ABZ'
+    assert hits == {0: 1., 1: 0., 2: 1., 3: 0., 4: float(dice['choice']=='B')}
+    assert (s.problems['judges'], s.problems['judged'], s.metrics['first_pass']) == (['j'], 4, 2/5)
+    again = S.score_file('mmbench', tmp_path, tmp_path/'r.jsonl')                    # the file alone scores the same
+    assert (again.value, again.tables) == (s.value, s.tables)
+    n = len(replay.bodies)
+    assert J.judge_mmbench(tmp_path, tmp_path/'r.jsonl', tmp_path/'r2.jsonl', Endpoint('j', replay.url), progress=False).value == s.value
+    J.judge_mmbench(tmp_path, answers, tmp_path/'r.jsonl', Endpoint('j', replay.url), progress=False)
+    assert len(replay.bodies) == 2*n                                                 # a cache per file of grades, and no reply twice
+
+def test_mmbench_equals_the_official_walk(tmp_path, replay):
+    "Random answers: the hits are those of VLMEvalKit's procedure, written out here"
+    import random
+    from tinyllava_cookbook.eval.choice import mmbench_infer
+    rng = random.Random(5)
+    texts = ['A', 'B', 'C', 'the vehicle in the picture, obviously', 'no idea', 'It shows a red car', 'B. blue whale']
+    rows, answers = mmb(tmp_path, [[rng.choice(texts) for _ in range(rng.choice((2, 3)))] for _ in range(120)])
+    def judge(content): return ['A', 'B', 'C', 'Z', 'unclear'][sum(map(ord, content)) % 5]
+    replay.reply = lambda body: judge(body['messages'][0]['content'])
+    s = J.judge_mmbench(tmp_path, answers, tmp_path/'r.jsonl', Endpoint('j', replay.url), progress=False)
+    said, want = {r['question_id']: r['text'] for r in rows_of(answers)}, {}
+    for g in sorted({r['index'] % 10**6 for r in rows}):
+        group, hit = [r for r in rows if r['index'] % 10**6==g], 1.
+        options = [{k: r[k] for k in 'ABCD' if r[k]} for r in group]
+        pre = [mmbench_infer(said[r['index']], o) for r,o in zip(group, options)]
+        if any(p and p!=r['answer'] for p,r in zip(pre, group)): hit = 0.
+        else:
+            for r,p,o in zip(group, pre, options):
+                if p: continue
+                reply = judge(J.mmbench_request(r['question'], o, said[r['index']])[0]['content'])
+                read = mmbench_infer(reply, o) or random.Random(str(r['index'])).choice([*o, 'Z'])
+                if read!=r['answer']: hit = 0.; break
+        want[g] = hit
+    assert {o['id']: o['score'] for o in s.items} == want and 0 < sum(want.values()) < len(want)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['RULES', 'FORM', 'kinds', 'NAMES', 'Picture', 'context', 'read_coco', 'Turn', 'Kind', 'prompt', 'read_turns',
            'to_record', 'EndpointError', 'Reply', 'Endpoint', 'complete', 'Cache', 'Request', 'requests_for',
-           'Estimate', 'estimate', 'ask_all', 'Made', 'instruct']
+           'Estimate', 'estimate', 'Asker', 'run_jobs', 'ask_all', 'Made', 'instruct']
 
 # %% ../../nbs/15_data.instruct.ipynb #7c9a968c
 import hashlib, json, os, random, re, threading, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 from urllib.parse import urlsplit
@@ -228,6 +228,7 @@ class Endpoint:
 
 # %% ../../nbs/15_data.instruct.ipynb #00be801b
 def _client(endpoint:Endpoint):
+    "A client of the openai package"
     try: import openai
     except ImportError:
         how = 'pip install "tinyllava_cookbook[api]"'
@@ -310,6 +311,16 @@ class Request(NamedTuple):
     tag:str              # Its name; the id of the sample to be
     messages:list[dict]  # A chat
     max_tokens:int       # Most tokens of the answer
+    options:dict = {}    # Sent along, over those of the endpoint: temperature, ...
+    own:bool = False     # Is the same text under another tag asked again?
+
+    def key(self,
+        endpoint:Endpoint,  # Whom to ask
+    ) -> str:               # Of the answer in a `Cache`
+        "A hash of all that is sent"
+        sent = [endpoint.model, endpoint.options | self.options, self.messages, self.max_tokens]
+        code = hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).hexdigest()[:32]
+        return f'{code} {self.tag}' if self.own else code
 
 NAMES = 'conversation', 'detail', 'reasoning'   # LLaVA's kinds
 
@@ -321,10 +332,6 @@ def requests_for(
     return [Request(f'{p.id}-{k}', prompt(p, kinds[k]), kinds[k].max_tokens) for p in pictures for k in names]
 
 # %% ../../nbs/15_data.instruct.ipynb #2a2146c7
-def _key(endpoint:Endpoint, messages, max_tokens) -> str:
-    sent = [endpoint.model, endpoint.options, messages, max_tokens]
-    return hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).hexdigest()[:32]
-
 @dataclass
 class Estimate:
     "What asking will take"
@@ -345,42 +352,85 @@ def estimate(
 ) -> Estimate:                # Asks nobody
     "Tokens and price of what is not yet in the cache"
     known = cache.replies if cache else {}
-    new = [r for r in requests if _key(endpoint, r.messages, r.max_tokens) not in known]
+    new = [r for r in requests if r.key(endpoint) not in known]
     read = sum(len(m['content'].encode()) for r in new for m in r.messages) // 3
     made = sum(r.max_tokens for r in new)
     return Estimate(len(requests), len(requests) - len(new), read, made, endpoint.usd(read, made))
 
 # %% ../../nbs/15_data.instruct.ipynb #a99d48f7
-def _ask(request:Request, cache:Cache, read:Callable, repairs:int, endpoint:Endpoint, call:Callable):
-    "The value of a request, from the cache or the endpoint; `ValueError` if no attempt can be read"
-    messages = request.messages
+class Asker:
+    "Asks an endpoint through a cache, within a budget"
+    def __init__(self,
+        endpoint:Endpoint,       # Whom
+        cache:Cache|None=None,   # Where answers are kept; `None`: in memory
+        budget:float|None=None,  # USD for all answers in the cache, old and new
+    ):
+        if budget is not None and not endpoint.price:
+            raise ValueError("a budget needs a price=(read, written) of the endpoint")
+        self.endpoint, self.cache, self.budget = endpoint, cache or Cache(), budget
+        self.client, self.stop, self._lock = None, threading.Event(), threading.Lock()
+
+    def wait(self, seconds):
+        "Sleep, unless the run has ended"
+        if self.stop.wait(seconds): raise EndpointError('stopped')
+
+    def spent(self) -> float|None: return self.endpoint.usd(*self.cache.used())
+
+    def afford(self, todo:Estimate):
+        "An error if `todo` may cost more than is left"
+        if self.budget is not None and self.spent() + todo.usd > self.budget: raise ValueError(
+            f"{self.spent():.4f} USD spent and up to {todo.usd:.4f} to come, over the budget of {self.budget:g}")
+
+    def ask(self, r:Request) -> str:
+        "The answer to a request, from the cache or the endpoint"
+        if known := self.cache.get(key := r.key(self.endpoint)): return known.text
+        self.wait(0)
+        if self.budget is not None and (spent := self.spent()) >= self.budget:
+            raise EndpointError(f'the budget of {self.budget:g} USD is spent ({spent:.4f})')
+        with self._lock: self.client = self.client or _client(self.endpoint)
+        to = replace(self.endpoint, options=self.endpoint.options | r.options)
+        return self.cache.put(key, r.tag, complete(to, r.messages, r.max_tokens, self.client, self.wait)).text
+
+# %% ../../nbs/15_data.instruct.ipynb #62d806bc
+def run_jobs(
+    jobs:dict[str,Callable], # Tag to a function without arguments
+    asker:Asker,             # Whom they ask; it stops when the run does
+    todo:Estimate,           # What they will take
+    workers:int=8,           # Jobs at a time
+    bad:dict|None=None,      # Gets tag and reason of each `ValueError`; `None`: the first is raised
+    progress:bool=True,      # Say the price and show a bar?
+    unit:str='answer',       # What a job makes
+) -> dict:                   # Tag to value
+    "Do all jobs in parallel; after an error nothing new is begun, and what was paid for is kept"
+    if progress: print(todo)
+    asker.afford(todo)
+    done, bar, pool = {}, tqdm(total=len(jobs), unit=unit, disable=not progress), ThreadPoolExecutor(workers)
+    waiting = {pool.submit(job): tag for tag,job in jobs.items()}
+    try:
+        for f in as_completed(waiting):
+            try: done[waiting[f]] = f.result()
+            except EndpointError as e:
+                so_far = f'{len(done)} of {len(jobs)} are done and kept: run again to go on'
+                raise EndpointError(f'{e}; {so_far}') from None
+            except ValueError as e:
+                if bad is None: raise ValueError(f'{waiting[f]}: {e}') from None
+                bad[waiting[f]] = str(e)
+            bar.update()
+    finally: asker.stop.set(); pool.shutdown(cancel_futures=True); bar.close()
+    return done
+
+# %% ../../nbs/15_data.instruct.ipynb #106c2048
+def _ask(r:Request, asker:Asker, read:Callable, repairs:int):
+    "The value of a request; `ValueError` if no attempt can be read"
     for n in range(repairs + 1):
-        key = _key(endpoint, messages, request.max_tokens)
-        reply = cache.get(key) or cache.put(key, request.tag, call(messages, request.max_tokens))
-        try: return read(request.tag, reply.text)
+        text = asker.ask(r)
+        try: return read(r.tag, text)
         except ValueError as e: why = e
-        messages = [*messages, dict(role='assistant', content=reply.text),
-                    dict(role='user', content=f'That cannot be used: {why}. Answer again, in the form asked for.')]
+        more = f'That cannot be used: {why}. Answer again, in the form asked for.'
+        said = [dict(role='assistant', content=text), dict(role='user', content=more)]
+        r = r._replace(messages=[*r.messages, *said])
     raise ValueError(f"{why} (asked {repairs + 1} times)")
 
-def _afford(plan:Estimate, spent, budget:float):
-    if plan.usd is None: raise ValueError("a budget needs a price=(read, written) of the endpoint")
-    if spent + plan.usd > budget:
-        raise ValueError(f"{spent:.4f} USD spent and up to {plan.usd:.4f} to come, over the budget of {budget:g}")
-
-def _guarded(endpoint:Endpoint, cache:Cache, budget, stop:threading.Event) -> Callable:
-    "A call that refuses once the money is spent or the run has ended"
-    client = _client(endpoint)
-    def wait(seconds):
-        if stop.wait(seconds): raise EndpointError('stopped')
-    def call(messages, max_tokens):
-        wait(0)
-        if budget is not None and (spent := endpoint.usd(*cache.used())) >= budget:
-            raise EndpointError(f'the budget of {budget:g} USD is spent ({spent:.4f})')
-        return complete(endpoint, messages, max_tokens, client, wait)
-    return call
-
-# %% ../../nbs/15_data.instruct.ipynb #aa0e4722
 def ask_all(
     requests:list[Request],    # What to ask
     endpoint:Endpoint,         # Whom
@@ -392,23 +442,9 @@ def ask_all(
     progress:bool=True,        # Say the price and show a bar?
 ) -> tuple[dict, dict]:        # Tag to value, and tag to the reason why there is none
     "Ask everything, in parallel; what the cache knows is not asked again"
-    cache, stop = cache or Cache(), threading.Event()
-    plan = estimate(requests, endpoint, cache)
-    if progress: print(plan)
-    if budget is not None: _afford(plan, endpoint.usd(*cache.used()), budget)
-    call, done, bad = _guarded(endpoint, cache, budget, stop), {}, {}
-    pool, bar = ThreadPoolExecutor(workers), tqdm(total=len(requests), unit='answer', disable=not progress)
-    jobs = {pool.submit(_ask, r, cache, read, repairs, endpoint, call): r.tag for r in requests}
-    try:
-        for job in as_completed(jobs):
-            try: done[jobs[job]] = job.result()
-            except EndpointError as e:
-                so_far = f"{len(done)} of {len(requests)} are done and kept: run again to go on"
-                raise EndpointError(f"{e}; {so_far}") from None
-            except ValueError as e: bad[jobs[job]] = str(e)
-            bar.update()
-    finally: stop.set(); pool.shutdown(cancel_futures=True); bar.close()
-    return done, bad
+    asker, bad = Asker(endpoint, cache, budget), {}
+    jobs = {r.tag: lambda r=r: _ask(r, asker, read, repairs) for r in requests}
+    return run_jobs(jobs, asker, estimate(requests, endpoint, asker.cache), workers, bad, progress), bad
 
 # %% ../../nbs/15_data.instruct.ipynb #1ffd108d
 @dataclass

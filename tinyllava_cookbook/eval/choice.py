@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'MME_TASKS', 'MMMU_DOMAINS', 'sqa_answer', 'scienceqa', 'mme_answer', 'mme_perception', 'mme',
-           'mmmu_parse_choice', 'mmmu_parse_open', 'mmmu_right', 'mmmu', 'mmbench_infer', 'mmbench']
+           'mmmu_parse_choice', 'mmmu_parse_open', 'mmmu_right', 'mmmu', 'mmbench_infer', 'mmbench_gold',
+           'mmbench_passes', 'mmbench']
 
 # %% ../../nbs/49_eval.choice.ipynb #2e364b1b
 import random, re
@@ -294,8 +295,10 @@ def _index(v):
     try: return int(float(v))
     except ValueError: return v     # of another benchmark; matching will say so
 
-def _mmb_gold(place):
-    "Index to row, options without the empty ones (in a table also what pandas takes for empty)"
+def mmbench_gold(
+    place,      # `mmbench_dev_20230712.tsv` or its folder
+) -> dict:      # Index to row
+    "Rows of MMBench with their `options`, but those empty (in a table also what pandas takes for empty)"
     path = find(place, '*mmbench*.tsv', '*MMBench*.tsv', '*.tsv', 'items.json', source='opencompass.org.cn/mmbench')
     rows, na = (read_table(path), _NA) if path.suffix in ('.tsv','.csv') else (read_json(path), {''})
     head = rows[0] if rows and isinstance(rows, list) else {}
@@ -316,26 +319,37 @@ def _mmb_report(items):
     return rows
 
 # %% ../../nbs/49_eval.choice.ipynb #d1f919d0
+def mmbench_passes(
+    gold:dict,           # From `mmbench_gold`
+    answers:list[dict],  # `question_id` (or `index`) and `text` (or `prediction`); `choice` is a judge's letter
+    partial:bool=False,  # Score what there is?
+) -> tuple[dict,dict]:   # Index of each question to its passes, and the counts of what did not match
+    "What was said and read in each pass of each question"
+    by, problems = match([{**r, 'question_id': _index(r['question_id'])} for r in answers], list(gold), partial)
+    passes = {i: [] for i in gold if i<1_000_000}      # as officially: no first pass, no question
+    for i,g in gold.items():
+        r = by.get(str(i), {})
+        text = said(r, 'prediction') if r else None
+        read = mmbench_infer(text, g['options']) if r else False
+        one = dict(index=i, text=text, read=read, parsed=read or r.get('choice', False), answer=g['answer'])
+        if i % 1_000_000 in passes: passes[i % 1_000_000].append(one)
+    problems['judged'] = sum(bool(o['parsed'] and not o['read']) for of in passes.values() for o in of)
+    return passes, problems
+
+def _mmb_item(i, g, of):
+    hits, first = [o['parsed']==o['answer'] for o in of], next(o for o in of if o['index']==i)
+    return dict(id=i, score=float(all(hits)), first=float(first['read']==first['answer']), kind=g.get('category', ''),
+                l2=g.get('l2-category', ''), split=g.get('split') or 'none', text=of[0]['text'], answer=g['answer'],
+                passes=of)
+
 def mmbench(
     annotations,         # `mmbench_dev_20230712.tsv` or its folder
-    answers:list[dict],  # `question_id` (or `index`) and `text` (or `prediction`)
+    answers:list[dict],  # `question_id` (or `index`) and `text` (or `prediction`); `choice` where a judge chose
     partial:bool=False,  # Score what there is? A question with a missing pass is a miss
-) -> Score:              # `circular` and `first_pass`, from 0 to 1
-    "Official MMBench accuracy (circular, exact matching)"
-    gold = _mmb_gold(annotations)
-    by, problems = match([{**r, 'question_id': _index(r['question_id'])} for r in answers], list(gold), partial)
-    passes, items = {}, []
-    for i,g in gold.items():
-        r = by.get(str(i))
-        text = None if r is None else said(r, 'prediction')
-        parsed = False if text is None else mmbench_infer(text, g['options'])
-        passes.setdefault(i % 1_000_000, []).append(dict(index=i, text=text, parsed=parsed, answer=g['answer']))
-    for i,of in passes.items():
-        if i not in gold: continue      # as officially: no first pass, no question
-        g = gold[i]
-        hits = [o['parsed']==o['answer'] for o in of]
-        items.append(dict(id=i, score=float(all(hits)), first=float(hits[[o['index'] for o in of].index(i)]),
-                          kind=g.get('category', ''), l2=g.get('l2-category', ''), split=g.get('split') or 'none',
-                          text=of[0]['text'], answer=g['answer'], passes=of))
+) -> Score:              # `circular`, and `first_pass` by exact matching alone; from 0 to 1
+    "Official MMBench accuracy (circular; exact matching, and a judge's choice where there is one)"
+    gold = mmbench_gold(annotations)
+    passes, problems = mmbench_passes(gold, answers, partial)
+    items = [_mmb_item(i, gold[i], of) for i,of in passes.items()]
     metrics = dict(circular=mean(o['score'] for o in items), first_pass=mean(o['first'] for o in items))
     return Score('mmbench', 'circular', metrics, _mmb_report(items), items, problems)

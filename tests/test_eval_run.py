@@ -196,3 +196,50 @@ def test_mmbench_submission(ask, world, tmp_path):
         rows = re.findall('<row>(.*?)</row>', z.read('xl/worksheets/sheet1.xml').decode(), re.S)
     assert re.findall('>([^<]+)</t>', rows[0]) == ['index', 'question', 'A', 'B', 'C', 'D', 'prediction', 'answer', 'split']
     assert len(rows) == 1 + len(load_benchmark('mmbench', world[0]/'data')) and '<c><v>241</v></c>' in rows[1]
+
+# Several pictures
+
+@pytest.fixture
+def album(world, tmp_path):
+    "MMMU with two questions that show three pictures and one that shows one"
+    from datasets import Dataset, Features, Image, Value
+    from PIL import Image as P
+    from pyarrow.parquet import write_table
+    import io
+    def png(c):
+        P.new('RGB', (32, 32), c).save(f := io.BytesIO(), 'PNG')
+        return dict(bytes=f.getvalue(), path=None)
+    pics = [png(c) for c in ('red', 'green', 'blue')]
+    row = lambda n, q, k, o: dict(id=f'validation_Art_{n}', question=q, options=str(o), answer='B', question_type='multiple-choice', **{f'image_{i+1}': pics[i] if i<k else None for i in range(7)})
+    rows = [row(1, 'Which is green?', 3, ['<image 1>', '<image 2>', '<image 3>']), row(2, 'Is <image 3> like <image 1>?', 3, ['yes', 'no']), row(3, 'Is <image 1> red?', 1, ['no', 'yes'])]
+    features = Features({k: Image() if k.startswith('image_') else Value('string') for k in rows[0]})
+    (tmp_path/'mmmu'/'Art').mkdir(parents=True)
+    write_table(Dataset.from_list(rows, features=features).data.table, tmp_path/'mmmu'/'Art'/'validation-00000-of-00001.parquet')
+    (tmp_path/'mmmu'/'answer_dict_val.json').write_text(json.dumps({r['id']: dict(question_type='multiple-choice', ground_truth='B') for r in rows}))
+    return tmp_path, [p['bytes'] for p in pics]
+
+def test_several_pictures_per_question(world, album):
+    data, pics = album
+    first, every = (load_benchmark('mmmu', data, s) for s in ('validation', 'validation/all'))
+    assert [o.images for o in first] == [[pics[0]]]*3 and '<image 2>' in first[0].prompt and '<image>' not in first[0].prompt
+    assert [o.images for o in every] == [pics, [pics[1], pics[2], pics[0]], [pics[0]]]
+    assert [o.prompt.count('<image>') for o in every] == [3, 3, 1] and '<image ' not in every[0].prompt
+    assert every[0].prompt.startswith('Which is green?\n(A) <image>\n(B) <image>') and every[1].prompt.startswith('<image>\nIs <image> like <image>?')
+    kw = dict(max_new_tokens=4, progress=False, model_id='tiny', splits=dict(mmmu='validation/all'))
+    one, many = (R.run_eval(world[1], world[2], ['mmmu'], data, data/f'out {k}', batch_size=k, **kw) for k in (1, 3))
+    assert lines(data/'out 1'/'mmmu'/'answers.jsonl') == lines(data/'out 3'/'mmmu'/'answers.jsonl') and one['mmmu'].n == 3
+    assert (data/'out 1'/'index.html').read_text().count('data:image/jpeg') >= 3
+    with pytest.raises(ValueError, match='with another prompt'): R.run_eval(world[1], world[2], ['mmmu'], data, data/'out 1', max_new_tokens=4, progress=False, model_id='tiny')
+    from tinyllava_cookbook.eval.zoo import your_run
+    assert your_run(data/'out 1'/'scores.json')['scores'] == {}                  # not what the papers report
+
+def test_every_picture_reaches_the_model(world, album, monkeypatch):
+    "In the order of their marks, and only in the split that shows them"
+    data, pics = album
+    real, seen = R.answer_ids, []
+    def watch(model, processor, prompts, images, *args, **kw):
+        seen.append((images, [p.count(processor.image_token_id)//processor.image_seq_length for p in prompts]))
+        return real(model, processor, prompts, images, *args, **kw)
+    monkeypatch.setattr(R, 'answer_ids', watch)
+    for split in ('validation', 'validation/all'): R.answer_batch(world[1], world[2], load_benchmark('mmmu', data, split), 2)
+    assert seen == [([pics[0]]*3, [1, 1, 1]), ([*pics, pics[1], pics[2], pics[0], pics[0]], [3, 3, 1])]

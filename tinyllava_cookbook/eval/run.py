@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUBMISSIONS', 'plan', 'ranks', 'rank_device', 'Shard', 'read_shards', 'answer_row', 'fingerprint', 'answer_batch',
            'answer_items', 'merge', 'write_xlsx', 'submission', 'annotations', 'score_answers', 'as_published',
-           'results_table', 'extremes', 'write_page', 'run_eval']
+           'results_table', 'extremes', 'html_page', 'write_page', 'load_all', 'run_eval']
 
 # %% ../../nbs/53_eval.run.ipynb #b3a7bb53
 import base64, hashlib, html, io, json, os, re, zipfile
@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from xml.sax.saxutils import escape
 from tqdm.auto import tqdm
-from ..core import Registry, read_json, versions, write_json
+from ..core import Registry, Table, read_json, replacing, versions, write_json, write_lines
 from ..data.images import load_image
 from . import scoring
-from .benchmarks import BENCHES, Item, load_benchmark, mmbench_rows, need, read_jsonl
+from .benchmarks import BENCHES, Item, load_benchmark, mmbench_rows, need
+from .records import match, read_jsonl
 from ..infer.generate import answer_ids, prompt_ids, user_turn
-from ..train.recipes import Table
 
 # %% ../../nbs/53_eval.run.ipynb #46b94691
 def plan(
@@ -29,7 +29,7 @@ def plan(
 ) -> list[list[int]]: # Batches of indices, longest prompts first
     "Batches of questions of similar length"
     if batch_size<1: raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    size = lambda i: (items[i].image is None, -len(items[i].prompt), i)  # characters are near enough to tokens
+    size = lambda i: (-len(items[i].images), -len(items[i].prompt), i)  # characters are near enough to tokens
     order = sorted(range(len(items)), key=size)
     return [order[k:k+batch_size] for k in range(0, len(order), batch_size)]
 
@@ -145,9 +145,8 @@ def answer_batch(
     blind:bool=False, # Zero the pixels
 ) -> list[str]:       # In their order
     "Ask one batch, greedily"
-    shown = [[] if o.image is None else [o.image] for o in items]
-    prompts = [prompt_ids(processor, [user_turn(o.prompt, len(s))]) for o,s in zip(items, shown)]
-    new = answer_ids(model, processor, prompts, [i for s in shown for i in s], max_new_tokens, blind)
+    prompts = [prompt_ids(processor, [user_turn(o.prompt, len(o.images))]) for o in items]
+    new = answer_ids(model, processor, prompts, [i for o in items for i in o.images], max_new_tokens, blind)
     return [processor.tokenizer.decode(o, skip_special_tokens=True).strip() for o in new]
 
 def answer_items(
@@ -197,10 +196,7 @@ def merge(
     "One answers file in the order of the questions, once all are answered"
     done, path = read_shards(folder), Path(folder)/'answers.jsonl'
     if any(str(o.id) not in done for o in items): return None
-    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    tmp.write_bytes(b''.join(json.dumps(done[str(o.id)], ensure_ascii=False).encode()+b'\n' for o in items))
-    os.replace(tmp, path)
-    return path
+    return write_lines(path, (done[str(o.id)] for o in items))
 
 # %% ../../nbs/53_eval.run.ipynb #aeac5ea1
 _XML, _NS = '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>', 'http://schemas.openxmlformats.org'
@@ -243,21 +239,23 @@ SUBMISSIONS = Registry('submission') # Benchmark -> `(rows, data folder, split, 
 def _submit_vqav2(rows, data_dir, split, path):
     "All questions of *test*: the server takes test-dev answers with the others left empty"
     every = read_json(need(data_dir, 'vqav2/v2_OpenEnded_mscoco_test2015_questions.json'))['questions']
-    said = {o['question_id']: scoring.textvqa_normalize(o['text']) for o in rows}
-    lines = [dict(question_id=o['question_id'], answer=said.get(o['question_id'], '')) for o in every]
+    by, _ = match(rows, [o['question_id'] for o in every], lenient=True)
+    said = {k: scoring.textvqa_normalize(o['text']) for k,o in by.items()}
+    lines = [dict(question_id=o['question_id'], answer=said.get(str(o['question_id']), '')) for o in every]
     return write_json(path.with_suffix('.json'), lines, indent=None)
 
 @SUBMISSIONS.register('mmvet')
 def _submit_mmvet(rows, data_dir, split, path):
-    return write_json(path.with_suffix('.json'), {f"v1_{o['question_id']}": o['text'] for o in rows}, indent=2)
+    by, _ = match(rows, [o['question_id'] for o in rows])
+    return write_json(path.with_suffix('.json'), {f'v1_{k}': o['text'] for k,o in by.items()}, indent=2)
 
 @SUBMISSIONS.register('mmbench')
 def _submit_mmbench(rows, data_dir, split, path):
-    said = {int(o['question_id']): o['text'] for o in rows}
     table = mmbench_rows(need(data_dir, f'mmbench/mmbench_{split}.tsv'))
+    by, _ = match(rows, [int(o['index']) for o in table])
     names = ['index', 'question', 'A', 'B', 'C', 'D', 'prediction', 'answer', 'split']
     names = [c for c in names if c=='prediction' or c in table[0]]     # the test file has no answers
-    for o in table: o.update(index=int(o['index']), prediction=said.get(int(o['index']), ''))
+    for o in table: o.update(index=int(o['index']), prediction=by[str(int(o['index']))]['text'])
     return write_xlsx(path.with_suffix('.xlsx'), [names, *([o[c] for c in names] for o in table)])
 
 # %% ../../nbs/53_eval.run.ipynb #261c33f2
@@ -266,11 +264,13 @@ def submission(
     answers:str|Path,     # answers.jsonl
     data_dir:str|Path,    # The folder of all benchmarks
     split:str|None=None,  # `None`: the usual one
-) -> Path:                # The file to upload, beside the answers
+    out:str|Path|None=None, # The file to write, its suffix is the server's; `None`: beside the answers
+) -> Path:                # The file to upload
     "Write what a benchmark's server takes"
-    make, answers = SUBMISSIONS[name], Path(answers)
+    make, out = SUBMISSIONS[name], Path(out or Path(answers).with_name('submission'))
     rows = read_jsonl(answers, needs=('question_id', 'text'), unique=None)
-    return make(rows, Path(data_dir), split or BENCHES[name].split, answers.with_name('submission'))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return make(rows, Path(data_dir), split or BENCHES[name].split, out)
 
 # %% ../../nbs/53_eval.run.ipynb #b4533a69
 _ANNOTATIONS = dict(vqav2='vqav2/v2_mscoco_val2014_annotations.json', gqa='gqa/{split}_questions.json',
@@ -348,16 +348,30 @@ def extremes(
     return worst, [o for o in first(-1) if o['score']>0 and o not in worst][:k]
 
 # %% ../../nbs/53_eval.run.ipynb #084b2360
-_STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse}td,th{padding:.15rem .8rem .15rem 0;text-align:left;border-bottom:1px solid #ddd}
-.cards{display:flex;flex-wrap:wrap;gap:1rem}summary{cursor:pointer}
-figure{margin:0;width:11rem;font-size:13px;border-left:4px solid #999;padding-left:.6rem}
-figure.worst{border-color:#c33}figure.best{border-color:#393}
-img{max-width:100%;max-height:11rem}figcaption{white-space:pre-line;overflow-wrap:anywhere}
+_PAGE = """body{font:15px/1.45 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#222}
+h1,h2{font-weight:600}table{border-collapse:collapse}img{max-width:100%}
+td,th{padding:.15rem .8rem .15rem 0;text-align:left;border-bottom:1px solid #ddd}
+.cards{display:flex;flex-wrap:wrap;gap:1rem}figure{margin:0;width:11rem;font-size:13px}
+figcaption{white-space:pre-line;overflow-wrap:anywhere}pre{background:#8882;padding:.7rem;overflow:auto;font-size:12px}
 @media(prefers-color-scheme:dark){body{background:#111;color:#ddd}td,th{border-color:#333}}"""
 
+def html_page(
+    path:str|Path, # Where to
+    title:str,     # Of the page
+    body:str,      # HTML
+    style:str='',  # More CSS
+) -> Path:
+    "Write a page that loads nothing, in light and dark"
+    head = f'<meta charset=utf-8><title>{html.escape(title)}</title><style>{_PAGE}{style}</style>'
+    page = f'<!doctype html><html lang=en><head>{head}</head><body>{body}</body></html>'
+    with replacing(path) as part: part.write_text(page, encoding='utf-8')
+    return Path(path)
+
+# %% ../../nbs/53_eval.run.ipynb #ea8ac6e6
+_STYLE = """summary{cursor:pointer}figure{border-left:4px solid #999;padding-left:.6rem}img{max-height:11rem}
+figure.worst{border-color:#c33}figure.best{border-color:#393}"""
+
 def _thumb(image, side=176):
-    if image is None: return '<p>(no picture)</p>'
     im = load_image(image)
     im.thumbnail((side, side))
     im.save(f := io.BytesIO(), 'JPEG', quality=80)
@@ -372,7 +386,8 @@ def _card(score, items, texts, side=''):
         gold = item.answer if isinstance(item.answer, str) else ' / '.join(dict.fromkeys(item.answer))
         ask += f'{_cut(item.prompt)}\n\n<b>{_cut(text)}</b>\nright: {_cut(gold)}\n'
     score = 'not scored' if score is None else f'score {score:.2g}'
-    return f'<figure class={side}>{_thumb(items[0].image)}<figcaption>{ask}{score}</figcaption></figure>'
+    seen = ''.join(map(_thumb, items[0].images)) or '<p>(no picture)</p>'
+    return f'<figure class={side}>{seen}<figcaption>{ask}{score}</figcaption></figure>'
 
 def _groups(items):
     "Id of a scored item -> its questions; MME scores a picture, by its path without suffix"
@@ -411,19 +426,30 @@ def write_page(
 ) -> Path:
     "One page: all numbers, then the worst and the best answers with their pictures"
     parts = ''.join(_section(n, s, items[n], Path(folder)/n, k) for n,s in results.items())
-    body = f'<h1>{html.escape(title)}</h1>{results_table(results)._repr_html_()}{parts}'
-    head = f'<meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>'
-    page = f'<!doctype html><html lang=en><head>{head}</head><body>{body}</body></html>'
-    Path(path).write_text(page, encoding='utf-8')
-    return Path(path)
+    return html_page(path, title, f'<h1>{html.escape(title)}</h1>{results_table(results)._repr_html_()}{parts}', _STYLE)
 
 # %% ../../nbs/53_eval.run.ipynb #2601ae7c
-def _collect(items, out, data_dir, splits, graded, partial):
+def load_all(
+    benches:list[str],     # Names in `BENCHES`
+    data_dir:str|Path,     # The folder of all benchmarks
+    splits:dict|None=None, # Benchmark -> split, where not the usual one
+    graded:dict|None=None, # Benchmark -> a judge's file
+) -> dict:                 # Benchmark -> its questions
+    "Read every benchmark, before a model is loaded or asked"
+    for what, some in (('split', splits), ('judge\'s file', graded)):
+        if odd := [n for n in some or {} if n not in benches]:
+            raise ValueError(f"a {what} for {odd[0]!r}, which is not asked; choose from {list(benches)}")
+    for path in (graded or {}).values():
+        if not Path(path).is_file(): raise FileNotFoundError(f"no judge's file {str(path)!r}")
+    return {n: load_benchmark(n, data_dir, (splits or {}).get(n)) for n in benches}
+
+# %% ../../nbs/53_eval.run.ipynb #bd688756
+def _collect(items, done, out, data_dir, splits, graded, partial):
     "Scores of all benchmarks, once every rank has answered; else `None`"
-    if any(merge(out/n, o) is None for n,o in items.items()): return None
+    if any((done[n] or merge(out/n, o)) is None for n,o in items.items()): return None
     results = {}
     for n in items:
-        if n in SUBMISSIONS and (n!='vqav2' or splits.get(n, 'val')!='val'):
+        if n in SUBMISSIONS and not partial and (n!='vqav2' or splits.get(n, 'val')!='val'):
             submission(n, out/n/'answers.jsonl', data_dir, splits.get(n))
         answers = graded.get(n, out/n/'answers.jsonl')
         results[n] = score_answers(n, answers, data_dir, splits.get(n), n in graded, partial)
@@ -437,11 +463,11 @@ def _report(results, items, out, model_id, splits, **head):
     write_json(out/'scores.json', head | dict(benchmarks={n: entry(n, s) for n,s in results.items()}))
     write_page(out/'index.html', results, items, out, model_id or 'Evaluation')
 
-# %% ../../nbs/53_eval.run.ipynb #b7510047
+# %% ../../nbs/53_eval.run.ipynb #789254e7
 def run_eval(
     model,                  # A `VLMForConditionalGeneration`
     processor,              # Its processor
-    benches:list[str],      # Names in `BENCHES`
+    benches:list[str]|dict, # Names in `BENCHES`, or what `load_all` gave
     data_dir:str|Path,      # The folder of all benchmarks
     out:str|Path,           # Gets BENCHMARK/answers.jsonl, scores.json and index.html
     splits:dict|None=None,  # Benchmark -> split, where not the usual one
@@ -456,12 +482,11 @@ def run_eval(
 ) -> dict|None:             # Benchmark -> `Score` or a reason; `None` while other ranks have work left
     "Answer, score and show any of the ten benchmarks"
     out, splits, graded = Path(out), splits or {}, graded or {}
-    items = {n: load_benchmark(n, data_dir, splits.get(n))[:limit] for n in benches}
-    rank, n_ranks = ranks() if world is None else world
-    for n,some in items.items():
-        answer_items(model, processor, some, out/n, batch_size, max_new_tokens or BENCHES[n].max_new_tokens,
-                     model_id, blind, rank, n_ranks, progress)
-    results = _collect(items, out, data_dir, splits, graded, partial=limit is not None)
+    items = benches if isinstance(benches, dict) else load_all(benches, data_dir, splits, graded)
+    items, (rank, n_ranks) = {n: o[:limit] for n,o in items.items()}, ranks() if world is None else world
+    done = {n: answer_items(model, processor, some, out/n, batch_size, max_new_tokens or BENCHES[n].max_new_tokens,
+                            model_id, blind, rank, n_ranks, progress) for n,some in items.items()}
+    results = _collect(items, done, out, data_dir, splits, graded, partial=limit is not None)
     size = sum(p.numel() for p in model.parameters())
     if results: _report(results, items, out, model_id, splits, limit=limit, blind=blind, parameters=size)
     return results

@@ -9,8 +9,8 @@ __all__ = ['PARAMETERS', 'BENCHMARKS', 'ZOO_SOURCES', 'ZOO', 'Published', 'zoo_t
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..core import read_json
-from ..train.recipes import Table
+from ..core import Table, read_json
+from .benchmarks import BENCHES
 
 # %% ../../nbs/54_eval.zoo.ipynb #822f0517
 PARAMETERS = { # Billions
@@ -111,6 +111,8 @@ def plot_zoo(
     return ax
 
 # %% ../../nbs/54_eval.zoo.ipynb #965c7f98
+def _as_papers(bench, split): return split==('test-dev' if bench=='vqav2' else BENCHES[bench].split)
+
 def your_run(
     scores:str|Path|dict,        # scores.json, or what it holds
     name:str='',                 # For the table; else its model_id
@@ -123,7 +125,7 @@ def your_run(
     if run.get('limit'): raise ValueError(f"a run with limit {run['limit']} answers other questions than the papers")
     size = parameters or run.get('parameters', 0)/1e9
     got = {b: (o['published']['score'], o['published']['interval']) for b,o in run['benchmarks'].items()
-           if b in BENCHMARKS and 'published' in o and not (b=='vqav2' and o['split']!='test-dev')}
+           if b in BENCHMARKS and 'published' in o and _as_papers(b, o['split'])}
     return dict(name=name or run.get('model_id') or 'this run', parameters=size, scores=got)
 
 def beside(

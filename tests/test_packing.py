@@ -167,6 +167,7 @@ def test_sampler_is_the_plan():
 # ---------------------------------------------------------------------------------------------------- model
 
 FAMILIES = [o for o in tiny_llms.names() if o in llm_families]
+NO_SDPA = {'gemma2'}     # caps the scores before the softmax, which sdpa cannot; transformers says so and stops
 
 @pytest.fixture(scope='module')
 def make(tmp_path_factory):
@@ -180,7 +181,7 @@ def make(tmp_path_factory):
             for w in m.language_model.parameters(): w.data.mul_(3)          # a random model that is not indifferent
             made[family] = m.double().eval(), p
         m, p = made[family]
-        m.language_model.set_attn_implementation(attention)
+        m.language_model.set_attn_implementation('eager' if attention == 'sdpa' and family in NO_SDPA else attention)
         return m, p
     return model
 
@@ -219,13 +220,17 @@ def varlen(monkeypatch):
     from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
     calls = []
     def kernel(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, dropout_p=0.,
-               softmax_scale=None, causal=False):
+               softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.):
         assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q.dtype == torch.int32
         assert int(max_seqlen_q) == int(cu_seqlens_q.diff().max())
         calls.append(cu_seqlens_q.tolist())
         pieces = [[o[a:b].transpose(0, 1) for o in (q, k, v)] for a, b in zip(calls[-1], calls[-1][1:])]
-        f = torch.nn.functional.scaled_dot_product_attention
-        return torch.cat([f(*p, is_causal=True, scale=softmax_scale, enable_gqa=True).transpose(0, 1) for p in pieces])
+        return torch.cat([attend(*p, softmax_scale, window_size[0], softcap).transpose(0, 1) for p in pieces])
+    def attend(q, k, v, scale, window, cap):
+        k, v = (o.repeat_interleave(len(q)//len(o), 0) for o in (k, v))
+        scores, back = q @ k.mT*scale, torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
+        if cap: scores = (scores/cap).tanh()*cap
+        return scores.masked_fill((back < 0) | (window >= 0) & (back > window), -torch.inf).softmax(-1) @ v
     def plain(q, k, v, dropout_p=0., softmax_scale=None, causal=False): raise AssertionError('borders were not seen')
     process = fa._lazy_define_process_function(kernel)
     found = (plain, kernel, None, fa._pad_input, fa._unpad_input), (process, process)
@@ -268,7 +273,7 @@ def test_own_block_mask(make, attention):
 
 def loss_and_grads(model, batch):
     model.zero_grad()
-    loss = model(**doubled(batch)).loss
+    loss = model(**{k: v.to(model.dtype) if k == 'pixel_values' else v for k, v in batch.items()}).loss
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -276,15 +281,18 @@ def loss_and_grads(model, batch):
 def test_packed_loss_and_gradients(make, family):
     "Equal to the same samples padded into a batch; images in the order of their samples"
     model, _ = make(family)
+    exact = family not in NO_SDPA     # eager attention in double precision makes NaN where only padding is in the window
+    if not exact: model = copy.deepcopy(model).float()
     parts = samples(model)
     ids = parts[2]['input_ids']                        # of one sample even the first token is to be learned
     parts[2]['labels'] = torch.where(ids == model.config.image_token_id, IGNORE, ids)
     model.train()
     loss, grads = loss_and_grads(model, PadCollator(0)(parts))
+    atol = 1e-6 if exact else 1e-5*max(g.abs().max().item() for g in grads.values())
     for collator in PackCollator(), PackCollator(multiple_of=100):
         packed, same = loss_and_grads(model, collator(parts))
-        assert abs(packed - loss) < 1e-6 and grads.keys() == same.keys()
-        for n, g in grads.items(): torch.testing.assert_close(same[n], g, atol=1e-6, rtol=1e-4, msg=n)
+        assert abs(packed - loss) < (1e-6 if exact else 1e-5) and grads.keys() == same.keys()
+        for n, g in grads.items(): torch.testing.assert_close(same[n], g, atol=atol, rtol=1e-4, msg=n)
     model.eval()
 
 def test_samples_do_not_see_each_other(make):

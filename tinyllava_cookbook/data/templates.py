@@ -266,6 +266,8 @@ def _headed(name:str, head:str, stop:str, after:str='\n', **kw):
 _headed('chatml', '<|im_start|>{}\n', '<|im_end|>', default='You are a helpful assistant.')
 _headed('llama3', '<|start_header_id|>{}<|end_header_id|>\n\n', '<|eot_id|>', after='')
 _headed('stablelm_zephyr', '<|{}|>\n', '<|endoftext|>')
+_headed('phi3', '<|{}|>\n', '<|end|>')
+_headed('granite', '<|start_of_role|>{}<|end_of_role|>', '<|end_of_text|>')
 
 def chat_template(
     name:str,         # A key of `templates`

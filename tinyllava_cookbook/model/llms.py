@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['llm_families', 'set_padding', 'plain_logits', 'capped_logits', 'scaled_logits', 'LLMFamily', 'family_of',
-           'llm_logits', 'default_template', 'load_tokenizer', 'trust_code', 'save_code', 'prove_llm', 'load_llm',
-           'add_image_token', 'stop_ids']
+           'llm_logits', 'default_template', 'load_tokenizer', 'trust_code', 'own_code', 'save_code', 'prove_llm',
+           'load_llm', 'add_image_token', 'stop_ids']
 
 # %% ../../nbs/22_model.llms.ipynb #e60c62b4
 from collections.abc import Callable
@@ -148,8 +148,11 @@ def trust_code(
     AutoModelForCausalLM.register(cfg, llm, exist_ok=True)
     return llm
 
-def _own_code(path, trusted):
-    "Does the checkpoint need code of its own? An error if nobody vouches for it"
+def own_code(
+    path,          # A checkpoint of a language model, or a composed one
+    trusted:bool,  # May code in it run?
+) -> bool:         # Has it run?
+    "Run the code in a checkpoint if `transformers` has none for it; an error if nobody vouches for it"
     raw = _raw(path)
     kind,code = raw.get('model_type'), raw.get('auto_map') or {}
     if kind in CONFIG_MAPPING_NAMES or 'AutoModelForCausalLM' not in code: return False
@@ -165,6 +168,7 @@ def save_code(
 ) -> list[Path]:    # Files written; none for a model of `transformers`
     "Write the code that a model brought along, so that the folder needs no other"
     if not type(llm).__module__.startswith('transformers_modules'): return []
+    Path(dir).mkdir(parents=True, exist_ok=True)
     llm.config.auto_map = {k: o.split('--')[-1] for k,o in llm.config.auto_map.items()}   # no repository: this folder
     return custom_object_save(llm, dir)
 
@@ -218,7 +222,7 @@ def load_llm(
 ) -> tuple:                       # The model and its tokenizer
     "Load a causal language model and its tokenizer"
     path = checkpoint_path(path)
-    brought = _own_code(path, trust_remote_code)
+    brought = own_code(path, trust_remote_code)
     cfg = AutoConfig.from_pretrained(path)
     name = _family(cfg, path, family)
     words = load_tokenizer(path if tokenizer is None else checkpoint_path(tokenizer, 'tokenizer_config.json'))

@@ -27,7 +27,8 @@ from ..data.images import IMAGE_MODES, load_image, prepare
 from ..data.templates import chat_template
 from .vision import build_vision, load_vision, n_layers, n_patches, vision_features
 from .connectors import connector as build_connector
-from .llms import add_image_token, llm_families, llm_logits, load_llm, stop_ids
+from tinyllava_cookbook.model.llms import (add_image_token, default_template, family_of, llm_logits, load_llm, save_code,
+    stop_ids)
 
 # %% ../../nbs/23_model.vlm.ipynb #3cd37dde
 def scatter_images(
@@ -137,6 +138,7 @@ class VLMPreTrainedModel(PreTrainedModel):
     def get_decoder(self): return self.language_model.get_decoder()
 
     def save_pretrained(self, save_directory, **kwargs):
+        save_code(self.language_model, save_directory)
         super().save_pretrained(save_directory, **{'save_original_format': False, **kwargs})
         for o in Path(save_directory).glob('*.safetensors'):   # safetensors makes files only their owner can read
             shutil.copymode(Path(save_directory)/'config.json', o)
@@ -180,6 +182,13 @@ def merge_inputs(
 def _positions(mask, t):
     "Positions of the last `t` tokens, counting only what is not padding"
     if mask is not None and mask.dim() == 2: return (mask.long().cumsum(-1)-1).clamp(min=0)[:, -t:]
+
+def _check_packing(text_config, position_ids):
+    "An error for several samples in a row, where the language model would mix them"
+    if family_of(text_config).packs: return
+    if (position_ids[..., 1:] <= position_ids[..., :-1]).any():
+        raise ValueError(f"{text_config.model_type!r} lets samples that share a row see each other; train it on padded "
+            "batches: pack=False")
 
 def _last(h_btd, keep):
     "The positions that `logits_to_keep` means"
@@ -226,6 +235,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         img_bnd = None
         if inputs_embeds is None: inputs_embeds,img_bnd = merge_inputs(self, input_ids, pixel_values)
         packed = attention_mask is None and position_ids is not None and past_key_values is None
+        if packed: _check_packing(self.config.text_config, position_ids)
         if packed or labels is not None: kwargs.setdefault('use_cache', False)   # a cache would undo packing
         if position_ids is None: position_ids = _positions(attention_mask, inputs_embeds.shape[1])
         out = self.get_decoder()(attention_mask=attention_mask, position_ids=position_ids,
@@ -346,23 +356,25 @@ def compose(
     dtype='float32',             # Precision of the weights
     attn_implementation=None,    # For both halves, or a dict with 'vision_config' and 'text_config'
     mix:str='concat',            # How the features of two encoders come: 'concat' or 'interleave'
+    tokenizer=None,              # Where the LLM's tokenizer is, if not in its folder
+    trust_remote_code:bool=False,# May code in the LLM's folder run, where `transformers` has none?
     **cfg,                       # Further fields of `VLMConfig`
 ) -> tuple:                      # Model and processor
     "Join a vision encoder and a language model by a new connector"
     _check_fields(cfg, image_mode)
     attn = attn_implementation if isinstance(attn_implementation, dict) else dict.fromkeys(_HALVES, attn_implementation)
     v,image_processor = load_vision(vision, dtype, mix=mix, attn_implementation=attn.get('vision_config'))
-    t,tokenizer = load_llm(llm, dtype, attn_implementation=attn.get('text_config'))
+    t,tokenizer = load_llm(llm, dtype, tokenizer, trust_remote_code, attn_implementation=attn.get('text_config'))
     attn = {k: m.config._attn_implementation for k,m in zip(_HALVES, (v, t))}   # a new VLMConfig would forget it
     for o in (v.config, *getattr(v.config, 'both', ()), t.config): o.name_or_path = ''   # no path of this machine
-    template = template or llm_families[t.config.model_type].template
+    template = template or default_template(t.config, tokenizer)
     config = VLMConfig(vision_config=v.config, text_config=t.config, connector=connector, template=template,
         image_mode=image_mode, image_token_id=add_image_token(tokenizer, t), dtype=str(t.dtype)[6:],
         attn_implementation=attn, **cfg)
     model = _assemble(config, v, t, seed)
     processor = _processor(model.config, image_processor, tokenizer)
     model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, do_sample=False,
-        eos_token_id=stop_ids(tokenizer, chat_template(template).stop), pad_token_id=tokenizer.pad_token_id)
+        eos_token_id=stop_ids(tokenizer, chat_template(template, tokenizer).stop), pad_token_id=tokenizer.pad_token_id)
     return model, processor
 
 # %% ../../nbs/23_model.vlm.ipynb #99b0295b

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'ADAPTERS', 'MODES', 'SCHEDULES', 'OPTIMIZERS', 'recipes', 'Tune', 'Stage', 'batch_sizes', 'Recipe',
-           'stage_table', 'to_dict', 'from_dict', 'override', 'recipe', 'micro', 'llava_v15', 'tinyllava_base',
-           'show_recipe']
+           'stage_table', 'to_dict', 'from_dict', 'override', 'recipe_names', 'recipe', 'micro', 'llava_v15',
+           'tinyllava_base', 'show_recipe']
 
 # %% ../../nbs/30_train.recipes.ipynb #e1457a98
-import copy, dataclasses, difflib, html, json, types, typing
+import copy, dataclasses, difflib, html, importlib, json, types, typing
 from dataclasses import dataclass, field
 
 from ..core import Registry, Table, read_json
@@ -164,6 +164,7 @@ class Recipe:
     stages:list = field(default_factory=list)  # `Stage`s, in order
     model:dict = field(default_factory=dict)   # Further settings of the model, e.g. `vision_feature_layer`
     seed:int = 0                      # Of new weights and of the order of the data
+    start:str|None = None             # Folder of a model that the first stage goes on from; `None` joins the parts
 
     def __post_init__(self):
         self.stages = [s if isinstance(s, Stage) else _from_dict(Stage, s, 'stage') for s in self.stages]
@@ -183,7 +184,7 @@ class Recipe:
                                    image_mode=s.image_mode or self.image_mode)
 
     def to_dict(self) -> dict: return to_dict(self)
-    def _title(self): return f"{self.name}: {self.vision} + {self.connector} + {self.llm}"
+    def _title(self): return f"{self.name}: {self.start or f'{self.vision} + {self.connector} + {self.llm}'}"
     def __repr__(self) -> str: return f"{self._title()}\n{stage_table(self)!r}"
     def _repr_html_(self) -> str: return f"<p>{html.escape(self._title())}</p>{stage_table(self)._repr_html_()}"
 
@@ -267,6 +268,12 @@ def override(
 
 # %% ../../nbs/30_train.recipes.ipynb #d32a3c94
 recipes = Registry('recipe')
+_PUBLISHED = 'llava', 'tinyllava', 'train_llava', 'lora', 'scienceqa'   # modules that register more; light to import
+
+def recipe_names() -> list[str]:  # Sorted
+    "The names of all recipes, those of later chapters included"
+    for o in _PUBLISHED: importlib.import_module(f'tinyllava_cookbook.recipes.{o}')
+    return recipes.names()
 
 def recipe(
     name,      # Name in `recipes`, or the path of a JSON file
@@ -274,6 +281,7 @@ def recipe(
 ) -> Recipe:   # A fresh copy
     "The recipe called `name`"
     if str(name).endswith('.json'): return from_dict(read_json(name))
+    if name not in recipes: recipe_names()
     return recipes[name](**kwargs)
 
 # %% ../../nbs/30_train.recipes.ipynb #782e47a6

@@ -25,6 +25,7 @@ def train_llava(
     rank 32, alpha 8, dropout .05 on the LLM's q/k/v/o_proj, and the whole connector. Its patterns also reach q/k/v_proj
     of CLIP, against its README; here the eyes stay frozen. It keeps the first question of each sample only."""
     if variant not in _VARIANTS: raise ValueError(f"no variant {variant!r}; choose from {list(_VARIANTS)}")
-    return Recipe('train_llava', vision, llm, template='chatml', image_mode='crop', stages=[
+    name = 'train_llava' if variant == 'full' else f'train_llava_{variant}'
+    return Recipe(name, vision, llm, template='chatml', image_mode='crop', stages=[
         Stage('finetune', tune=_VARIANTS[variant], lr=4e-4, epochs=5., warmup=0., schedule='linear', max_length=2048,
               pack=4096, global_batch_size=192, device_batch_size=6, trainer=dict(save_steps=500, save_total_limit=3))])

@@ -276,13 +276,16 @@ def recipe_names() -> list[str]:  # Sorted
     return recipes.names()
 
 def recipe(
-    name,      # Name in `recipes`, or the path of a JSON file
+    name,      # Name in `recipes`, perhaps with arguments, `NAME:ARGUMENT=TEXT,...`; or the path of a JSON file
     **kwargs,  # Arguments of the recipe's function
 ) -> Recipe:   # A fresh copy
     "The recipe called `name`"
     if str(name).endswith('.json'): return from_dict(read_json(name))
+    name,_,given = str(name).partition(':')
     if name not in recipes: recipe_names()
-    return recipes[name](**kwargs)
+    odd = [o for o in given.split(',') if given and '=' not in o]
+    _check(not odd, f"{odd} after {name!r} is not ARGUMENT=TEXT, e.g. micro:llm=micro-llama")
+    return recipes[name](**dict(o.split('=', 1) for o in given.split(',') if o), **kwargs)
 
 # %% ../../nbs/30_train.recipes.ipynb #782e47a6
 _align = dict(name='pretrain', template='pretrain', tune=dict(connector='full'))   # stage 1 of the LLaVA family

@@ -1,0 +1,74 @@
+"Every recipe: its tiny twin trains and changes what it means to, and it is found, shown and saved whole."
+import json, subprocess, sys
+import pytest
+
+torch = pytest.importorskip('torch')
+from transformers.utils import logging
+from tinyllava_cookbook.core import read_json
+from tinyllava_cookbook.model.adapters import is_quantized
+from tinyllava_cookbook.model.checkpoints import load
+from tinyllava_cookbook.train.recipes import batch_sizes, from_dict, recipe, recipe_names, to_dict
+from tinyllava_cookbook.train.trainer import _start, train_recipe
+from tinyllava_cookbook.train.tuning import learnable
+from tinyllava_cookbook.train.twin import tiny_twin
+
+logging.disable_progress_bar()
+NAMES = [*recipe_names(), 'train_llava:variant=use_lora', 'train_llava:variant=freeze_vision']
+LATER = {'llava_next', 'tinyllava_mof'}   # their parts are not whole yet
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [n for n in NAMES if n not in LATER])
+def test_twin_trains_and_changes_exactly_what_it_means_to(name, tmp_path):
+    r = tiny_twin(name, tmp_path/'parts')
+    before,_ = _start(r, tmp_path/'run', 0)
+    model,_,results = train_recipe(r, tmp_path/'run', progress=False, device='cpu')
+    for i,s in enumerate(r.stages):
+        folder = tmp_path/'run'/('model' if i == len(r.stages)-1 else s.name)
+        after,_ = load(folder, device='cpu', dtype='float32')
+        want = set().union(*(learnable(before, p, t) for p,t in s.tune.items()))
+        old,new = before.state_dict(), after.state_dict()
+        assert list(old) == list(new) and not any(map(is_quantized, after.modules()))
+        params = {n for n,_ in before.named_parameters()}                # tied weights under one name
+        assert {n for n in params if not torch.equal(old[n], new[n])} == want and want
+        assert all(torch.equal(old[n], new[n]) for n in set(old) - params - {k for k in old if k.endswith('lm_head.weight')})
+        losses = [o['loss'] for o in results[s.name].log]
+        assert len(losses) == s.max_steps and sum(losses[-2:]) < sum(losses[:2]), losses
+        assert from_dict(read_json(folder/'recipe.json')) == r
+        before = after
+    assert all(torch.equal(a, b) for a,b in zip(model.state_dict().values(), after.state_dict().values()))
+
+def test_every_recipe_survives_json_and_names_its_source():
+    assert {'micro', 'llava_v1', 'llava_v15', 'llava_next', 'tinyllava_base', 'tinyllava_share', 'tinyllava_share_factory', 'tinyllava_lora',
+            'tinyllava_qlora', 'tinyllava_mof', 'train_llava', 'scienceqa', 'custom'} == set(recipe_names())
+    for n in NAMES:
+        r = recipe(n)
+        assert from_dict(json.loads(json.dumps(to_dict(r)))) == r
+        assert all(batch_sizes(s, w) for s in r.stages for w in (1, 2, 4, 8) if s.global_batch_size % w == 0)
+
+@pytest.mark.parametrize('name,gpus,want', [   # what each GPU took at once, and how often, in the published scripts
+    ('llava_v1', 8, [(16,1), (16,1)]), ('llava_v15', 8, [(32,1), (16,1)]), ('tinyllava_base', 4, [(32,2), (8,4)]),
+    ('tinyllava_share_factory', 4, [(32,2), (8,8), (8,4)]), ('tinyllava_lora', 4, [(32,2), (8,4)]), ('tinyllava_qlora', 4, [(32,2), (8,4)]),
+    ('train_llava', 4, [(6,8)]), ('scienceqa', 8, [(16,1), (16,1)]), ('custom', 4, [(4,8)]), ('llava_next', 32, [(8,1), (4,1)])])
+def test_batches_are_the_published_ones(name, gpus, want):
+    assert [batch_sizes(s, gpus) for s in recipe(name).stages] == want
+
+def cli(*argv): return subprocess.run([sys.executable, '-m', 'tinyllava_cookbook.cli', *argv], capture_output=True, text=True)
+
+def test_recipes_are_listed_without_torch():
+    code = "import sys; from tinyllava_cookbook.cli import main; main(['recipes']); print({'torch', 'transformers'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout
+    assert out.splitlines()[-1] == 'set()' and all(n in out for n in recipe_names())
+    rows = json.loads(cli('recipes', '--json').stdout)
+    assert [o['name'] for o in rows] == recipe_names() and all(o['about'] and o['stages'] for o in rows)
+
+def test_one_recipe_is_shown_resolved():
+    out = cli('recipes', 'show', 'tinyllava_share', '--set', 'share.tune.vision.from_layer=6', '--json').stdout
+    r = from_dict(json.loads(out))
+    assert r.stage('share').tune['vision'].from_layer == 6 and r.stages[2].template == 'phi'
+    text = cli('recipes', 'show', 'train_llava:variant=use_lora').stdout
+    assert 'llm lora r32' in text and '653914f' in text
+    for argv,code,says in [(('show', 'tinyllava_shar'), 1, "did you mean 'tinyllava_share"), (('shwo', 'micro'), 2, 'recipes show NAME'),
+                           (('--set', 'a=1'), 2, 'show NAME'), (('show', 'micro', '--set', 'finetune.lr=x'), 1, 'not a valid float'),
+                           (('show', 'train_llava:variant=lora'), 1, "choose from ['full'")]:
+        r = cli('recipes', *argv)
+        assert (r.returncode, r.stdout) == (code, '') and says in r.stderr

@@ -20,6 +20,26 @@ from ..core import IGNORE, cache_dir, replacing
 from .datasets import Sample, naming, read_sample
 
 # %% ../../nbs/13_data.batches.ipynb #d13d76cb
+def _images(samples) -> dict:
+    "All tiles: pixel_values (tiles, 3, h, w); of 'anyres' also image_sizes (images, 2), heights and widths"
+    def every(k): return [torch.as_tensor(s[k]) for s in samples if s.get(k) is not None]
+    tiles,sizes = every('pixel_values'), every('image_sizes')
+    if sizes and len(sizes) != len(tiles):
+        raise ValueError(f"{len(sizes)} of {len(tiles)} samples with images have image_sizes; use one image mode")
+    out = dict(pixel_values=torch.cat(tiles).float()) if tiles else {}
+    return out | dict(image_sizes=torch.cat(sizes)) if sizes else out
+
+def _check(samples):
+    "Name what cannot be joined"
+    if len({'labels' in s for s in samples}) > 1: raise ValueError("some samples have labels and some do not")
+    for k, s in enumerate(samples):
+        if 'labels' in s and len(s['labels']) != len(s['input_ids']):
+            raise ValueError(f"sample {k} of the batch has {len(s['input_ids'])} ids and {len(s['labels'])} labels")
+    sizes = {tuple(s['pixel_values'].shape[1:]) for s in samples if s.get('pixel_values') is not None}
+    if len(sizes) > 1:
+        raise ValueError(f"tiles of different sizes in one batch: {sorted(sizes)}; use one image processor")
+
+# %% ../../nbs/13_data.batches.ipynb #209b232d
 SIDES = ('right', 'left')
 
 class PadCollator:
@@ -42,7 +62,7 @@ class PadCollator:
 
     def __call__(self,
         samples:list[dict],           # From an `Encoder`
-    ) -> dict[str, torch.Tensor]:     # input_ids, attention_mask, labels (b, t); pixel_values (tiles, 3, h, w)
+    ) -> dict[str, torch.Tensor]:     # input_ids, attention_mask, labels (b, t); pixel_values, perhaps image_sizes
         "One batch; `pixel_values` is absent when no sample has an image"
         if not samples: raise ValueError("an empty batch; padding needs at least one sample")
         _check(samples)
@@ -51,18 +71,7 @@ class PadCollator:
         out = dict(input_ids=self._pad(ids, self.pad_token_id, t),
                    attention_mask=self._pad([torch.ones(len(i), dtype=torch.int64) for i in ids], 0, t))
         if 'labels' in samples[0]: out['labels'] = self._pad([s['labels'] for s in samples], IGNORE, t)
-        tiles = [s['pixel_values'] for s in samples if s.get('pixel_values') is not None]
-        return {**out, 'pixel_values': torch.cat(tiles).float()} if tiles else out
-
-def _check(samples):
-    "Name what cannot be joined"
-    if len({'labels' in s for s in samples}) > 1: raise ValueError("some samples have labels and some do not")
-    for k, s in enumerate(samples):
-        if 'labels' in s and len(s['labels']) != len(s['input_ids']):
-            raise ValueError(f"sample {k} of the batch has {len(s['input_ids'])} ids and {len(s['labels'])} labels")
-    sizes = {tuple(s['pixel_values'].shape[1:]) for s in samples if s.get('pixel_values') is not None}
-    if len(sizes) > 1:
-        raise ValueError(f"tiles of different sizes in one batch: {sorted(sizes)}; use one image processor")
+        return out | _images(samples)
 
 # %% ../../nbs/13_data.batches.ipynb #fc5e0e57
 def padding_share(
@@ -82,7 +91,7 @@ class PackCollator:
 
     def __call__(self,
         samples:list[dict],           # From an `Encoder`; none gives one token that teaches nothing
-    ) -> dict[str, torch.Tensor]:     # input_ids, position_ids, labels (1, t); pixel_values (tiles, 3, h, w)
+    ) -> dict[str, torch.Tensor]:     # input_ids, position_ids, labels (1, t); images as for `PadCollator`
         "One row; `pixel_values` is absent when no sample has an image"
         _check(samples)
         n, step = sum(len(s['input_ids']) for s in samples), self.multiple_of or 1
@@ -93,9 +102,7 @@ class PackCollator:
                    position_ids=_row(range(len(s['input_ids'])) for s in samples))
         if 'labels' in samples[0]: out['labels'] = _row(s['labels'] for s in samples)
         if 'labels' in out: out['labels'][out['position_ids'] == 0] = IGNORE
-        tiles = [s['pixel_values'] for s in samples if s.get('pixel_values') is not None]
-        if tiles: out['pixel_values'] = torch.cat(tiles).float()
-        return out | (_borders(out['position_ids']) if self.seq_lens else {})
+        return out | _images(samples) | (_borders(out['position_ids']) if self.seq_lens else {})
 
 def _row(pieces): return torch.cat([torch.as_tensor(p, dtype=torch.int64) for p in pieces])[None]
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_MODES', 'GRIDS', 'to_rgb', 'fetch', 'load_image', 'image_size', 'target_size', 'pad', 'crop', 'squash',
-           'untouched', 'pinpoints', 'best_canvas', 'fit_size', 'anyres', 'unpad', 'anyres_n_tokens', 'prepare']
+           'untouched', 'canvases', 'pinpoints', 'best_canvas', 'fit_size', 'anyres', 'unpad', 'anyres_n_tokens',
+           'join_tiles', 'prepare']
 
 # %% ../../nbs/10_data.images.ipynb #17b3fd48
 import io, math, re, time, urllib.error, urllib.request, warnings
@@ -204,15 +205,22 @@ def untouched(
 # %% ../../nbs/10_data.images.ipynb #95e1bc1d
 GRIDS = (1, 2), (2, 1), (2, 2), (1, 4), (4, 1)   # Rows and columns of tiles that LLaVA-NeXT lays a picture on
 
-def pinpoints(
-    processor,                 # Its `image_grid_pinpoints` (heights and widths in pixels) go before `GRIDS`
+def canvases(
+    tile:tuple[int, int],      # Height and width of a tile
+    own=None,                  # Heights and widths to take; `None`: those of `GRIDS`
 ) -> list[tuple[int, int]]:    # Heights and widths
-    "The canvases that `anyres` chooses from"
-    (h, w), own = target_size(processor), getattr(processor, 'image_grid_pinpoints', None)
+    "What tiles can be laid on"
+    h, w = tile
     found = [tuple(o) for o in own] if own else [(r*h, c*w) for r, c in GRIDS]
     if bad := [o for o in found if o[0] % h or o[1] % w]:
         raise ValueError(f"pinpoint {bad[0]} is not made of whole tiles of {h}x{w}")
     return found
+
+def pinpoints(
+    processor,                 # Its `image_grid_pinpoints` (heights and widths in pixels) go before `GRIDS`
+) -> list[tuple[int, int]]:    # Heights and widths
+    "The canvases that `anyres` chooses from"
+    return canvases(target_size(processor), getattr(processor, 'image_grid_pinpoints', None))
 
 def best_canvas(
     size:tuple[int, int],         # Of the picture
@@ -277,6 +285,20 @@ def anyres_n_tokens(
     (H, W), (r, c) = best_canvas(size, pinpoints), patch_grid
     t, b, l, right = _inside(size, (H // tile[0] * r, W // tile[1] * c))
     return r * c + (b - t) * (right - l + 1)
+
+# %% ../../nbs/10_data.images.ipynb #f9fdc120
+def join_tiles(
+    x_tnd:torch.Tensor,          # Features of the tiles of one picture, the view of everything first
+    size:tuple[int, int],        # Of the picture
+    patch_grid:tuple[int, int],  # Rows and columns of the features of one tile
+    tiles:tuple[int, int],       # Rows and columns of the tiles
+    newline:torch.Tensor,        # (d,) what ends a row
+) -> torch.Tensor:               # (m, d); m as `anyres_n_tokens` says
+    "One sequence of the features of all tiles of a picture"
+    x_dhw = x_tnd[1:].unflatten(0, tiles).unflatten(2, patch_grid).permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
+    x_dhw = unpad(x_dhw, size)
+    end = newline[:, None, None].to(x_dhw.dtype).expand(-1, x_dhw.shape[1], 1)
+    return torch.cat([x_tnd[0], torch.cat([x_dhw, end], -1).flatten(1).T])
 
 # %% ../../nbs/10_data.images.ipynb #db7950d3
 def prepare(

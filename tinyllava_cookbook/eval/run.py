@@ -145,7 +145,7 @@ def answer_batch(
     blind:bool=False, # Zero the pixels
 ) -> list[str]:       # In their order
     "Ask one batch, greedily"
-    prompts = [prompt_ids(processor, [user_turn(o.prompt, len(o.images))]) for o in items]
+    prompts = [prompt_ids(processor, [user_turn(o.prompt, len(o.images))], o.images) for o in items]
     new = answer_ids(model, processor, prompts, [i for o in items for i in o.images], max_new_tokens, blind)
     return [processor.tokenizer.decode(o, skip_special_tokens=True).strip() for o in new]
 

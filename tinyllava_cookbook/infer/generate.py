@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from ..core import IMAGE_TOKEN, pick_device, pick_dtype
-from ..data.images import load_image
+from ..data.images import image_size, load_image
 from ..data.templates import chat_template
 from ..model.checkpoints import load
 from ..model.llms import stop_ids
@@ -34,20 +34,28 @@ def user_turn(
 def prompt_ids(
     processor,           # Of the model that is asked
     messages:list[dict], # A conversation that ends with the user
+    images:list=(),      # Its pictures; only where their size decides the number of tokens
 ) -> list[int]:          # Ids up to where the assistant begins
     "Token ids of a prompt, images expanded"
     p, t = processor, chat_template(processor.template)
     ids,_ = t.encode(messages, p.tokenizer, p.image_token_id, generate=True)
-    return [i for o in ids for i in [o]*(p.image_seq_length if o==p.image_token_id else 1)]
+    n = ids.count(p.image_token_id)
+    sizes = [image_size(o) for o in images] if p.image_mode=='anyres' else [None]*n
+    if len(sizes)!=n:
+        raise ValueError(f"{len(sizes)} images for {n} {IMAGE_TOKEN}; with 'anyres' their sizes decide how many tokens")
+    counts = iter(map(p.n_tokens, sizes))
+    return [i for o in ids for i in [o]*(next(counts) if o==p.image_token_id else 1)]
 
 # %% ../../nbs/40_infer.generate.ipynb #c82c61e9
 def _key(image): return str(image) if isinstance(image, (str,Path)) else id(image)
 
 def _pixels(processor, images):
-    "Pixel values of all images of a batch, each distinct one opened and prepared once"
-    once = {_key(o): o for o in images}
-    once = {k: processor.pixels(o) for k,o in once.items()}
-    return torch.cat([once[_key(o)] for o in images])
+    "Pixels of all images of a batch, each distinct one opened and prepared once; for 'anyres' also their sizes"
+    once = {_key(o): load_image(o) for o in images}
+    px = {k: processor.pixels(o) for k,o in once.items()}
+    out = dict(pixel_values=torch.cat([px[_key(o)] for o in images]))
+    if processor.image_mode!='anyres': return out
+    return out | dict(image_sizes=torch.tensor([once[_key(o)].size[::-1] for o in images]))
 
 def _batch(model, processor, prompts, images, blind=False):
     "Left-padded inputs of `generate`"
@@ -56,7 +64,8 @@ def _batch(model, processor, prompts, images, blind=False):
     if room and t>=room: raise ValueError(f"a prompt of {t} tokens, but the model reads {room}; shorten it")
     b = dict(input_ids=torch.tensor([[pad]*(t-len(p)) + p for p in prompts]),
              attention_mask=torch.tensor([[0]*(t-len(p)) + [1]*len(p) for p in prompts]))
-    if images: b['pixel_values'] = _pixels(processor, images).to(model.dtype)
+    if images: b |= _pixels(processor, images)
+    if images: b['pixel_values'] = b['pixel_values'].to(model.dtype)
     if images and blind: b['pixel_values'].zero_()
     return {k: v.to(model.device) for k,v in b.items()}
 
@@ -105,7 +114,7 @@ def answers(
     images = [_as_list(o) for o in (images if images is not None else [None]*len(questions))]
     if len(images)!=len(questions):
         raise ValueError(f"{len(images)} images for {len(questions)} questions; give one entry each, None for none")
-    prompts = [prompt_ids(processor, [user_turn(q, len(o))]) for q,o in zip(questions, images)]
+    prompts = [prompt_ids(processor, [user_turn(q, len(o))], o) for q,o in zip(questions, images)]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))   # longest first: what fits once, fits always
     res, hide = {}, None if progress else True     # `None`: no bar where the output is no terminal, such as a log
     with tqdm(total=len(prompts), unit=' answers', desc='blind' if blind else 'asking', disable=hide) as bar:
@@ -197,7 +206,7 @@ class ChatSession:
         "Ask; yields the answer in pieces and remembers it"
         new = self._next + [load_image(o) for o in _as_list(image)]
         turns, images = self.messages+[user_turn(text, len(new))], self.shown+new
-        said, ids = [], prompt_ids(self.processor, turns)
+        said, ids = [], prompt_ids(self.processor, turns, images)
         for piece in _stream(self.model, self.processor, ids, images, **self.kw):
             said.append(piece)
             yield piece

@@ -25,7 +25,7 @@ from ..data.templates import chat_template
 from .vision import checkpoint_path, load_strict, load_vision, n_layers, vision_families
 from .connectors import peer_weights
 from .llms import _TOKENIZER_FILES, llm_families, load_tokenizer, stop_ids
-from .vlm import VLMConfig, VLMForConditionalGeneration, VLMProcessor, _check_template
+from .vlm import VLMConfig, VLMForConditionalGeneration, processor_for
 
 # %% ../../nbs/24_model.checkpoints.ipynb #ff0a4496
 def save(
@@ -373,13 +373,6 @@ def _add_image_token(f):
         f.state[k] = torch.cat([w, mean.expand(id_+1 - len(w), *w.shape[1:])])
     t.vocab_size = id_+1
 
-def _processor_of(f, config):
-    "The processor of a foreign checkpoint"
-    t = _check_template(config.template, f.tokenizer)
-    jinja = f.tokenizer.chat_template = f.chat_template or t.to_jinja(f.tokenizer)
-    return VLMProcessor(f.image_processor, f.tokenizer, jinja, image_seq_length=config.image_seq_length,
-        image_mode=config.image_mode, template=config.template)
-
 def build(
     f:Foreign,    # What a reader made of a folder
     path='',      # The folder, for errors
@@ -390,7 +383,7 @@ def build(
     model = load_strict(VLMForConditionalGeneration, path, named=lambda k: rename(k, f.names, back=True),
         config=VLMConfig(**f.config), state_dict=f.state, **kwargs)
     model.config.name_or_path = str(path)
-    processor,tok = _processor_of(f, model.config), f.tokenizer
+    processor,tok = processor_for(model.config, f.image_processor, f.tokenizer, f.chat_template), f.tokenizer
     model.generation_config = f.generation or GenerationConfig(bos_token_id=tok.bos_token_id, do_sample=False,
         eos_token_id=stop_ids(tok, chat_template(model.config.template).stop), pad_token_id=tok.pad_token_id)
     return model, processor

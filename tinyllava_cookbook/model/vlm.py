@@ -244,10 +244,10 @@ def _last(h_btd, keep):
     return h_btd[:, slice(-keep, None) if isinstance(keep, int) else keep]
 
 def repeat_images(
-    pixel_values:Tensor,          # (tiles, 3, h, w)
     input_ids:Tensor,             # (b, t)
     times:int,                    # How often each row is repeated
     config:VLMConfig,             # Says what an image is in `input_ids`
+    pixel_values:Tensor,          # (tiles, 3, h, w)
     image_sizes:Tensor|None=None, # (images, 2), for 'anyres'
 ) -> dict:                        # The two tensors, for all rows
     "Images for rows that are repeated, each with all its images"
@@ -268,11 +268,10 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         return image_features(self, pixel_values, image_sizes)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        if expand_size > 1 and (px := kwargs.pop('pixel_values', None)) is not None:
-            many = repeat_images(px, input_ids, expand_size, self.config, kwargs.pop('image_sizes', None))
-            ids,kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-            return ids, {**kwargs, **many}
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        images = [kwargs.pop(k, None) for k in ('pixel_values', 'image_sizes')]
+        many = {} if images[0] is None else repeat_images(input_ids, expand_size, self.config, *images)
+        ids,kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return ids, {**kwargs, **many}
 
     @can_return_tuple
     def forward(self,

@@ -1,5 +1,5 @@
 "Language models of every family: logits, padding, image token, templates, code of a checkpoint, answers."
-import json, shutil, subprocess, sys
+import json, os, shutil, subprocess, sys
 from functools import partial
 import pytest
 
@@ -290,18 +290,22 @@ def test_code_runs_only_when_trusted(parts, tmp_path):
     load_llm(tmp_path/'openelm', tokenizer=parts['llama'], trust_remote_code=True)
     assert mark.exists()
 
+@pytest.mark.slow
 def test_saved_with_its_code(parts, tmp_path):
     "A composed model opens in another process when its ingredients are gone; its code must be trusted there, too"
     model, proc = composed(parts, 'openelm')
     model.save_pretrained(tmp_path/'vlm'), proc.save_pretrained(tmp_path/'vlm')
     want = model(rows()).logits.double().sum().item()
-    code = ("import sys, torch\nfrom tinyllava_cookbook.model.llms import trust_code\n"
-            "from tinyllava_cookbook.model.vlm import VLMForConditionalGeneration as M\n"
-            "trust_code(sys.argv[1])\nm = M.from_pretrained(sys.argv[1])\n"
+    code = ("import sys, torch\nfrom tinyllava_cookbook.model.checkpoints import load\n"
+            "m, _ = load(sys.argv[1], device='cpu', trust_remote_code=len(sys.argv) > 2)\n"
             "print(m(torch.randint(5, 300, (2, 11), generator=torch.Generator().manual_seed(0))).logits.double().sum().item())")
-    out = subprocess.run([sys.executable, '-c', code, str(tmp_path/'vlm')], capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr[-2000:]
-    assert abs(float(out.stdout) - want) < 1e-3*abs(want)
+    def run(*args, **env):
+        return subprocess.run([sys.executable, '-c', code, str(tmp_path/'vlm'), *args], capture_output=True, text=True, env={**os.environ, **env})
+    no = run()
+    assert no.returncode and 'set TINYLLAVA_TRUST_REMOTE_CODE=1 for commands' in no.stderr
+    for out in run('trust'), run(TINYLLAVA_TRUST_REMOTE_CODE='1'):
+        assert out.returncode == 0, out.stderr[-2000:]
+        assert abs(float(out.stdout) - want) < 1e-3*abs(want)
 
 def test_errors(parts, tmp_path):
     "What is no language model, unknown, or without a tokenizer"

@@ -166,7 +166,7 @@ def test_sampler_is_the_plan():
 
 # ---------------------------------------------------------------------------------------------------- model
 
-FAMILIES = [o for o in tiny_llms.names() if o in llm_families]
+FAMILIES = [o for o in tiny_llms.names() if o in llm_families] + ['openelm']
 NO_SDPA = {'gemma2'}     # caps the scores before the softmax, which sdpa cannot; transformers says so and stops
 
 @pytest.fixture(scope='module')
@@ -177,7 +177,8 @@ def make(tmp_path_factory):
     root, made = tmp_path_factory.mktemp('packing'), {}
     def model(family='llama', attention='sdpa'):
         if family not in made:
-            m, p = compose(tiny_checkpoint('siglip', root/'siglip'), tiny_checkpoint(family, root/family))
+            kw = dict(tokenizer=tiny_checkpoint('llama', root/'llama'), trust_remote_code=True) if family == 'openelm' else {}
+            m, p = compose(tiny_checkpoint('siglip', root/'siglip'), tiny_checkpoint(family, root/family), **kw)
             for w in m.language_model.parameters(): w.data.mul_(3)          # a random model that is not indifferent
             made[family] = m.double().eval(), p
         m, p = made[family]

@@ -24,7 +24,7 @@ from ..core import IMAGE_TOKEN, Registry, pick_device, pick_dtype, quiet, read_j
 from ..data.templates import chat_template
 from .vision import checkpoint_path, load_strict, load_vision, n_layers, vision_families
 from .connectors import peer_weights
-from .llms import _TOKENIZER_FILES, llm_families, load_tokenizer, stop_ids
+from .llms import _TOKENIZER_FILES, llm_families, load_tokenizer, own_code, stop_ids
 from .vlm import VLMConfig, VLMForConditionalGeneration, processor_for
 
 # %% ../../nbs/24_model.checkpoints.ipynb #ff0a4496
@@ -172,7 +172,7 @@ def _select(strategy, vision_config):
 def _template(text_config, name):
     "The template that the scripts of TinyLLaVA train this language model with"
     if text_config.model_type == 'qwen2' and re.search('instruct|chat', str(name), re.I): return 'qwen2_instruct'
-    return 'phi' if text_config.model_type == 'stablelm' else llm_families[text_config.model_type].template
+    return llm_families[text_config.model_type].template
 
 def factory_config(
     path,               # A folder of TinyLLaVA Factory
@@ -183,7 +183,8 @@ def factory_config(
     return dict(vision_config=v, text_config=t, connector=cfg['connector_type'],
         vision_feature_layer=cfg['vision_feature_layer'], **_select(cfg['vision_feature_select_strategy'], v),
         image_mode='pad' if cfg.get('image_aspect_ratio') == 'pad' else 'none',
-        template=_template(t, cfg.get('llm_model_name_or_path')))
+        template=_template(t, cfg.get('llm_model_name_or_path')),
+        scale_image_features=llm_families[t.model_type].scales_images)
 
 # %% ../../nbs/24_model.checkpoints.ipynb #2f9f9a73
 _IMAGE_FILES = 'preprocessor_config.json', 'processor_config.json'
@@ -286,10 +287,10 @@ def _bench_text(cfg, path, state):
     "The configuration of the language half; StableLM's had other words"
     words = {'rope_pct': 'partial_rotary_factor', 'norm_eps': 'layer_norm_eps'}
     kind = _bench_kind(cfg, path)
-    llm_families[kind]
+    images = llm_families[kind].scales_images
     fields = {words.get(k, k): v for k,v in cfg.items()} | {'architectures': None}
     if kind == 'stablelm': fields['use_qkv_bias'] = any(k.endswith('q_proj.bias') for k in state)
-    return old_config(kind, fields)
+    return old_config(kind, fields), images
 
 def _zero_bias(text_config, state):
     "Phi's output layer has a bias in `transformers`, and had none inside LLaVA"
@@ -315,15 +316,15 @@ def _read_bench(path, llm, vision):
     cfg = read_json(path/'config.json')
     names = bench_names(cfg.get('mm_projector_type', 'linear'))
     state = {rename(k, names): v for k,v in read_weights(path).items()}
-    t,place = _bench_text(cfg, path, state), vision or cfg['mm_vision_tower']
+    (t,images),place = _bench_text(cfg, path, state), vision or cfg['mm_vision_tower']
     eyes = find_image_processor(path, vision, cfg['mm_vision_tower'])
     v,more,layer = _bench_vision(state, place, cfg['mm_vision_select_layer'])
     select = _select(cfg.get('mm_vision_select_feature', 'patch'), v)
     _zero_bias(t, state)
     return Foreign(dict(vision_config=v, text_config=t, connector=cfg.get('mm_projector_type', 'linear'),
         vision_feature_layer=layer, **select | {'drop_first_patch': False}, template=_template(t, path),
-        image_mode='pad' if cfg.get('image_aspect_ratio') == 'pad' else 'none'), state | more, names, eyes,
-        find_tokenizer(path, llm))
+        image_mode='pad' if cfg.get('image_aspect_ratio') == 'pad' else 'none', scale_image_features=images),
+        state | more, names, eyes, find_tokenizer(path, llm))
 
 # %% ../../nbs/24_model.checkpoints.ipynb #25c47b37
 def llava_config(
@@ -406,13 +407,14 @@ def quantization_config(
 # %% ../../nbs/24_model.checkpoints.ipynb #1891bcfe
 _PROCESSOR = 'processor_config.json', 'tokenizer_config.json', 'chat_template.jinja'
 
-def _check_folder(path):
-    "Errors for a folder of ours that is not whole, the most telling first"
+def _check_folder(path, trusted):
+    "Errors for a folder of ours that is not whole, or brings code that is not trusted, the most telling first"
     if not any(path.glob('model*.safetensors')): checkpoint_path(path, 'model.safetensors')
     for o in _PROCESSOR:
         if not (path/o).exists():
             raise FileNotFoundError(f"{str(path)!r} has no processor: {o} is missing; `save(model, processor, path)` "
                 "writes it")
+    own_code(path, trusted)
 
 def _folder(path):
     "A folder on this machine; what has a name on the Hub is fetched"
@@ -435,6 +437,7 @@ def load(
     vision=None,       # Folder or name of the vision encoder, for a folder without image processor
     config=None,       # Fields of `VLMConfig` to set otherwise in a folder of another layout: {'template': 'phi'}
     device_map=None,   # 'auto', or module names to devices, to spread the model
+    trust_remote_code:bool=False, # May code in the folder run, where `transformers` has none for its language model?
     **kwargs,          # For `from_pretrained`, e.g. `attn_implementation='eager'`
 ) -> tuple:            # Model and processor
     "Open a checkpoint of any layout: every tensor in its place, or an error"
@@ -445,7 +448,7 @@ def load(
     if quantization: kwargs['quantization_config'] = quantization_config(quantization, pick_dtype(device))
     if device_map or quantization: kwargs['device_map'] = device_map or {'': str(device)}
     if kind == 'ours':
-        _check_folder(path)
+        _check_folder(path, trust_remote_code)
         model,processor = load_strict(VLMForConditionalGeneration, path, **kwargs), AutoProcessor.from_pretrained(path)
     else:
         f = readers[kind](path, llm, vision)

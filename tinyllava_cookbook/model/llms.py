@@ -8,6 +8,7 @@ __all__ = ['llm_families', 'set_padding', 'plain_logits', 'capped_logits', 'scal
            'load_llm', 'add_image_token', 'stop_ids']
 
 # %% ../../nbs/22_model.llms.ipynb #e60c62b4
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,15 +151,16 @@ def trust_code(
 
 def own_code(
     path,          # A checkpoint of a language model, or a composed one
-    trusted:bool,  # May code in it run?
+    trusted:bool,  # May code in it run? The environment may say so, too: `TINYLLAVA_TRUST_REMOTE_CODE=1`
 ) -> bool:         # Has it run?
     "Run the code in a checkpoint if `transformers` has none for it; an error if nobody vouches for it"
     raw = _raw(path)
     kind,code = raw.get('model_type'), raw.get('auto_map') or {}
     if kind in CONFIG_MAPPING_NAMES or 'AutoModelForCausalLM' not in code: return False
-    if not trusted: raise ValueError(f"transformers does not know {kind!r}: {str(path)!r} brings its own "
-        f"code ({code['AutoModelForCausalLM']}), which would run here with your rights; read it, then pass "
-        "trust_remote_code=True")
+    if not trusted and os.environ.get('TINYLLAVA_TRUST_REMOTE_CODE') != '1':
+        raise ValueError(f"transformers does not know {kind!r}: {str(path)!r} brings its own code "
+            f"({code['AutoModelForCausalLM']}), which would run here with your rights; read it, then pass "
+            "trust_remote_code=True, or set TINYLLAVA_TRUST_REMOTE_CODE=1 for commands")
     trust_code(path)
     return True
 

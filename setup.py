@@ -11,7 +11,7 @@ cfg = config['DEFAULT']
 
 expected = '''lib_name version description keywords author author_email license status min_python git_url
     requirements dev_requirements docs_requirements api_requirements deepspeed_requirements qlora_requirements
-    console_scripts'''.split()
+    lmms_requirements console_scripts lmms_eval_models'''.split()
 missing = [o for o in expected if o not in cfg]
 if missing: raise SystemExit(f'settings.ini lacks {missing}')
 
@@ -28,13 +28,14 @@ setuptools.setup(
     packages = setuptools.find_packages(include=[lib, f'{lib}.*'], exclude=[f'{lib}._data*']),
     package_data = {lib: ['_data/**/*']},
     install_requires = shlex.split(cfg['requirements']),
-    extras_require = {o: shlex.split(cfg[f'{o}_requirements']) for o in ('dev','docs','api','deepspeed','qlora')},
+    extras_require = {o: shlex.split(cfg[f'{o}_requirements']) for o in ('dev','docs','api','deepspeed','qlora','lmms')},
     python_requires = '>=' + cfg['min_python'],
     long_description = readme.read_text(encoding='utf-8') if readme.exists() else cfg['description'],
     long_description_content_type = 'text/markdown',
     zip_safe = False,
     entry_points = {
         'console_scripts': shlex.split(cfg['console_scripts']),
+        'lmms_eval.models': shlex.split(cfg['lmms_eval_models']),
         'nbdev': [f'{lib}={lib}._modidx:d'],
     },
     **{o: cfg[o] for o in 'version description keywords author author_email'.split()})

@@ -208,6 +208,34 @@ def _deepspeed(a):
     from tinyllava_cookbook.train.trainer import deepspeed_config
     print(json.dumps(deepspeed_config(a.zero, a.offload, stage, a.gpus), indent=1))
 
+# %% ../nbs/90_cli.ipynb #2a08de86
+def _launch_args(p):
+    p.add_argument('job', metavar='JOB', help='pretrain, finetune, lora, evaluate, sweep or pipeline')
+    for o,help in dict(nodes='machines', gpus='GPUs of each; 0 for none', cpus='cores of a process').items():
+        p.add_argument(f'--{o}', type=int, metavar='N', help=help)
+    p.add_argument('--time', metavar='D-HH:MM:SS', help='longest run; a job that needs more goes on by itself')
+    p.add_argument('--partition', metavar='NAME', help='the queue')
+    p.add_argument('--account', metavar='NAME', help='who pays')
+    p.add_argument('--container', metavar='IMAGE', help='run in Apptainer')
+    p.add_argument('--venv', metavar='DIR', help='whose bin/tinyllava is run (default: .venv)')
+    p.add_argument('--module', metavar='NAME', action='append', dest='modules', help='to be loaded first (repeatable)')
+    p.add_argument('--option', metavar='--NAME=VALUE', action='append', dest='options',
+                   help='a further line for sbatch, e.g. --option=--qos=long (repeatable)')
+    p.add_argument('--set', metavar='NAME=VALUE', action='append', default=[], dest='changes',
+                   help='another default of a variable in the script, e.g. RECIPE=my.json (repeatable)')
+    p.add_argument('--out', metavar='FILE', help='write it there, executable')
+    p.add_argument('--explain', action='store_true', help='a table of what each line is for')
+
+@command('launch', 'write a job script for a SLURM cluster', _launch_args)
+def _launch(a):
+    from tinyllava_cookbook.train import launch
+    known = ('nodes', 'gpus', 'cpus', 'time', 'partition', 'account', 'container', 'venv', 'modules', 'options')
+    given = {k:v for k in known if (v := getattr(a, k)) is not None}
+    if odd := [o for o in a.changes if '=' not in o]: raise Usage(f"--set {odd[0]!r} is not NAME=VALUE")
+    text = launch.job_script(a.job, launch.Cluster(**given), **dict(o.split('=', 1) for o in a.changes))
+    if a.out: print(f"wrote {launch.write_script(text, a.out)}")
+    else: print(launch.explain(text) if a.explain else text, end='\n' if a.explain else '')
+
 # %% ../nbs/90_cli.ipynb #51b1ba2f
 def _check_args(p):
     p.add_argument('data', metavar='DATA', help='a JSON file, or a folder that `read_data` knows')

@@ -1,0 +1,193 @@
+"The job scripts, on a real SLURM cluster: a controller and two nodes on this machine."
+import json, os, re, shlex, subprocess, sys, time
+from pathlib import Path
+import pytest
+
+torch = pytest.importorskip('torch')
+from safetensors.torch import load_file
+from tinyllava_cookbook import cli
+from tinyllava_cookbook.core import read_json
+from tinyllava_cookbook.durable import checkpoints
+from tinyllava_cookbook.microbench import write_benchmarks
+from tinyllava_cookbook.microworld import write_world
+from tinyllava_cookbook.train.launch import Cluster as Ask, explain, job_script, jobs
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/'tests/slurm'))
+import cluster
+
+SCRIPTS = [*jobs.names(), 'pipeline']
+BARE = {k:v for k,v in os.environ.items() if not k.startswith(('SLURM', 'SBATCH'))}
+
+# ---- the files
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_file_is_what_is_rendered(name):
+    "slurm/ is written by `tinyllava launch JOB --out slurm/JOB.sh`, and holds nothing else"
+    assert (ROOT/f'slurm/{name}.sh').read_text() == job_script(name)
+    assert sorted(o.stem for o in (ROOT/'slurm').iterdir()) == sorted(SCRIPTS)
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_bash_reads_it(name):
+    for text in (job_script(name), job_script(name, Ask(modules=('a', 'b c'), container='it\'s $(odd).sif', account='x'))):
+        subprocess.run(['bash', '-n'], input=text, text=True, check=True)
+        assert all(o['why'] for o in explain(text))
+        assert max(map(len, text.splitlines())) < 135
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_dry_run_prints_the_command(name, tmp_path):
+    "Values reach the command as they are, whatever they hold; nothing of them is run"
+    odd = "a b'c\"d $(touch oops) `touch oops` ; touch oops"
+    env = BARE | dict(DRY_RUN='1', OUT=odd, DATA=odd, PRETRAIN_DATA=odd, BENCH=odd, RECIPE='micro')
+    words = dict(sweep=['x.y=1'], evaluate=['--answers', odd]).get(name, ['--set', odd])
+    r = subprocess.run(['bash', ROOT/f'slurm/{name}.sh', *words], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert r.returncode == 0 and r.stderr == '' and list(tmp_path.iterdir()) == []
+    for line in r.stdout.splitlines():
+        said = shlex.split(line.partition(': ')[2] if name == 'pipeline' else line)
+        assert said[0] == 'srun' and '.venv/bin/tinyllava' in said
+        assert odd in said or name == 'sweep' or 'evaluate' in line, said
+        a = cli.parser().parse_args(said[said.index('.venv/bin/tinyllava') + 1:])   # a command that exists, with these options
+        assert a.command == ('eval' if 'eval' in said else 'train')
+    assert len(r.stdout.splitlines()) == (3 if name == 'pipeline' else 1)
+
+def test_variants(tmp_path):
+    ask = Ask(nodes=4, gpus=2, cpus=3, time='1:00:00', partition='p', account='a', modules=('cuda/12',), venv='/opt/my env', options=('--qos=q',))
+    text = job_script('finetune', ask, RECIPE='my.json')
+    asked = dict(re.findall(r'^#SBATCH --([\w-]+)=(\S+)', text, re.M))
+    assert asked | dict(nodes='4', time='1:00:00', partition='p', account='a', qos='q') == asked
+    assert [asked[o] for o in ('ntasks-per-node', 'gpus-per-node', 'cpus-per-task')] == ['2', '2', '3']
+    assert 'module load cuda/12;' in text and "VENV=${VENV-'/opt/my env'}" in text and 'RECIPE=${RECIPE-my.json}' in text
+    none = job_script('finetune', Ask(gpus=0))
+    assert '#SBATCH --gpus' not in none and '#SBATCH --ntasks-per-node=1 ' in none and 'DEVICE=${DEVICE-cpu}' in none
+    out = tmp_path/'jobs/mine.sh'
+    assert cli.main(['launch', 'lora', '--nodes', '2', '--option=--qos=long', '--module', 'gcc', '--set', 'OUT=o p', '--out', str(out)]) == 0
+    assert out.read_text() == job_script('lora', Ask(nodes=2, options=('--qos=long',), modules=('gcc',)), OUT='o p') and os.access(out, os.X_OK)
+
+# ---- the cluster
+
+@pytest.fixture(scope='module')
+def slurm():
+    "A cluster, or a reason"
+    if lacks := cluster.lacking():
+        pytest.skip(f"SLURM is not installed: no {', '.join(lacks)}; apt-get install slurmctld slurmd slurm-client munge")
+    with cluster.Cluster() as c: yield c
+
+@pytest.fixture(scope='module')
+def work(tmp_path_factory):
+    "A folder as a user has it: slurm/, .venv, data with a space in the name"
+    d = tmp_path_factory.mktemp('work')
+    (d/'slurm').symlink_to(ROOT/'slurm')
+    (d/'.venv/bin').mkdir(parents=True)
+    program = d/'.venv/bin/tinyllava'   # the library that is tested here
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m tinyllava_cookbook.cli "$@"\n')
+    program.chmod(0o755)
+    write_world(d/'a world', 8, seed=3)
+    write_benchmarks(d/'bench', 2)
+    return d
+
+SMALL = ['--nodes=1', '--ntasks-per-node=1', '--cpus-per-task=1']
+FEW = [w for o in ('pretrain.max_steps=2', 'finetune.max_steps=2', 'pretrain.global_batch_size=4', 'finetune.global_batch_size=4')
+       for w in ('--set', o)]
+
+def setting(work, **env):
+    "Variables of a job on microworld, without a GPU"
+    return dict(RECIPE='micro', DEVICE='cpu', DATA='a world/pretrain.json', IMAGES='a world/images', OMP_NUM_THREADS='1') | env
+
+def submit(slurm, work, script, *words, ask=SMALL, **env):
+    return slurm.run('sbatch', '--parsable', *ask, f'slurm/{script}.sh', *words, cwd=work, env=setting(work, **env))
+
+def said(work): return '\n'.join(o.read_text() for o in sorted(work.glob('*.log')))
+
+def ranks(work, out): return {o.name: o.read_text() for o in sorted((work/out/'logs').glob('*.log'))}
+
+LONG = [w for o in ('pretrain.max_steps=150', 'pretrain.global_batch_size=2', 'pretrain.trainer.save_steps=60') for w in ('--set', o)]
+TWO = ['--nodes=2', '--ntasks-per-node=1', '--cpus-per-task=1']
+
+@pytest.fixture(scope='module')
+def whole(slurm, work):
+    "Two nodes, one task each, undisturbed"
+    out = "runs/größe 100%j $x"
+    id = submit(slurm, work, 'pretrain', *LONG, ask=TWO, OUT=out)
+    assert slurm.wait(id) == 'COMPLETED', (said(work), ranks(work, out))
+    return work/out, id
+
+@pytest.mark.slow
+def test_two_nodes(slurm, work, whole):
+    "To a checkpoint, with a log for the job and one for each rank"
+    out,id = whole
+    assert slurm.job(id)['NumNodes'] == '2' and slurm.job(id)['NodeList'] == '127.0.0.[1-2]'
+    facts = read_json(checkpoints(out/'pretrain')[-1]/'complete.json')
+    assert (facts['step'], facts['plan']['processes']) == (150, 2)
+    assert len(read_json(out/'pretrain/log.json')['log']) == 150 and (out/'pretrain/model.safetensors').exists()
+    assert sorted(ranks(work, out)) == [f'pretrain-{id}-0.log', f'pretrain-{id}-1.log']
+    assert 'pretrain 150/150' in ranks(work, out)[f'pretrain-{id}-0.log']
+    assert '2 samples a step = 2 processes x 1 x 1 accumulated' in (work/f'pretrain-{id}.log').read_text()
+
+@pytest.mark.slow
+def test_warned_saved_requeued(slurm, work, whole):
+    "USR1 in the middle, as before the time limit: the job saves, queues itself again, and ends with the same weights"
+    id = submit(slurm, work, 'pretrain', *LONG, ask=TWO, OUT='runs/warned')
+    log = work/f'runs/warned/logs/pretrain-{id}-0.log'
+    end = time.monotonic() + 120
+    while not (log.exists() and 'pretrain 1/150' in log.read_text()):
+        assert time.monotonic() < end and slurm.state(id) != 'FAILED', said(work)
+        time.sleep(.02)
+    slurm.run('scancel', '--batch', '--signal=USR1', id)
+    assert slurm.wait(id) == 'COMPLETED', (said(work), ranks(work, 'runs/warned'))
+    assert slurm.job(id)['Restarts'] == '1' and 'stopped with code 85: back into the queue' in (work/f'pretrain-{id}.log').read_text()
+    assert re.search(r"asked to stop: saved in '.*' at step \d+ of 150", log.read_text())
+    a,b = (read_json(o/'pretrain/log.json')['log'] for o in (whole[0], work/'runs/warned'))
+    assert [(o['step'], o['loss'], o['grad_norm']) for o in a] == [(o['step'], o['loss'], o['grad_norm']) for o in b]
+    a,b = (load_file(o/'pretrain/model.safetensors') for o in (whole[0], work/'runs/warned'))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+@pytest.mark.slow
+def test_pipeline(slurm, work):
+    "Three jobs, in order, to scores"
+    env = setting(work, OUT='runs/chain', PRETRAIN_DATA='a world/pretrain.json', FINETUNE_DATA='a world/instruct.json', BENCH='pope',
+                  PRETRAIN_IMAGES='a world/images', FINETUNE_IMAGES='a world/images', EVAL_DATA='bench', SBATCH=shlex.join(['sbatch', *SMALL]))
+    lines = slurm.run('bash', 'slurm/pipeline.sh', *FEW, cwd=work, env=env).splitlines()
+    ids = {k:v for k,v in (o.split(': ') for o in lines)}
+    assert list(ids) == ['pretrain', 'finetune', 'evaluate']
+    assert slurm.job(ids['evaluate'])['Dependency'].startswith(f"afterok:{ids['finetune']}")
+    assert [slurm.wait(o) for o in ids.values()] == ['COMPLETED']*3, (said(work), ranks(work, 'runs/chain'))
+    first,second,third = (slurm.job(o) for o in ids.values())
+    assert first['EndTime'] <= second['StartTime'] and second['EndTime'] <= third['StartTime']
+    assert 'pope' in json.loads((work/'runs/chain/eval/scores.json').read_text())['benchmarks']
+    assert len(read_json(work/'runs/chain/finetune/log.json')['log']) == 2
+
+@pytest.mark.slow
+def test_missing_data_fails_in_seconds(slurm, work):
+    "With the path in the message; what waits for it is canceled"
+    start = time.monotonic()
+    id = slurm.run('sbatch', '--parsable', 'slurm/pretrain.sh', cwd=work)   # as in the README, on a machine without data
+    assert slurm.wait(id, 30) == 'FAILED' and time.monotonic() - start < 30
+    message = "pretrain: no training data at 'data/llava/blip_laion_cc_sbu_558k.json': say DATA=FILE"
+    assert message in (work/f'pretrain-{id}.log').read_text()
+    lines = slurm.run('bash', 'slurm/pipeline.sh', cwd=work, env=setting(work, PRETRAIN_DATA='lost.json')).splitlines()
+    ids = [o.split(': ')[1] for o in lines]
+    assert [slurm.wait(o, 60) for o in ids] == ['FAILED', 'CANCELLED', 'CANCELLED']
+    assert "no training data at 'lost.json'" in (work/f'pretrain-{ids[0]}.log').read_text()
+
+@pytest.mark.slow
+def test_what_is_wrong_is_named(slurm, work):
+    wrong = {"no program 'nowhere/bin/tinyllava'": dict(VENV='nowhere'), 'no GPU on': dict(DEVICE='cuda'),
+             "no recipe 'mikro'": dict(RECIPE='mikro'), "no images in 'lost'": dict(IMAGES='lost'), "no model in 'lost'": dict(START='lost')}
+    if not subprocess.run(['sh', '-c', 'nvidia-smi -L'], capture_output=True).returncode: del wrong['no GPU on']
+    ids = {text: submit(slurm, work, 'pretrain', **env) for text,env in wrong.items()}
+    for text,id in ids.items():
+        assert slurm.wait(id, 60) == 'FAILED' and text in (work/f'pretrain-{id}.log').read_text()
+
+@pytest.mark.slow
+def test_sweep(slurm, work):
+    "A task for each run, in a folder of its own, with the changes in its recipe"
+    runs = ['pretrain.lr=1e-3', 'pretrain.lr=2e-3 seed=5', 'pretrain.max_steps=0']
+    recipe = work/'few.json'
+    from tinyllava_cookbook.train.recipes import override, recipe as find, to_dict
+    recipe.write_text(json.dumps(to_dict(override(find('micro'), FEW[1::2]))))
+    id = submit(slurm, work, 'sweep', *runs, ask=[*SMALL, '--array=0-2'], RECIPE='few.json', STAGE='pretrain', START='', OUT='runs/sweep')
+    assert [slurm.wait(f'{id}_{i}') for i in range(3)] == ['COMPLETED', 'COMPLETED', 'FAILED'], said(work)
+    for name,(lr,seed) in {'pretrain.lr=1e-3': (1e-3, 0), 'pretrain.lr=2e-3_seed=5': (2e-3, 5)}.items():
+        made = read_json(work/'runs/sweep'/name/'pretrain/recipe.json')
+        assert (made['stages'][0]['lr'], made['seed']) == (lr, seed)
+    assert 'max_steps is 0' in (work/f'sweep-{id}_2.log').read_text()

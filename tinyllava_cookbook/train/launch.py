@@ -202,6 +202,7 @@ command -v apptainer >/dev/null || die "no apptainer on $(hostname): load its mo
 [ -e "$CONTAINER" ] || [ "${CONTAINER#*://}" != "$CONTAINER" ] || die "no image '$CONTAINER': say CONTAINER=FILE"
 """
 
+# %% ../../nbs/34_train.launch.ipynb #c57ac56a
 def _variables(job, c, changes):
     "What may be set from outside; changed defaults are quoted, so that a path stays one word"
     place = dict(CONTAINER=(c.container, "image with `tinyllava` in it")) if c.container else dict(
@@ -250,6 +251,8 @@ _WAIT = """
 # the next one waits for it, and is canceled if it fails
 [ "${DRY_RUN-}" = 1 ] || after=(--kill-on-invalid-dep=yes --dependency="afterok:${id%%;*}")
 """
+
+# %% ../../nbs/34_train.launch.ipynb #f74d8906
 _CHAINED = dict(pretrain=("DATA=$PRETRAIN_DATA IMAGES=$PRETRAIN_IMAGES", ' "$@"', "further words are for both stages"),
                 finetune=("DATA=$FINETUNE_DATA IMAGES=$FINETUNE_IMAGES", ' "$@"', "from what the first has saved"),
                 evaluate=("DATA=$EVAL_DATA", '', "the finished model"))

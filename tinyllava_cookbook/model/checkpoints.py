@@ -169,10 +169,11 @@ def _select(strategy, vision_config):
     if strategy in ('patch', 'default'): return dict(vision_feature_select='patch', drop_first_patch=not cls)
     return dict(vision_feature_select='cls_patch' if cls else 'patch')
 
-def _template(text_config, name):
-    "The template that the scripts of TinyLLaVA train this language model with"
-    if text_config.model_type == 'qwen2' and re.search('instruct|chat', str(name), re.I): return 'qwen2_instruct'
-    return llm_families[text_config.model_type].template
+def _trained(text_config, name):
+    "How TinyLLaVA trains this language model: the template of its scripts, the images multiplied or not"
+    family = llm_families[text_config.model_type]
+    chat = text_config.model_type == 'qwen2' and re.search('instruct|chat', str(name), re.I)
+    return dict(template='qwen2_instruct' if chat else family.template, scale_image_features=family.scales_images)
 
 def factory_config(
     path,               # A folder of TinyLLaVA Factory
@@ -183,8 +184,7 @@ def factory_config(
     return dict(vision_config=v, text_config=t, connector=cfg['connector_type'],
         vision_feature_layer=cfg['vision_feature_layer'], **_select(cfg['vision_feature_select_strategy'], v),
         image_mode='pad' if cfg.get('image_aspect_ratio') == 'pad' else 'none',
-        template=_template(t, cfg.get('llm_model_name_or_path')),
-        scale_image_features=llm_families[t.model_type].scales_images)
+        **_trained(t, cfg.get('llm_model_name_or_path')))
 
 # %% ../../nbs/24_model.checkpoints.ipynb #2f9f9a73
 _IMAGE_FILES = 'preprocessor_config.json', 'processor_config.json'
@@ -287,10 +287,10 @@ def _bench_text(cfg, path, state):
     "The configuration of the language half; StableLM's had other words"
     words = {'rope_pct': 'partial_rotary_factor', 'norm_eps': 'layer_norm_eps'}
     kind = _bench_kind(cfg, path)
-    images = llm_families[kind].scales_images
+    llm_families[kind]
     fields = {words.get(k, k): v for k,v in cfg.items()} | {'architectures': None}
     if kind == 'stablelm': fields['use_qkv_bias'] = any(k.endswith('q_proj.bias') for k in state)
-    return old_config(kind, fields), images
+    return old_config(kind, fields)
 
 def _zero_bias(text_config, state):
     "Phi's output layer has a bias in `transformers`, and had none inside LLaVA"
@@ -316,15 +316,15 @@ def _read_bench(path, llm, vision):
     cfg = read_json(path/'config.json')
     names = bench_names(cfg.get('mm_projector_type', 'linear'))
     state = {rename(k, names): v for k,v in read_weights(path).items()}
-    (t,images),place = _bench_text(cfg, path, state), vision or cfg['mm_vision_tower']
+    t,place = _bench_text(cfg, path, state), vision or cfg['mm_vision_tower']
     eyes = find_image_processor(path, vision, cfg['mm_vision_tower'])
     v,more,layer = _bench_vision(state, place, cfg['mm_vision_select_layer'])
     select = _select(cfg.get('mm_vision_select_feature', 'patch'), v)
     _zero_bias(t, state)
     return Foreign(dict(vision_config=v, text_config=t, connector=cfg.get('mm_projector_type', 'linear'),
-        vision_feature_layer=layer, **select | {'drop_first_patch': False}, template=_template(t, path),
-        image_mode='pad' if cfg.get('image_aspect_ratio') == 'pad' else 'none', scale_image_features=images),
-        state | more, names, eyes, find_tokenizer(path, llm))
+        vision_feature_layer=layer, **select | {'drop_first_patch': False}, **_trained(t, path),
+        image_mode='pad' if cfg.get('image_aspect_ratio') == 'pad' else 'none'), state | more, names, eyes,
+        find_tokenizer(path, llm))
 
 # %% ../../nbs/24_model.checkpoints.ipynb #25c47b37
 def llava_config(

@@ -342,3 +342,65 @@ def test_llama_cpp(parts, tmp_path, image, v, cls):
         'num_hidden_layers', 'hidden_act', 'vision_feature_layer'} <= cfg.keys()
     assert cfg['vision_feature_layer'] == -2
     assert ('--clip-model-is-siglip' in llama_cpp_commands(d)) == (v == 'siglip')
+
+# The command line
+
+def cli(capsys, *argv):
+    "Exit code, output, errors"
+    from tinyllava_cookbook import cli
+    try: code = cli.main([str(o) for o in argv])
+    except SystemExit as e: code = e.code
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+def test_command_compose_and_convert(parts, tmp_path, capsys):
+    "One command makes a LLaVA of two folders, another makes it ours, a third a LLaVA again: the same file"
+    a,b,c = (tmp_path/f'{o} ü' for o in 'abc')
+    assert cli(capsys, 'compose', '--vision', parts['clip'], '--llm', parts['qwen2'], '--connector', 'mlp2x_gelu', '--to', 'llava',
+        '--template', 'chatml', '--seed', 3, a) == (0, f'{a}\n', '')
+    assert cli(capsys, 'convert', a, b) == (0, f'{b}\n', '')
+    (tmp_path/'scores.json').write_text(json.dumps({'benchmarks': {'pope': {'split': 'test', 'published':
+        {'metric': 'f1', 'score': 85.912, 'interval': [85., 86.8]}}, 'mme': {'reason': 'no file'}}}))
+    assert cli(capsys, 'convert', b, c, '--to', 'llava', '--scores', tmp_path/'scores.json') == (0, f'{c}\n', '')
+    for o in a.iterdir():
+        if o.name != 'README.md': assert o.read_bytes() == (c/o.name).read_bytes(), o.name
+    assert '| pope | test | f1 | 85.91 | 85.00 to 86.80 |' in (c/'README.md').read_text()
+    same(load(b, 'cpu')[0], compose(parts['clip'], parts['qwen2'], seed=3)[0])
+
+def test_command_convert_factory(shared, tmp_path, capsys):
+    "A folder of TinyLLaVA Factory, its ingredients given, and fields that it leaves open"
+    g = shared/'goldens'
+    code,_,err = cli(capsys, 'convert', g/'checkpoints/tiny-finetune', tmp_path/'no')
+    assert code == 1 and 'pass vision=' in err and err.count('\n') == 1
+    assert cli(capsys, 'convert', g/'checkpoints/tiny-finetune', tmp_path/'m', '--vision', g/'components/siglip-tiny', '--llm',
+        g/'components/qwen2-tiny', '--dtype', 'float16', '--set', 'template=qwen2_instruct', '--set', 'image_mode=pad')[0] == 0
+    c = json.loads((tmp_path/'m/config.json').read_text())
+    assert (c['template'], c['image_mode'], c['dtype']) == ('qwen2_instruct', 'pad', 'float16')
+    assert cli(capsys, 'convert', tmp_path/'m', tmp_path/'hf', '--to', 'llava')[0] == 0   # SigLIP less its first patch fits
+    assert vllm_problems(tmp_path/'hf') == []
+
+def test_command_push(parts, tmp_path, capsys, monkeypatch):
+    "Uploading happens on request only, and privately unless told otherwise"
+    import tinyllava_cookbook.model.export as export
+    calls = []
+    monkeypatch.setattr(export, 'push_to_hub', lambda *a, **k: calls.append((a, k)) or 'https://x')
+    d = save(*compose(parts['clip'], parts['llama']), tmp_path/'d')
+    assert cli(capsys, 'convert', d, tmp_path/'e')[0] == 0 and calls == []
+    assert cli(capsys, 'convert', d, tmp_path/'f', '--push', 'me/m') == (0, f"{tmp_path/'f'}\nhttps://x\n", '')
+    assert cli(capsys, 'convert', d, tmp_path/'g', '--push', 'me/m', '--public')[0] == 0
+    assert [(a[1], k) for a,k in calls] == [('me/m', dict(private=True)), ('me/m', dict(private=False))]
+
+@pytest.mark.parametrize('code,text,line', [
+    (2, '--public goes with --push', 'convert {d} x --public'), (2, '--scores goes on the model card', 'convert {d} x --scores s'),
+    (2, "--set 'template' is not NAME=VALUE", 'convert {d} x --set template'), (1, "no checkpoint folder 'nowhere'", 'convert nowhere x'),
+    (1, "config is for folders of other layouts", 'convert {d} x --set template=phi'),
+    (1, "no connector 'mlp'", 'compose --vision {v} --llm {t} --connector mlp x'),
+    (1, "connector 'linear' has no counterpart there", 'compose --vision {v} --llm {t} --connector linear --to llava x'),
+    (1, 'llama', 'compose --vision {t} --llm {t} x'), (1, 'no causal language model', 'compose --vision {v} --llm {v} x')])
+def test_command_errors(parts, tmp_path, capsys, monkeypatch, code, text, line):
+    "One line each, and nothing is left behind"
+    monkeypatch.chdir(tmp_path)
+    d = save(*compose(parts['clip'], parts['llama']), tmp_path/'d')
+    argv = [o.format(d=d, v=parts['clip'], t=parts['llama']) for o in line.split()]
+    got,out,err = cli(capsys, *argv)
+    assert (got, out, err.count('\n')) == (code, '', 1) and text in err and not (tmp_path/'x').exists()

@@ -483,6 +483,59 @@ def _submission(a):
     if not a.data and a.bench!='mmvet': raise Usage(f"{a.bench} needs --data DIR, the benchmarks' files")
     print(submission(a.bench, a.answers, a.data or '.', a.split, a.out))
 
+# %% ../nbs/90_cli.ipynb #0a9d9d64
+def _value(text):
+    "A JSON value, or the text itself"
+    try: return json.loads(text)
+    except ValueError: return text
+
+def _convert_args(p):
+    p.add_argument('path', metavar='PATH', help='TinyLLaVA Factory, TinyLLaVABench, LLaVA, llava-hf or our own: a '
+                   'folder, or a name on the Hub')
+    p.add_argument('out', metavar='OUT', help='folder to write')
+    p.add_argument('--to', default='ours', choices=['ours', 'llava'], help='what to write (default: %(default)s)')
+    p.add_argument('--llm', metavar='DIR', help='language model it was trained from, if the folder has no tokenizer')
+    p.add_argument('--vision', metavar='DIR', help='vision encoder it was trained from, if there is no image processor')
+    p.add_argument('--dtype', default='file', choices=['file', 'float32', 'bfloat16', 'float16'],
+                   help='precision to write; file: as it was (default: %(default)s)')
+    p.add_argument('--set', metavar='FIELD=VALUE', action='append', default=[], dest='fields',
+                   help='a field of the configuration that the folder leaves open, e.g. template=phi (repeatable)')
+    p.add_argument('--scores', metavar='FILE', help='scores.json of an evaluation, for the model card')
+    p.add_argument('--push', metavar='OWNER/NAME', help='upload the result to the Hub')
+    p.add_argument('--public', action='store_true', help='with --push: for everybody to see')
+
+@command('convert', 'rewrite a checkpoint of another project as ours, or ours for transformers and vLLM', _convert_args)
+def _convert(a):
+    from tinyllava_cookbook.core import read_json
+    from tinyllava_cookbook.model.export import convert_folder, push_to_hub
+    if a.public and not a.push: raise Usage("--public goes with --push OWNER/NAME")
+    if a.scores and a.to != 'llava': raise Usage("--scores goes on the model card that --to llava writes")
+    fields = {k: _value(v) for k,v in _pairs(a.fields, '--set').items()}
+    _quiet()
+    out = convert_folder(a.path, a.out, a.to, a.dtype, scores=read_json(a.scores) if a.scores else None, llm=a.llm,
+        vision=a.vision, config=fields or None)
+    print(out)
+    if a.push: print(push_to_hub(out, a.push, private=not a.public))
+
+def _compose_args(p):
+    p.add_argument('--vision', required=True, metavar='DIR', help='vision encoder: a folder, or a name on the Hub')
+    p.add_argument('--llm', required=True, metavar='DIR', help='language model: a folder, or a name on the Hub')
+    p.add_argument('--connector', default='mlp2x_gelu', metavar='NAME', help='what joins them (default: %(default)s)')
+    p.add_argument('out', metavar='OUT', help='folder to write')
+    p.add_argument('--to', default='ours', choices=['ours', 'llava'], help='what to write (default: %(default)s)')
+    p.add_argument('--template', metavar='NAME', help="chat template (default: the usual one of the language model)")
+    p.add_argument('--image-mode', default='pad', metavar='NAME', help='how images become square (default: %(default)s)')
+    p.add_argument('--seed', type=int, default=0, help='for the connector, which is random (default: %(default)s)')
+    p.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16', 'float16'],
+                   help='precision to write (default: %(default)s)')
+
+@command('compose', 'join a vision encoder and a language model by a new connector', _compose_args)
+def _compose(a):
+    from tinyllava_cookbook.model.export import compose_folder
+    _quiet()
+    print(compose_folder(a.vision, a.llm, a.out, a.connector, a.to, template=a.template, image_mode=a.image_mode,
+        seed=a.seed, dtype=a.dtype))
+
 # %% ../nbs/90_cli.ipynb #a405e55f
 def parser() -> argparse.ArgumentParser: # For `tinyllava` and all its commands
     "The parser of the command line"

@@ -138,6 +138,14 @@ def _sizes(folder):
 _PARTS = {'vision encoder': 'vision_tower.', 'connector': ('connector.', 'multi_modal_projector.', 'image_newline'),
     'language model': 'language_model.'}
 
+def _scores(scores):
+    "A table of scores, from benchmark to number or from what `tinyllava eval` wrote"
+    if 'benchmarks' not in scores: return _table(['benchmark', 'score'], scores.items())
+    rows = [(k, o['published'], o.get('split', '')) for k,o in scores['benchmarks'].items() if 'published' in o]
+    ends = lambda p: '{:.2f} to {:.2f}'.format(*p['interval']) if p.get('interval') else ''
+    return _table(['benchmark', 'split', 'number', 'score', '95 %'],
+        [[k, split, p['metric'], f"{p['score']:.2f}", ends(p)] for k,p,split in rows])
+
 def _order(item): return list(_PARTS).index(item[0])
 
 def _stages(recipe):
@@ -182,7 +190,7 @@ print(processor.decode(ids, skip_special_tokens=True))
 def model_card(
     folder,       # A checkpoint: ours or exported
     recipe=None,  # A recipe or its dictionary; `None` takes the folder's recipe.json, if there is one
-    scores=None,  # Benchmark to score
+    scores=None,  # Benchmark to score, or what is in the scores.json of an evaluation
     name=None,    # Name of the model, as on the Hub; `None`: of the folder
 ) -> str:         # Markdown, for README.md
     "Say what a checkpoint is, how it was made, how well it does and how to run it"
@@ -191,13 +199,13 @@ def model_card(
     recipe = recipe.to_dict() if hasattr(recipe, 'to_dict') else recipe
     v,t,ours = cfg['vision_config'], cfg['text_config'], cfg['model_type'] == 'tinyllava_cookbook'
     kinds = [v['model_type'], cfg.get('connector', 'mlp2x_gelu'), t['model_type']]
-    rows = [[part, kind, f'{n:,.1f} M'] for (part,n),kind in zip(sorted(_sizes(folder).items(), key=_order), kinds)]
+    rows = [[part, kind, f'{n:,.3g} M'] for (part,n),kind in zip(sorted(_sizes(folder).items(), key=_order), kinds)]
     what = (f"A vision-language model in the format of `{cfg['architectures'][0]}`. An image is "
         f"{cfg.get('image_seq_length')} tokens.")
     card = _CARD.format(name=name or folder.name, what=what, parts=_table(['part', 'kind', 'parameters'], rows),
         first='import tinyllava_cookbook\n' if ours else '')
     if recipe: card += f"\n## Training\n\nRecipe `{recipe.get('name', '?')}`.\n\n{_stages(recipe)}\n"
-    if scores: card += f"\n## Scores\n\n{_table(['benchmark', 'score'], scores.items())}\n"
+    if scores: card += f"\n## Scores\n\n{_scores(scores)}\n"
     return card
 
 # %% ../../nbs/25_model.export.ipynb #a07bf627

@@ -495,7 +495,7 @@ def _convert_args(p):
     p.add_argument('out', metavar='OUT', help='folder to write')
     p.add_argument('--to', default='ours', choices=['ours', 'llava'], help='what to write (default: %(default)s)')
     p.add_argument('--llm', metavar='DIR', help='language model it was trained from, if the folder has no tokenizer')
-    p.add_argument('--vision', metavar='DIR', help='vision encoder it was trained from, if there is no image processor')
+    p.add_argument('--vision', metavar='DIR', help='vision encoder it was trained from, if it has no image processor')
     p.add_argument('--dtype', default='file', choices=['file', 'float32', 'bfloat16', 'float16'],
                    help='precision to write; file: as it was (default: %(default)s)')
     p.add_argument('--set', metavar='FIELD=VALUE', action='append', default=[], dest='fields',
@@ -517,14 +517,15 @@ def _convert(a):
     print(out)
     if a.push: print(push_to_hub(out, a.push, private=not a.public))
 
+# %% ../nbs/90_cli.ipynb #fb6fb995
 def _compose_args(p):
     p.add_argument('--vision', required=True, metavar='DIR', help='vision encoder: a folder, or a name on the Hub')
     p.add_argument('--llm', required=True, metavar='DIR', help='language model: a folder, or a name on the Hub')
     p.add_argument('--connector', default='mlp2x_gelu', metavar='NAME', help='what joins them (default: %(default)s)')
     p.add_argument('out', metavar='OUT', help='folder to write')
     p.add_argument('--to', default='ours', choices=['ours', 'llava'], help='what to write (default: %(default)s)')
-    p.add_argument('--template', metavar='NAME', help="chat template (default: the usual one of the language model)")
-    p.add_argument('--image-mode', default='pad', metavar='NAME', help='how images become square (default: %(default)s)')
+    p.add_argument('--template', metavar='NAME', help='chat template (default: the usual one of the model)')
+    p.add_argument('--image-mode', default='pad', metavar='NAME', help='how images fit (default: %(default)s)')
     p.add_argument('--seed', type=int, default=0, help='for the connector, which is random (default: %(default)s)')
     p.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16', 'float16'],
                    help='precision to write (default: %(default)s)')

@@ -257,8 +257,9 @@ MIXES = dict(concat=1, interleave=2)   # How the features of two towers come, an
 class MoFConfig(PreTrainedConfig):
     "Two vision encoders that see the same pixels"
     model_type = 'mof_vision'
-    sub_configs_defaults = dict(first_config=SubConfigSpec(config_class=AutoConfig, model_type='clip_vision_model'),
-                                second_config=SubConfigSpec(config_class=AutoConfig, model_type='dinov2'))
+    sub_configs_defaults = dict(   # two that fit, for `MoFConfig()`
+        first_config=SubConfigSpec(AutoConfig, 'clip_vision_model', init_kwargs={'patch_size': 14}),
+        second_config=SubConfigSpec(AutoConfig, 'dinov2'))
 
     first_config: dict|PreTrainedConfig|None = None  # Its processor makes the pixels
     second_config: dict|PreTrainedConfig|None = None # Must give as many patches

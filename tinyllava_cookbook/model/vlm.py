@@ -35,6 +35,9 @@ from tinyllava_cookbook.model.llms import (add_image_token, default_template, fa
     stop_ids)
 
 # %% ../../nbs/23_model.vlm.ipynb #3cd37dde
+_UNEQUAL = ("{} image tokens in the text, but {} image features; let the processor write them, and do not truncate "
+            "inside an image")
+
 def scatter_images(
     emb_btd:Tensor,     # Embeddings of all tokens
     input_ids:Tensor,   # (b, t)
@@ -43,8 +46,7 @@ def scatter_images(
 ) -> Tensor:            # (b, t, d) with features where image tokens were
     "Put image features at the positions of the image tokens"
     here_bt,m = input_ids == image_token_id, math.prod(img_td.shape[:-1])
-    def says(): return (f"{int(here_bt.sum())} image tokens in the text, but {m} image features; let the processor "
-                        "write them, and do not truncate inside an image")
+    def says(): return _UNEQUAL.format(int(here_bt.sum()), m)
     torch_compilable_check(here_bt.sum() == m, says)   # a plain `if` would cut a compiled model in two
     return emb_btd.masked_scatter(here_bt[..., None], img_td.to(emb_btd.device, emb_btd.dtype))
 
@@ -251,10 +253,12 @@ def repeat_images(
     image_sizes:Tensor|None=None, # (images, 2), for 'anyres'
 ) -> dict:                        # The two tensors, for all rows
     "Images for rows that are repeated, each with all its images"
-    plain = [((0, 0), config.image_seq_length)]*len(pixel_values)
-    todo = iter(plain if image_sizes is None else image_layout(config, image_sizes.tolist()))
-    images,tiles = [], []
-    for n in (input_ids == config.image_token_id).sum(1).tolist():
+    rows = (input_ids == config.image_token_id).sum(1).tolist()
+    if image_sizes is None: each = [((0, 0), config.image_seq_length)]*len(pixel_values)
+    else: each = image_layout(config, image_sizes.tolist())
+    if sum(rows) != (m := sum(m for _,m in each)): raise ValueError(_UNEQUAL.format(sum(rows), m))
+    todo,images,tiles = iter(each), [], []
+    for n in rows:
         images.append(0); tiles.append(0)
         while n > 0: grid,m = next(todo); n -= m; tiles[-1] += 1 + math.prod(grid); images[-1] += 1
     def again(x, counts): return torch.cat([o for o in x.split(counts) for _ in range(times)])

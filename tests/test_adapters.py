@@ -138,3 +138,45 @@ def test_gradient_checkpointing_changes_nothing(parts, world, tmp_path):
         r = train_stage(model, processor, stage(tune, trainer=trainer), tmp_path, world, progress=False, device='cpu')
         return [o['loss'] for o in r.log]
     assert losses() == pytest.approx(losses(activation_checkpointing=True), rel=1e-5)
+
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.train.recipes import Stage, Tune
+from tinyllava_cookbook.train.trainer import train_stage
+siglip, llm, data, out, parallel, mode = sys.argv[1:]
+model,processor = compose(siglip, llm)
+tune = dict(vision=Tune('lora', r=2, dropout=0.), connector='full', llm=Tune(mode, r=4, dropout=0.))
+stage = Stage('ft', tune=tune, lr=5e-3, global_batch_size=4, max_steps=4, warmup=0., image_mode='squash')
+r = train_stage(model, processor, stage, out, json.loads(data), progress=False, device='cpu', parallel=parallel, final=f'{out}/final')
+if int(os.environ.get('RANK', 0)) == 0: Path(out, 'losses.json').write_text(json.dumps([o['loss'] for o in r.log]))
+"""
+
+def run_script(args, out, parallel, mode, processes=0):
+    "Losses, finished weights and adapter tensors of the same stage, by so many processes"
+    script = out.with_suffix('.py')
+    script.write_text(SCRIPT)
+    launch = ['-m', 'torch.distributed.run', '--nproc-per-node', str(processes), '--standalone'] if processes else []
+    done = subprocess.run([sys.executable, *launch, str(script), *args, str(out), parallel, mode], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    adapter = {f'{f.parent.name}/{k}':v for f in (out/'final'/'adapter').rglob('*.safetensors') for k,v in load_file(f).items()}
+    return read_json(out/'losses.json'), load_file(out/'final'/'model.safetensors'), adapter
+
+@pytest.mark.slow
+@pytest.mark.parametrize('parallel,mode', [('ddp', 'lora'), ('zero2', 'qlora'), ('zero3', 'dora')])
+def test_two_processes_learn_the_same(parts, world, tmp_path, parallel, mode):
+    "Cut up or not, the losses, the merged weights and the adapters are those of one process"
+    if parallel != 'ddp': pytest.importorskip('deepspeed')
+    args = [str(parts['siglip']), str(parts['qwen2']), json.dumps(world)]
+    one = run_script(args, tmp_path/'one', 'ddp', mode)
+    two = run_script(args, tmp_path/'two', parallel, mode, processes=2)
+    assert two[0] == pytest.approx(one[0], rel=1e-5)
+    for a,b in zip(one[1:], two[1:]):
+        assert set(a) == set(b)
+        for k in a: assert torch.allclose(a[k], b[k].to(a[k].dtype), atol=1e-3), k
+
+def test_4_bit_weights_are_not_cut_up(parts, world, tmp_path):
+    model,processor = compose(parts['siglip'], parts['llama'])
+    with patch.dict(os.environ, RANK='0'), pytest.raises(ValueError, match="cannot be cut up by 'zero3'; take 'ddp' or 'zero2'"):
+        train_stage(model, processor, stage(TUNES['qlora']), tmp_path, world, progress=False, device='cpu', parallel='zero3')

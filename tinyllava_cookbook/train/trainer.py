@@ -667,6 +667,7 @@ def _save_whole(trainer, path, recipe):
     "The finished model in one folder, gathered from all processes; adapters both taken in and beside it"
     t,cut = trainer, trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     whole = t.accelerator.get_state_dict(t.model_wrapped) if cut else None
+    if whole: whole = {k:v for k,v in whole.items() if k not in t.model.all_tied_weights_keys}   # copies by now
     if t.args.should_save and adapted(t.model):
         also = [_prefix[p] for p,o in t.stage.tune.items() if o.mode in ('full', 'partial')]
         save_adapters(t.model, Path(path)/'adapter', also, whole)

@@ -130,9 +130,13 @@ def test_eval_mistakes_before_the_model(capsys, home, tmp_path, words, code, why
     got, out, err = run(capsys, 'eval', 'no/such/model', '--bench', 'gqa', '--data', home/'data', '--out', tmp_path/'out', *words.split())
     assert got == code and why in err and err.count('\n') == 1 and not (tmp_path/'out').exists()
 
-def test_the_same_shape_for_every_benchmark(capsys, home, tmp_path):
-    "`score BENCH --json`, all ten: the same keys"
+def test_the_same_shape_for_every_benchmark(capsys, home, tmp_path, root):
+    "`score BENCH --json`, all ten: the same keys, and every metric and table is documented"
     from tinyllava_cookbook.eval.run import annotations
+    cells = json.loads((root/'nbs'/'50_eval.scoring.ipynb').read_text(encoding='utf-8'))['cells']
+    page = next(t for c in cells if '| benchmark | `metrics` | `tables` |' in (t := ''.join(c['source'])))
+    told = {r.split('`')[1]: set(re.findall('`(.*?)`', r)) for r in page.splitlines() if r.startswith('| `')}
+    usual = {'missing', 'unknown', 'duplicates', 'other_prompts', 'examples'}
     graded = dict(mmvet=lambda o: dict(score=[.5]), llavabench=lambda o: dict(category='llava_bench_conv', content='8 6'))
     shapes = set()
     for name in 'vqav2 gqa textvqa scienceqa pope mme mmvet mmmu mmbench llavabench'.split():
@@ -144,4 +148,6 @@ def test_the_same_shape_for_every_benchmark(capsys, home, tmp_path):
         shapes.add(tuple(o))
         assert o['benchmark'] == name and o['score'] == o['metrics'][o['main']] and o['n'] > 0, name
         assert all(isinstance(v, (int, float)) for v in o['metrics'].values()) and all(isinstance(t, dict) for t in o['tables'].values())
+        assert o['metrics'].keys() | o['problems'].keys()-usual <= told[name] and usual <= o['problems'].keys(), name
+        assert name=='mmbench' or o['tables'].keys() <= told[name], name       # MMBench: abilities and categories of the data
     assert shapes == {('benchmark', 'main', 'score', 'interval', 'n', 'metrics', 'tables', 'problems')}

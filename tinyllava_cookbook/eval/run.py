@@ -307,7 +307,7 @@ def score_answers(
     partial:bool=False,   # Were only some questions asked?
 ):                        # A `Score`, or a text that says why there is none
     "Score one benchmark"
-    if name in _JUDGED and not judged: return 'not scored: needs the grades of a judge'
+    if name in _JUDGED and not judged: return 'not scored: needs the grades of a judge (tinyllava judge)'
     if name=='vqav2' and (split or 'val')!='val': return 'not scored: the answers are not public; upload the submission'
     options = (dict(partial=True) if partial else {}) | (dict(split=split) if name=='scienceqa' and split else {})
     score = scoring.score_file(name, annotations(name, data_dir, split), answers, **options)
@@ -335,7 +335,7 @@ def results_table(
 ) -> Table:       # One row per benchmark
     "Headline numbers, with their intervals"
     def row(name, s):
-        if isinstance(s, str): return {'benchmark': name, 'number': '', 'score': s, '95 %': '', 'n': '', 'odd': ''}
+        if isinstance(s, str): return {'benchmark': name, 'number': '', 'score': '', '95 %': '', 'n': '', 'odd': s}
         o = as_published(s)
         ends = '{:.2f} to {:.2f}'.format(*o['interval']) if o['interval'] else ''
         odd = ', '.join(f'{v} {k}' for k,v in s.problems.items() if isinstance(v, int) and v)

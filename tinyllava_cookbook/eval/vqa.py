@@ -121,6 +121,12 @@ def textvqa_question(
     raise ValueError(f"no question can be read in the prompt {prompt[:60]!r}; TextVQA prompts have two or three lines")
 
 # %% ../../nbs/48_eval.vqa.ipynb #748a59fe
+_FIRST = 'what', 'which', 'who', 'where', 'when', 'how', 'is', 'are', 'does', 'do'
+
+def _first_word(question):
+    word = question.lower().split(maxsplit=1)[0] if question.strip() else ''
+    return word if word in _FIRST else 'other'
+
 def _asked(data):
     "Key of an answer: its picture and question, from the prompt or else from the annotation of its id"
     key = lambda g: (str(g['image_id']), g['question'].lower())
@@ -147,8 +153,10 @@ def textvqa(
         r, golds = by.get(str(i)), [textvqa_normalize(a) for a in people[keys[i]]]
         pred = r and textvqa_normalize(said(r))
         items.append(dict(id=g.get('question_id', f"{g['image_id']} {i}"), text=r and said(r), parsed=pred,
-                          score=agreement(pred, golds) if r else 0., answer=max(golds, key=golds.count)))
-    return Score('textvqa', 'accuracy', dict(accuracy=mean(o['score'] for o in items)), {}, items, problems)
+                          score=agreement(pred, golds) if r else 0., answer=max(golds, key=golds.count),
+                          kind=_first_word(g['question'])))
+    metrics, tables = dict(accuracy=mean(o['score'] for o in items)), dict(first_word=table(items, 'kind'))
+    return Score('textvqa', 'accuracy', metrics, tables, items, problems)
 
 # %% ../../nbs/48_eval.vqa.ipynb #597cedf5
 def gqa_normalize(

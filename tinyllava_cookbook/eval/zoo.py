@@ -88,16 +88,27 @@ def zoo_table(
                  for o in (ZOO if rows is None else rows))
 
 # %% ../../nbs/54_eval.zoo.ipynb #b1cf6e35
+_MARKS = dict(paper='s', factory='o', llava='^')   # By source; CLIP is blue, SigLIP orange
+
+def _legend(ax, mine):
+    "What each mark and color means"
+    names = dict(paper='TinyLLaVA', factory='Factory', llava='LLaVA-1.5')
+    for k,mark in _MARKS.items(): ax.scatter([], [], c='gray', marker=mark, s=26, label=names[k])
+    for c,tower in (('C0', 'CLIP'), ('C1', 'SigLIP')): ax.scatter([], [], c=c, marker='D', s=18, label=tower)
+    if mine: ax.plot([], [], '*', c='k', ms=8, label=mine['name'])
+    ax.legend(frameon=False, fontsize=7, loc='lower right', ncols=2, columnspacing=.8, handletextpad=.2)
+
 def plot_zoo(
     bench:str,       # A key of `BENCHMARKS`
     ax=None,         # Axes of matplotlib; `None` makes some
     mine:dict|None=None, # Your run, as `your_run` gives it
+    legend:bool=True, # Say what marks and colors mean?
 ):                   # The axes
     "One benchmark against parameters, your run with its interval"
     import matplotlib.pyplot as plt
     if bench not in BENCHMARKS: raise ValueError(f"no published scores on {bench!r}; choose from {list(BENCHMARKS)}")
     if ax is None: _,ax = plt.subplots(figsize=(4,2.8), dpi=72)
-    for source,mark in dict(paper='s', factory='o', llava='^').items():
+    for source,mark in _MARKS.items():
         some = [o for o in ZOO if o.source==source and bench in o.scores]
         colors = ['C1' if o.vision.startswith('SigLIP') else 'C0' for o in some]
         ax.scatter([o.parameters for o in some], [o.scores[bench] for o in some], c=colors, marker=mark, s=26)
@@ -105,9 +116,10 @@ def plot_zoo(
         value, ends = mine['scores'][bench]
         err = [[value-ends[0]], [ends[1]-value]] if ends else None
         ax.errorbar([mine['parameters']], [value], yerr=err, fmt='*', c='k', ms=10, capsize=3)
-    ax.set(xscale='log', xlabel='billion parameters', title=BENCHMARKS[bench])
+    ax.set(xscale='log', xlim=(.5, 20), xlabel='billion parameters', title=BENCHMARKS[bench])
     ax.set_xticks([.5, 1, 2, 4, 8, 16], ['½', '1', '2', '4', '8', '16'], minor=False)
     ax.minorticks_off()
+    if legend: _legend(ax, mine)
     return ax
 
 # %% ../../nbs/54_eval.zoo.ipynb #965c7f98

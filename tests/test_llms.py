@@ -102,9 +102,8 @@ def test_image_token_changes_nothing_else(parts, family, tmp_path):
     assert llm.config.vocab_size == max(n, words + 1) == llm.get_input_embeddings().num_embeddings
     for k, v in llm.state_dict().items(): assert torch.equal(v[:len(before[k])], before[k]), k
     head = llm.get_output_embeddings()
-    if head is not None:
-        assert (head.weight is llm.get_input_embeddings().weight) == tied and head.out_features == llm.config.vocab_size
-        assert head.bias is None or len(head.bias) == llm.config.vocab_size
+    assert (head.weight is llm.get_input_embeddings().weight) == tied and head.out_features == llm.config.vocab_size
+    assert head.bias is None or len(head.bias) == llm.config.vocab_size
     torch.testing.assert_close(llm(rows()).logits[..., :n], old)
     llm.save_pretrained(tmp_path), save_code(llm, tmp_path), tok.save_pretrained(tmp_path)
     again, tok = load_llm(tmp_path, trust_remote_code=family == 'openelm')
@@ -306,6 +305,22 @@ def test_saved_with_its_code(parts, tmp_path):
     for out in run('trust'), run(TINYLLAVA_TRUST_REMOTE_CODE='1'):
         assert out.returncode == 0, out.stderr[-2000:]
         assert abs(float(out.stdout) - want) < 1e-3*abs(want)
+
+def test_training_with_its_code(parts, tmp_path):
+    "Two stages: what the recipe trusts is trusted when the second opens what the first has saved"
+    from tinyllava_cookbook.train.recipes import Recipe, Stage
+    from tinyllava_cookbook.train.trainer import train_recipe
+    talk = [dict(role='user', content='<image>\nWhat color?'), dict(role='assistant', content='red')]
+    for k in range(4): Image.new('RGB', (9, 9), 'red').save(tmp_path/f'{k}.png')
+    data = [dict(id=str(k), messages=talk, image=str(tmp_path/f'{k}.png')) for k in range(4)]
+    both = [Stage(o, global_batch_size=2, lr=1e-3, tune=dict(connector='full', **llm)) for o, llm in (('pretrain', {}), ('finetune', dict(llm='full')))]
+    recipe = Recipe('elm', str(parts['siglip']), str(parts['openelm']), stages=both,
+                    model=dict(tokenizer=str(parts['llama']), trust_remote_code=True))
+    kw = dict(data=dict.fromkeys(('pretrain', 'finetune'), data), device='cpu', progress=False)
+    train_recipe(recipe, tmp_path/'run', stages=['pretrain'], **kw)
+    model, _, result = train_recipe(recipe, tmp_path/'run', stages=['finetune'], **kw)
+    assert len(result['finetune'].log) == 2 and model.config.text_config.model_type == 'openelm'
+    assert (tmp_path/'run/model/modeling_openelm.py').exists()
 
 def test_errors(parts, tmp_path):
     "What is no language model, unknown, or without a tokenizer"

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
@@ -40,9 +38,8 @@ def plain_logits(
     llm:nn.Module, # The language model
     h_td:Tensor,   # Hidden states after the final norm, any number of leading axes
 ) -> Tensor:       # The same with one number per word at the end
-    "Logits by the output layer alone; without one, by the word embeddings"
-    head = llm.get_output_embeddings()
-    return F.linear(h_td, llm.get_input_embeddings().weight) if head is None else head(h_td)
+    "Logits by the output layer alone"
+    return llm.get_output_embeddings()(h_td)
 
 def capped_logits(
     llm:nn.Module, # Its configuration holds `final_logit_softcapping`
@@ -192,13 +189,14 @@ def prove_llm(
         **{'attention_mask': None, **kw}).last_hidden_state
     try:
         emb = words(ids)
-        h,own = run(emb, pos(12)), llm(ids, use_cache=False).logits
+        h = run(emb, pos(12))
+        ours,own = logits(llm, h), llm(ids, use_cache=False).logits
         padded = run(torch.cat([emb[:, :3], emb], 1), torch.cat([0*pos(3), pos(12)], 1),
             attention_mask=torch.tensor([[0]*3 + [1]*12]).to(dev))[:, 3:]
         one,other = (run(o, pos(5, 7))[:, 5:] for o in (emb, torch.cat([emb[:, 5:10], emb[:, 5:]], 1)))
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f"cannot use {kind!r}: its decoder, fed with embeddings and positions, fails with {e}") from e
-    if not torch.equal(logits(llm, h), own):
+    if not torch.equal(ours, own):
         raise ValueError(f"{kind!r} does more after its decoder than its output layer; register an LLMFamily "
             "with logits=")
     if _far(padded, h, 1e-3): raise ValueError(f"cannot use {kind!r}: padding on the left changes its answers")
@@ -239,7 +237,7 @@ def _grow(llm, rows):
     "Resize the embedding, tied or not, to `rows`; each new row is the mean of the old"
     old = llm.get_input_embeddings().weight.shape[0]
     llm.resize_token_embeddings(rows, mean_resizing=False)
-    ends = [m for m in (llm.get_input_embeddings(), llm.get_output_embeddings()) if m is not None]
+    ends = llm.get_input_embeddings(), llm.get_output_embeddings()
     with torch.no_grad():
         for w in {id(t): t for m in ends for t in (m.weight, getattr(m, 'bias', None)) if t is not None}.values():
             w[old:] = w[:old].float().mean(0).to(w.dtype)

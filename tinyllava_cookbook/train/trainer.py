@@ -725,7 +725,8 @@ def _start(r, out, first, folder=None):
     "The model that stage number `first` begins with"
     unset_hf_deepspeed_config()   # ZeRO-3 of a stage before would load slices only
     if folder is None: folder = _weights(r, out, r.stages[first-1].name) if first else r.start
-    if folder: return load(folder, device='cpu', dtype=torch.float32)
+    trust = r.model.get('trust_remote_code', False)
+    if folder: return load(folder, device='cpu', dtype=torch.float32, trust_remote_code=trust)
     return compose(_checkpoint(r.vision), _checkpoint(r.llm), connector=r.connector, template=r.template,
                    image_mode=r.image_mode, seed=r.seed, **r.model)
 

@@ -82,6 +82,23 @@ def with_adapters(model, folder):
         assert torch.allclose(logits(model), before, atol=2e-5)
     return model
 
+def test_two_towers_are_tuned_alike(world, tmp_path):
+    "Partial starts at its layer in both towers, LoRA reaches the layers that are run in both; the model trains and opens"
+    eyes = [tiny_checkpoint('clip', tmp_path/'clip', **WIDE), tiny_checkpoint('dinov2', tmp_path/'dinov2', hidden_size=64)]
+    parts = ' + '.join(map(str, eyes)), tiny_checkpoint('llama', tmp_path/'llama', **WIDE)
+    model,processor = compose(*parts, connector='mof_mlp')
+    before = copy.deepcopy(model)
+    layer = lambda names: {(n.split('.')[1], next(o for o in n.split('.') if o.isdigit())) for n in names if '.encoder.' in n}
+    assert layer(learnable(model, 'vision', Tune('partial', from_layer=1))) == {('first', '1'), ('second', '1')}
+    assert layer(learnable(model, 'vision', Tune('lora'))) == {(t, i) for t in ('first', 'second') for i in '01'}   # of three: the last is not run
+    with pytest.raises(ValueError, match='from_layer must be 0 to 1'): learnable(model, 'vision', Tune('partial', from_layer=2))
+    st = stage(dict(vision=Tune('qlora', r=4), connector=Tune('lora', r=4), llm=Tune('partial', from_layer=1)))
+    want = set().union(*(learnable(before, p, t) for p,t in st.tune.items()))
+    train_stage(model, processor, st, tmp_path/'run', world, progress=False, device='cpu', final=tmp_path/'final')
+    assert {n for n,p in before.named_parameters() if not torch.equal(p, dict(model.named_parameters())[n])} == want
+    opened,_ = load(tmp_path/'final', device='cpu', dtype='float32')
+    assert torch.equal(logits(opened), logits(model))
+
 def test_4_bit_adapter_fits_the_4_bit_base(parts, world, tmp_path):
     "peft opens the adapter over the same quantized base; the merged folder is that model, dequantized"
     from peft import PeftModel

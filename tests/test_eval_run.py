@@ -243,3 +243,15 @@ def test_every_picture_reaches_the_model(world, album, monkeypatch):
     monkeypatch.setattr(R, 'answer_ids', watch)
     for split in ('validation', 'validation/all'): R.answer_batch(world[1], world[2], load_benchmark('mmmu', data, split), 2)
     assert seen == [([pics[0]]*3, [1, 1, 1]), ([*pics, pics[1], pics[2], pics[0], pics[0]], [3, 3, 1])]
+
+def test_tiles_of_different_sizes_in_one_batch(world, tmp_path):
+    "anyres: pictures of other shapes take other numbers of tokens, and batch sixteen still equals batch one"
+    from PIL import Image
+    from tinyllava_cookbook.ingredients import tiny_checkpoint
+    from tinyllava_cookbook.model.vlm import compose
+    model, processor = compose(*(tiny_checkpoint(o, tmp_path/o) for o in ('siglip', 'llama')), image_mode='anyres')
+    shapes = [(96, 32), (32, 96), (64, 64), (30, 20)]
+    for i,size in enumerate(shapes): Image.effect_mandelbrot(size, (-2, -1.5, 1, 1.5), 10+i).save(tmp_path/f'{i}.png')
+    items = [Item(i, tmp_path/f'{i % 4}.png', f'What is it{"?"*i}', '') for i in range(6)] + [Item(9, None, 'What?', ''), Item(10, [tmp_path/'0.png', tmp_path/'1.png'], 'Same?', '')]
+    files = [R.answer_items(model, processor, items, tmp_path/f'by {k}', batch_size=k, max_new_tokens=5, progress=False).read_bytes() for k in (1, 3, 16)]
+    assert files[0] == files[1] == files[2]

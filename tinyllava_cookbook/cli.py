@@ -383,6 +383,7 @@ def _eval(a):
     a.model = a.model or a.folder
     if not a.model: raise Usage("name the model: tinyllava eval MODEL ...")
     if a.bench: return _eval_benches(a)
+    if a.splits or a.graded: raise Usage("--split and --graded belong to --bench")
     items = _items(a)     # wrong files are found before the weights are loaded
     model,processor = _load(a)
     how = dict(batch_size=a.batch_size, score='pope' if a.pope else 'exact', progress=sys.stderr.isatty())
@@ -406,7 +407,7 @@ def _eval_benches(a):
     how = dict(batch_size=a.batch_size, limit=a.limit, blind=a.blind, model_id=Path(a.model).name, splits=splits)
     results = run_eval(*_load(a), items, a.data, a.out, graded=graded, progress=sys.stderr.isatty(), **how)
     if results is None: return                    # other processes are not done yet: the last one reports
-    print((Path(a.out)/'scores.json').read_text() if a.json else results_table(results))
+    print((Path(a.out)/'scores.json').read_text() if a.json else results_table(results, splits))
 
 # %% ../nbs/90_cli.ipynb #0fc137a8
 def _score_args(p):

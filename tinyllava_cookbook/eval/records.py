@@ -9,7 +9,7 @@ __all__ = ['ID_KEYS', 'read_table', 'read_tabbed', 'read_answers', 'read_jsonl',
 # %% ../../nbs/47_eval.records.ipynb #79fdbf3c
 import csv, json, math, sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Callable, Iterator
@@ -207,7 +207,7 @@ def _plain(o):
     if isinstance(o, (list,tuple)): return [_plain(v) for v in o]
     return None if isinstance(o, float) and not math.isfinite(o) else o
 
-@dataclass
+@dataclass(repr=False)
 class Score:
     "The score of one set of answers to one benchmark"
     bench:str                # Its name: a key of `SCORERS`
@@ -218,14 +218,14 @@ class Score:
     problems:dict            # Counts of what did not match
     scale:float = 1.         # Headline = scale times `stat`
     cols:tuple = ('score',)  # Columns of the items that the headline depends on
-    stat:Callable = field(default=mean_of_scores, repr=False) # From rows and weights to the headline
+    stat:Callable = mean_of_scores # From rows and weights to the headline
 
     @property
     def value(self) -> float: return self.metrics[self.main]
     @property
     def n(self) -> int: return len(self.items)
 
-    def __str__(self):
+    def __repr__(self):
         lo, hi = self.interval()
         wrong = ', '.join(f'{v} {k}' for k,v in self.problems.items() if v and isinstance(v, int))
         return (f'{self.bench}: {self.main} {self.value:.4g}, 95 % interval {lo:.4g} to {hi:.4g}, '

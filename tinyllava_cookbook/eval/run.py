@@ -323,24 +323,26 @@ _PUBLISHED = dict(vqav2=('overall', 1), gqa=('accuracy', 1), textvqa=('accuracy'
 
 def as_published(
     score,  # A `Score`
-) -> dict:  # metric, score, interval
+) -> dict:  # metric, score, interval, n
     "The number that papers print"
     metric, k = _PUBLISHED[score.bench]
     items = [o for o in score.items if o['img']] if metric=='img_accuracy' else score.items
     ends = [k*o for o in replace(score, items=items).interval()] if items else None
-    return dict(metric=metric, score=k*score.metrics[metric], interval=ends)
+    return dict(metric=metric, score=k*score.metrics[metric], interval=ends, n=len(items))
 
 def results_table(
-    results:dict, # Benchmark -> `Score`, or why there is none
-) -> Table:       # One row per benchmark
+    results:dict,          # Benchmark -> `Score`, or why there is none
+    splits:dict|None=None, # Benchmark -> split, where not the usual one
+) -> Table:                # One row per benchmark
     "Headline numbers, with their intervals"
     def row(name, s):
+        name = f'{name} {split}' if (split := (splits or {}).get(name)) else name
         if isinstance(s, str): return {'benchmark': name, 'number': '', 'score': '', '95 %': '', 'n': '', 'odd': s}
         o = as_published(s)
         ends = '{:.2f} to {:.2f}'.format(*o['interval']) if o['interval'] else ''
         odd = ', '.join(f'{v} {k}' for k,v in s.problems.items() if isinstance(v, int) and v)
         return {'benchmark': name, 'number': o['metric'], 'score': f"{o['score']:.2f}", '95 %': ends,
-                'n': str(s.n), 'odd': odd.replace('_', ' ')}
+                'n': str(o['n']), 'odd': odd.replace('_', ' ')}
     return Table(row(k, s) for k,s in results.items())
 
 # %% ../../nbs/53_eval.run.ipynb #eabe4bd7
@@ -397,7 +399,7 @@ def _card(score, items, texts, side=''):
     ask = ''
     for item,text in zip(items, texts):
         gold = item.answer if isinstance(item.answer, str) else ' / '.join(dict.fromkeys(item.answer))
-        ask += f'{_cut(item.prompt)}\n\n<b>{_cut(text)}</b>\nright: {_cut(gold)}\n'
+        ask += f'{_cut(item.prompt)}\n\nsaid: <b>{_cut(text)}</b>\nright: {_cut(gold)}\n'
     score = 'not scored' if score is None else f'score {score:.2g}'
     seen = ''.join(map(_thumb, items[0].images)) or '<p>(no picture)</p>'
     return f'<figure class={side}>{seen}<figcaption>{ask}{score}</figcaption></figure>'
@@ -436,10 +438,12 @@ def write_page(
     folder:str|Path,     # Holds BENCHMARK/answers.jsonl
     title:str='Evaluation', # Heading
     k:int=6,             # Answers shown at each end
+    splits:dict|None=None, # Benchmark -> split, where not the usual one
 ) -> Path:
     "One page: all numbers, then the worst and the best answers with their pictures"
     parts = ''.join(_section(n, s, items[n], Path(folder)/n, k) for n,s in results.items())
-    return html_page(path, title, f'<h1>{html.escape(title)}</h1>{results_table(results)._repr_html_()}{parts}', _STYLE)
+    table = results_table(results, splits)._repr_html_()
+    return html_page(path, title, f'<h1>{html.escape(title)}</h1>{table}{parts}', _STYLE)
 
 # %% ../../nbs/53_eval.run.ipynb #2601ae7c
 def load_all(
@@ -474,7 +478,7 @@ def _report(results, items, out, model_id, splits, **head):
         return split | (dict(reason=s) if isinstance(s, str) else s.to_dict() | dict(published=as_published(s)))
     head = dict(model_id=model_id, **head, versions=versions())
     write_json(out/'scores.json', head | dict(benchmarks={n: entry(n, s) for n,s in results.items()}))
-    write_page(out/'index.html', results, items, out, model_id or 'Evaluation')
+    write_page(out/'index.html', results, items, out, model_id or 'Evaluation', splits=splits)
 
 # %% ../../nbs/53_eval.run.ipynb #789254e7
 def run_eval(

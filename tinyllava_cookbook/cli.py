@@ -154,41 +154,6 @@ def _show_plan(r, stages, out, a):
     for s in stages: print(f"\n{_batch_line(s, world)}\n{json.dumps(asdict(s), indent=1)}")
     print('\n'+shlex.join(_train_words(a, out)))
 
-# %% ../nbs/90_cli.ipynb #a604b8f9
-def _recipes_args(p):
-    p.add_argument('words', metavar='show NAME', nargs='*', help='one recipe: a name or a JSON file (default: all)')
-    p.add_argument('--set', metavar='PATH=VALUE', action='append', default=[], dest='changes',
-                   help='change a field of it, e.g. finetune.lr=1e-4 (repeatable)')
-    p.add_argument('--json', action='store_true', help='print JSON: a list, or the recipe with all its fields')
-
-def _about(name, recipes):
-    "Name, parts, stages and source of a recipe"
-    r = recipes[name]()
-    return dict(name=name, vision=r.vision, connector=r.connector, llm=r.llm, start=r.start,
-                stages=[s.name for s in r.stages], about=recipes[name].__doc__.strip().split('\n')[0])
-
-def _recipe_line(o):
-    parts = o['start'] or f"{o['vision']} + {o['connector']} + {o['llm']}"
-    return f"{o['name']:24}{o['about']}\n{'':24}{parts}: {', '.join(o['stages'])}"
-
-# %% ../nbs/90_cli.ipynb #8e25f826
-@command('recipes', 'list the recipes, or show one: recipes show NAME', _recipes_args)
-def _recipes(a):
-    from dataclasses import replace
-    from tinyllava_cookbook.train.recipes import override, recipe, recipe_names, recipes
-    if not a.words:
-        if a.changes: raise Usage("--set changes one recipe: tinyllava recipes show NAME --set ...")
-        rows = [_about(n, recipes) for n in recipe_names()]
-        return print(json.dumps(rows) if a.json else '\n'.join(map(_recipe_line, rows)))
-    if len(a.words) != 2 or a.words[0] != 'show': raise Usage("write tinyllava recipes, or tinyllava recipes show NAME")
-    name = a.words[1]
-    r = override(recipe(name), a.changes)
-    r = replace(r, stages=[r.stage(s.name) for s in r.stages])
-    if a.json: return print(json.dumps(r.to_dict()))
-    base = name.split(':')[0]
-    doc = f"\n\n{' '.join(recipes[base].__doc__.split())}" if base in recipes else ''
-    print(f"{r}{doc}\n\ntinyllava train {shlex.quote(name)} --dry-run shows every field")
-
 # %% ../nbs/90_cli.ipynb #fec6dac9
 def _deepspeed_args(p):
     p.add_argument('recipe', metavar='RECIPE', help='name of a recipe, or a JSON file')
@@ -207,6 +172,30 @@ def _deepspeed(a):
     stage = r.stage(a.stage or r.stages[-1].name)
     from tinyllava_cookbook.train.trainer import deepspeed_config
     print(json.dumps(deepspeed_config(a.zero, a.offload, stage, a.gpus), indent=1))
+
+# %% ../nbs/90_cli.ipynb #4e5e64c3
+def _budget_args(p):
+    p.add_argument('recipe', metavar='RECIPE', help='name of a recipe, or a JSON file')
+    p.add_argument('--gpus', default='1xA100-40G', metavar='NxGPU', help='how many of which (default: %(default)s)')
+    p.add_argument('--stage', metavar='STAGE', action='append', dest='stages', help='only this one (repeatable)')
+    p.add_argument('--set', metavar='PATH=VALUE', action='append', default=[], dest='changes',
+                   help='change a field, e.g. finetune.tune.llm=lora (repeatable)')
+    p.add_argument('--parallel', default='ddp', metavar='HOW',
+                   help='ddp, zero1, zero2, zero3, each of these with -offload, or fsdp (default: %(default)s)')
+    p.add_argument('--samples', type=_positive, metavar='N', help="number of samples (default: the data's)")
+    p.add_argument('--mfu', type=float, metavar='SHARE', help="of the GPUs' peak that is reached (default: assumed)")
+    p.add_argument('--price', type=float, metavar='USD', help='per GPU and hour (default: a dated list price)')
+    p.add_argument('--json', action='store_true', help='print one JSON object; memory in bytes')
+
+@command('budget', 'forecast memory, hours and cost of a recipe on GPUs', _budget_args)
+def _budget(a):
+    if a.mfu is not None and not 0 < a.mfu <= 1: raise Usage(f"--mfu {a.mfu:g} is not a share above 0 and up to 1")
+    from tinyllava_cookbook.train.recipes import override, recipe
+    r = override(recipe(a.recipe), a.changes)
+    for o in a.stages or []: r.stage(o)   # a wrong name is found before torch is loaded
+    from tinyllava_cookbook.train.budget import budget
+    b = budget(r, a.gpus, a.stages, a.parallel, samples=a.samples, mfu=a.mfu, price=a.price)
+    print(json.dumps(b.to_dict()) if a.json else b)
 
 # %% ../nbs/90_cli.ipynb #2a08de86
 def _launch_args(p):

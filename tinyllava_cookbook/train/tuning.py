@@ -34,10 +34,17 @@ def _shape(p):
     q = getattr(p, 'quant_state', None)   # 4-bit weights lie two in a byte
     return torch.empty_like(p, device='meta') if q is None else torch.empty(q.shape, device='meta')
 
+_reached = {}   # By configuration and names: many ask, and the answer takes a second
+
 def reachable(
     model,        # A `VLMForConditionalGeneration`
 ) -> set[str]:    # Parameter names
     "The parameters that a gradient of the loss can reach"
+    key = model.config.to_json_string(use_diff=False), type(model.connector), *(n for n,_ in model.named_parameters())
+    if key not in _reached: _reached[key] = frozenset(_reach(model))
+    return set(_reached[key])
+
+def _reach(model):
     probe,names = _Images(model), [n for n,_ in _Images(model).named_parameters()]
     fake = {n:_shape(p) for n,p in (*probe.named_parameters(), *probe.named_buffers())}
     for n in names: fake[n].requires_grad_()

@@ -1,0 +1,248 @@
+"Forecasts: parameters, bytes and operations against what PyTorch, peft, DeepSpeed and published files say."
+import copy, json, subprocess, sys
+import pytest
+
+torch = pytest.importorskip('torch')
+from torch import nn
+from tinyllava_cookbook import cli
+from tinyllava_cookbook.ingredients import tiny_checkpoint, tiny_llms
+from tinyllava_cookbook.model.vlm import VLMConfig, VLMForConditionalGeneration, compose
+from tinyllava_cookbook.train import budget as B
+from tinyllava_cookbook.train.recipes import Recipe, Stage, Tune, recipe, recipe_names
+from tinyllava_cookbook.train.tuning import apply_tune
+
+ALL = dict(vision='full', connector='full', llm='full')
+
+@pytest.fixture(scope='module')
+def base(): return B.shell(recipe('tinyllava_base'))
+
+# ---------------------------------------------------------------------------------------------------- parts
+
+def test_tracker_counts_known_allocations():
+    with B.LiveMemory() as m:
+        x = torch.zeros(256, 256, requires_grad=True)      # 256 KiB
+        y = (x*2).exp()                                    # the product goes, the exponential is kept
+        assert m.now == 2*2**18 and m.peak == 3*2**18
+        y.sum().backward()                                 # a gradient remains
+        assert x.grad is not None and m.now == 3*2**18
+        del y
+        assert m.now == 2*2**18
+
+def test_tracker_against_the_allocator():
+    "Within two per cent of what the profiler saw PyTorch's allocator give out"
+    code = """import sys, torch
+from torch.profiler import profile, ProfilerActivity
+from tinyllava_cookbook.train.budget import LiveMemory
+def run():
+    torch.manual_seed(0)
+    m = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.GELU()) for _ in range(6)])
+    o = torch.optim.AdamW(m.parameters(), fused=True)
+    for _ in range(2):
+        m(torch.randn(2048, 256)).square().mean().backward()
+        o.step(); o.zero_grad()
+with LiveMemory() as live: run()
+with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: run()
+now = peak = 0
+for _,n in sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == '[memory]'):
+    now += n; peak = max(peak, now)
+print(live.peak, peak)"""
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    live, allocator = map(int, out.split()[-2:])
+    assert abs(live/allocator - 1) < .02, (live, allocator)
+
+@pytest.mark.parametrize('mode,r', [('lora', 8), ('dora', 4)])
+def test_adapters_are_as_large_as_pefts(tmp_path, mode, r):
+    model = compose(*(tiny_checkpoint(o, tmp_path/o) for o in ('siglip', 'qwen2')))[0]
+    with torch.device('meta'): shell = VLMForConditionalGeneration(copy.deepcopy(model.config))
+    stage = Stage('x', tune=dict(connector='full', llm=dict(mode=mode, r=r), vision=dict(mode=mode, r=r, targets=['q_proj', 'fc1'])))
+    apply_tune(model, stage)
+    assert B._learned(B.mark(shell, stage)) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+def test_full_and_partial_learn_as_apply_tune_says(tmp_path):
+    for tune in (ALL, dict(connector='full'), dict(llm=Tune('partial', from_layer=1), vision=Tune('partial', from_layer=1))):
+        model = compose(*(tiny_checkpoint(o, tmp_path/o) for o in ('dinov2', 'phi')))[0]
+        with torch.device('meta'): shell = VLMForConditionalGeneration(copy.deepcopy(model.config))
+        apply_tune(model, Stage('x', tune=tune))
+        B.mark(shell, Stage('x', tune=tune))
+        assert [p.requires_grad for p in shell.parameters()] == [p.requires_grad for p in model.parameters()]
+
+# ---------------------------------------------------------------------------------------------------- states
+
+@pytest.mark.parametrize('world', [1, 4, 8])
+def test_states_equal_deepspeeds_own_estimates(base, world):
+    deepspeed = pytest.importorskip('deepspeed')
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero3
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero2
+    stage = Stage('all', tune=ALL)
+    B.mark(base, stage)
+    for p in base.parameters(): p.requires_grad_(True)   # DeepSpeed's know of no frozen weights
+    n = sum(p.numel() for p in base.parameters())
+    def gpu(parallel):
+        o = B.states(base, stage, parallel, world)
+        return o['weights'] + o['gradients'] + o['optimizer'] + o['buckets'], o['host']
+    host, want = zero2(n, world, 1, cpu_offload=False)
+    assert gpu('zero2')[0] == pytest.approx(want, rel=1e-6)
+    host, want = zero2(n, world, 1, cpu_offload=True)
+    assert gpu('zero2-offload')[0] == pytest.approx(want, rel=1e-6)
+    if world <= 4: assert gpu('zero2-offload')[1] == pytest.approx(host, rel=1e-6)
+    largest = max(base.get_output_embeddings().weight.numel(), sum(p.numel() for p in base.language_model.model.layers[0].parameters()))
+    host, want, _ = zero3(n, largest, world, 1, cpu_offload=False, cpu_offload_params=False)
+    assert gpu('zero3')[0] == pytest.approx(want + 2*n/world, rel=1e-6)   # DeepSpeed leaves 16-bit gradients out here
+    host, want, _ = zero3(n, largest, world, 1, cpu_offload=True, cpu_offload_params=True)
+    assert gpu('zero3-offload') == (pytest.approx(want, rel=1e-6), pytest.approx(host, rel=1e-6))
+
+def test_weights_are_in_the_precision_that_the_trainer_gives_them(tmp_path):
+    "If the trainer keeps frozen weights otherwise some day, the forecast must follow"
+    from tinyllava_cookbook.train.trainer import _float_weights
+    model = compose(*(tiny_checkpoint(o, tmp_path/o) for o in ('siglip', 'llama')))[0]
+    with torch.device('meta'): shell = VLMForConditionalGeneration(copy.deepcopy(model.config))
+    stage = Stage('x', tune=dict(connector='full'))
+    apply_tune(model, stage)
+    _float_weights(model, True)
+    assert B.states(B.mark(shell, stage), stage)['weights'] == sum(p.numel()*p.element_size() for p in model.parameters())
+
+# ---------------------------------------------------------------------------------------------------- activations
+
+class _Kept:
+    "Bytes that autograd saves, each storage once, weights left out"
+    def __init__(self, module): self.not_mine, self.seen = {p.untyped_storage()._cdata for p in module.parameters()}, {}
+    def pack(self, t):
+        s = t.untyped_storage()
+        if s._cdata not in self.not_mine: self.seen[s._cdata] = s
+        return t
+    def __enter__(self):
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda t: t)
+        self.hooks.__enter__()
+        return self
+    def __exit__(self, *a): self.hooks.__exit__(*a)
+    @property
+    def bytes(self): return sum(s.nbytes() for s in self.seen.values())
+
+FAMILIES = [o for o in tiny_llms.names() if o != 'openelm']
+
+@pytest.mark.parametrize('learn', [True, False], ids=['learns', 'frozen'])
+@pytest.mark.parametrize('family', FAMILIES)
+def test_a_block_keeps_what_autograd_saves(tmp_path, family, learn):
+    "Each family that the tiny checkpoints know, against autograd's own saved tensors"
+    from transformers import AutoModelForCausalLM
+    wide = dict(hidden_size=64, intermediate_size=224, num_hidden_layers=2)
+    try: path = tiny_checkpoint(family, tmp_path/family, **wide)
+    except TypeError: path = tiny_checkpoint(family, tmp_path/family)
+    m = AutoModelForCausalLM.from_pretrained(path).train()
+    config, n = m.config.get_text_config(), 128
+    for p in m.parameters(): p.requires_grad_(learn)
+    x = torch.randn(1, n, config.hidden_size, requires_grad=True)
+    def kept(depth):
+        layers, full = m.get_decoder().layers, list(m.get_decoder().layers)
+        m.get_decoder().layers = nn.ModuleList(full[:depth])
+        try:
+            with _Kept(m) as k: out = m.get_decoder()(inputs_embeds=x*1., use_cache=False).last_hidden_state
+        finally: m.get_decoder().layers = layers
+        return k.bytes
+    real = (kept(2) - kept(1))/n
+    said = B.layer_bytes(m.get_decoder().layers[1], config, B.Numbers(), length=n)[0]
+    assert said/real == pytest.approx(1, abs=.1), (said, real)
+
+# ---------------------------------------------------------------------------------------------------- time
+
+def test_operations_agree_with_the_trainer(base):
+    "One pass over a sample costs what the trainer's log would count"
+    from tinyllava_cookbook.train.trainer import flop_rates
+    stage, c = Stage('x', tune=dict(connector='full', llm='full')), B.Corpus(10, 100, 40, 1., 200, 'x')
+    B.mark(base, stage)
+    rate, tokens = flop_rates(base), 100 + 729
+    assert B.sample_flops(base, stage, c) == pytest.approx(
+        tokens*rate['tokens'] + 40*rate['learned'] + rate['images'] + tokens**2*rate['squares'])
+    lora = Stage('x', tune=dict(llm='lora'))
+    plain = Stage('x', tune=dict(connector='full'))
+    assert 1 < B.sample_flops(B.mark(base, lora), lora, c)/B.sample_flops(B.mark(base, plain), plain, c) < 1.2
+
+def test_more_gpus_less_of_everything():
+    r = recipe('tinyllava_base')
+    one, four = (B.stage_budget(r, r.stage('finetune'), f'{n}xA100-80G', 'zero3') for n in (1, 4))
+    assert four.memory.total < one.memory.total and four.hours == pytest.approx(one.hours/4)
+    assert four.cost == pytest.approx(one.cost)
+
+# ---------------------------------------------------------------------------------------------------- recipes
+
+LATER = {'tinyllava_mof'}   # its towers are not whole yet
+
+@pytest.mark.parametrize('name', [o for o in recipe_names() if o not in LATER])
+def test_every_recipe_has_a_budget(name):
+    b = B.budget(name, '8xH200', parallel='zero2' if name != 'micro' else 'ddp')
+    assert b.fits and all(s.hours > 0 and s.cost > 0 for s in b.stages)
+    assert json.loads(json.dumps(b.to_dict()))['recipe'] == recipe(name).name
+
+def test_unknown_parts_say_what_is_known(tmp_path):
+    r = Recipe('mine', 'google/siglip-so400m-patch14-384', 'acme/llm', stages=[Stage('s', tune=dict(connector='full'))])
+    with pytest.raises(KeyError, match="no architecture 'acme/llm': not among .*microsoft/phi-2.*config.json"): B.budget(r)
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(FileNotFoundError, match='has no config.json'): B.part_config(tmp_path/'empty')
+    folder = tiny_checkpoint('phi', tmp_path/'phi')
+    assert B.part_config(folder).model_type == 'phi'
+
+# ---------------------------------------------------------------------------------------------------- measured
+
+def measured(root, stage, vision='siglip', llm='llama', **kw):
+    "Measured and forecast bytes of two steps"
+    from tinyllava_cookbook.train.trainer import stage_dataset
+    from PIL import Image
+    root.mkdir(exist_ok=True)
+    rows = []
+    for i in range(8):
+        Image.new('RGB', (48, 48), (20*i, 90, 90)).save(root/f'{i}.png')
+        rows.append(dict(id=str(i), image=f'{i}.png', conversations=[{'from': 'human', 'value': '<image>\n' + 'what? '*(4 + 2*i)},
+                                                                      {'from': 'gpt', 'value': 'one color. '*(1 + i%3)}]))
+    (root/'data.json').write_text(json.dumps(rows))
+    eye = dict(hidden_size=96, intermediate_size=384) if vision != 'dinov2' else dict(hidden_size=96)
+    model, processor = compose(tiny_checkpoint(vision, root/'eye', image_size=48, **eye),
+        tiny_checkpoint(llm, root/'llm', hidden_size=160, intermediate_size=448, num_hidden_layers=3), image_mode='squash', **kw)
+    config, ds = copy.deepcopy(model.config), stage_dataset(processor, stage, root/'data.json')
+    got = B.measured_peak(model, processor, stage, [ds[i] for i in range(8)], root/'out')
+    return got['bytes'], B.forecast_peak(config, stage, got['loads'], accumulate=len(got['loads'])//2).total
+
+BOTH = dict(connector='full', llm='full')
+TRAINED = {
+    'stage 1': (dict(tune=dict(connector='full')), {}),
+    'stage 2': (dict(tune=BOTH), {}),
+    'all': (dict(tune=ALL), dict(vision='clip', llm='qwen2')),
+    'checkpointed': (dict(tune=ALL, trainer=dict(activation_checkpointing=True)), {}),
+    'partial': (dict(tune=dict(BOTH, vision=Tune('partial', from_layer=1), llm=Tune('partial', from_layer=1))), {}),
+    'packed': (dict(tune=BOTH, pack=512), dict(llm='phi')),
+    'accumulated': (dict(tune=BOTH, device_batch_size=2), dict(vision='dinov2')),
+    'lora': (dict(tune=dict(connector='full', llm=dict(mode='lora', r=8))), {}),
+    'dora': (dict(tune=dict(connector='full', llm=dict(mode='dora', r=8, dropout=0.))), {}),
+    'linear, muon': (dict(tune=BOTH, optimizer='muon'), dict(connector='linear')),
+    'resampler': (dict(tune=BOTH), dict(connector='resampler', connector_kwargs=dict(n_queries=16, depth=2, heads=2))),
+}
+
+@pytest.mark.parametrize('name', TRAINED)
+def test_forecast_within_ten_per_cent_of_measured(tmp_path, name):
+    stage, parts = TRAINED[name]
+    got, said = measured(tmp_path, Stage('tiny', **(dict(global_batch_size=8, max_steps=2, max_length=384) | stage)), **parts)
+    assert said/got == pytest.approx(1, abs=.1), f'{name}: measured {got/2**20:.1f} MiB, forecast {said/2**20:.1f} MiB'
+
+# ---------------------------------------------------------------------------------------------------- command
+
+def run(capsys, *argv):
+    "Exit code, output, errors"
+    try: code = cli.main([str(o) for o in argv])
+    except SystemExit as e: code = e.code
+    return code, *capsys.readouterr()
+
+def test_command(capsys):
+    code, out, err = run(capsys, 'budget', 'tinyllava_base', '--gpus', '4xA100-40G', '--parallel', 'zero2', '--json', '--price', 1)
+    d = json.loads(out)
+    assert (code, err, out.count('\n')) == (0, '', 1)
+    assert d['fits'] and d['gpus'] == '4xA100-40G' and [s['stage'] for s in d['stages']] == ['pretrain', 'finetune']
+    assert d['cost'] == pytest.approx(4*d['hours']) and set(d['stages'][0]['memory']['parts']) == set(B.KINDS)
+    code, out, err = run(capsys, 'budget', 'llava_v15', '--gpus', 'RTX3090', '--stage', 'finetune', '--set', 'finetune.tune.llm=qlora')
+    assert (code, err) == (0, '') and 'finetune' in out and 'pretrain' not in out
+
+def test_command_errors(capsys):
+    for argv, text in ((['mikro'], "did you mean 'micro'?"), (['micro', '--gpus', '2xT4'], "no GPU 'T4'; choose from ['A100-40G'"),
+                       (['micro', '--stage', 'tune'], "choose from ['finetune', 'pretrain']"), (['micro', '--mfu', '40'], '--mfu 40'),
+                       (['micro', '--parallel', 'zero5'], "parallel 'zero5'"), (['micro', '--gpus', '3xH100', '--set', 'pretrain.pack=none'],
+                        'cannot be shared equally by 3')):
+        code, out, err = run(capsys, 'budget', *argv)
+        assert code and out == '' and err.count('\n') <= 2 and text in err, (argv, err)

@@ -423,7 +423,8 @@ class _Evaluated(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval'):
         "Loss per supervised token, over all processes"
         a,ds = self.args, self.eval_dataset if eval_dataset is None else eval_dataset
-        model,size,sums = self.model_wrapped.eval(), a.per_device_eval_batch_size, torch.zeros(2, device=a.device)
+        model,size,sums = self.model_wrapped, a.per_device_eval_batch_size, torch.zeros(2, device=a.device)
+        model.eval()   # DeepSpeed's returns nothing
         for i in range(a.process_index*size, len(ds) + a.process_index*size, size*a.world_size):
             mine = range(i, min(i + size, len(ds)))   # nothing left for this process: it computes along, uncounted
             batch = self._prepare_inputs(self.data_collator([ds[j] for j in mine or [0]]))
@@ -584,7 +585,7 @@ class SampleAnswers(TrainerCallback):
             have = state.global_step and self.file.exists()
             old = self.file.read_text(encoding='utf-8').splitlines(True) if have else []
             self.file.write_text(''.join(o for o in old if json.loads(o)['step'] < state.global_step), encoding='utf-8')
-        self._ask(args, state, **kw)
+        self.on_step_end(args, state, control, **kw)
     def on_step_end(self, args, state, control, **kw):
         if state.global_step % self.every == 0 or state.global_step == state.max_steps: self._ask(args, state, **kw)
 
@@ -614,6 +615,10 @@ def _asking(processor, stage, dataset, out, every):
 def _leave():
     if dist.is_initialized(): dist.destroy_process_group()
 
+def _units(model):
+    "Classes whose instances FSDP cuts up one by one: of those that the model names, those that it has"
+    return sorted({type(m).__name__ for m in model.modules()} & set(model._no_split_modules))
+
 def _trainer(model, processor, stage, out, data=None, images=None, seed=0, callbacks=(), progress=True, device='auto',
              parallel='ddp', eval_data=None, ask_every=0):
     "The trainer of a stage, and the table of what learns"
@@ -623,6 +628,7 @@ def _trainer(model, processor, stage, out, data=None, images=None, seed=0, callb
     held = None if eval_data is None else stage_dataset(processor, stage, eval_data, images)
     packs = stage_packs(stage, dataset, device, seed)
     args = training_args(stage, out, device, seed, parallel, _pack_sizes(stage, packs, len(dataset)))
+    if args.fsdp: args.fsdp_plugin_args['transformer_cls_names_to_wrap'] = ','.join(_units(model))
     seed_everything(seed)
     table = apply_tune(model, stage)
     _float_weights(model, not args.use_cpu and not args.fsdp)

@@ -154,7 +154,7 @@ def test_padding_as_trained(shared):
         tok = AutoTokenizer.from_pretrained(shared/'goldens/tokenizers'/name)
         assert tok.convert_ids_to_tokens(set_padding(tok)) == want
 
-TEMPLATES = dict(gemma='gemma', gemma2='gemma', gemma3_text='gemma', granite='granite', llama='llama', llama3='llama3', phi='phi',
+TEMPLATES = dict(gemma='gemma', gemma2='gemma', gemma3_text='gemma', granite='granite', llama='llama', llama3='llama3', mistral='llama', phi='phi',
                  phi3='phi3', qwen2='qwen2_base', qwen3='chatml', smollm2='chatml', smollm3='chatml', stablelm='phi', openelm='llama')
 STOPS = dict(phi3={'<|end|>', '<|endoftext|>'})   # elsewhere the tokenizer's own end is the template's
 
@@ -167,6 +167,14 @@ def test_template_and_stop(parts, family):
     stops = tok.convert_ids_to_tokens(model.generation_config.eos_token_id)
     assert set(stops) == STOPS.get(family, {tok.eos_token})
     assert stop_ids(tok) == [tok.eos_token_id]
+
+@pytest.mark.parametrize('family', ['mistral', 'llama3', 'smollm2'])
+def test_template_of_a_llava(parts, tmp_path, family):
+    "A folder of transformers' LLaVA: one architecture, the template that its tokenizer ends turns with"
+    from test_convert import hf_folder
+    from tinyllava_cookbook.model import checkpoints
+    model, _ = checkpoints.load(hf_folder(parts['siglip'], parts[family], tmp_path/'hf', strategy='full')[1], 'cpu')
+    assert model.config.template == TEMPLATES[family]
 
 def test_template_of_the_tokenizer(parts):
     "A family whose templates the tokenizer cannot write takes the tokenizer's own, if it has one"
@@ -228,7 +236,7 @@ def test_not_even_generic(kind, why):
 
 def test_generic_in_a_model(parts, tmp_path):
     "Composed, trained, saved, opened: what was proven is written into the configuration; packing is refused where it fails"
-    for kind, packs in dict(mistral=True, bloom=False).items():
+    for kind, packs in dict(olmo2=True, bloom=False).items():
         path = unknown(kind, tmp_path/kind, vocab_size=400, words=parts['llama'])
         model, proc = compose(parts['siglip'], path)
         assert model.config.text_config.llm_family == ('generic' if packs else 'generic_unpacked') and model.config.template == 'llama'
@@ -305,6 +313,13 @@ def test_saved_with_its_code(parts, tmp_path):
     for out in run('trust'), run(TINYLLAVA_TRUST_REMOTE_CODE='1'):
         assert out.returncode == 0, out.stderr[-2000:]
         assert abs(float(out.stdout) - want) < 1e-3*abs(want)
+
+def test_compose_command(parts, tmp_path, capsys):
+    "`tinyllava compose` runs a checkpoint's code when told to, and takes a tokenizer from elsewhere"
+    from tinyllava_cookbook.cli import main
+    words = ['compose', '--vision', str(parts['siglip']), '--llm', str(parts['openelm']), '--tokenizer', str(parts['llama']), str(tmp_path/'out')]
+    assert main(words) and 'brings its own code' in capsys.readouterr().err
+    assert main([*words, '--trust-remote-code']) == 0 and (tmp_path/'out/modeling_openelm.py').exists()
 
 def test_training_with_its_code(parts, tmp_path):
     "Two stages: what the recipe trusts is trusted when the second opens what the first has saved"

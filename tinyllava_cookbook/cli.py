@@ -511,6 +511,9 @@ def _convert(a):
 def _compose_args(p):
     p.add_argument('--vision', required=True, metavar='DIR', help='vision encoder: a folder, or a name on the Hub')
     p.add_argument('--llm', required=True, metavar='DIR', help='language model: a folder, or a name on the Hub')
+    p.add_argument('--tokenizer', metavar='DIR', help='where the tokenizer is, if not with the language model')
+    p.add_argument('--trust-remote-code', action='store_true',
+                   help="run the code that comes with a language model which transformers does not know")
     p.add_argument('--connector', default='mlp2x_gelu', metavar='NAME', help='what joins them (default: %(default)s)')
     p.add_argument('out', metavar='OUT', help='folder to write')
     p.add_argument('--to', default='ours', choices=['ours', 'llava'], help='what to write (default: %(default)s)')
@@ -525,7 +528,7 @@ def _compose(a):
     from tinyllava_cookbook.model.export import compose_folder
     _quiet()
     print(compose_folder(a.vision, a.llm, a.out, a.connector, a.to, template=a.template, image_mode=a.image_mode,
-        seed=a.seed, dtype=a.dtype))
+        seed=a.seed, dtype=a.dtype, tokenizer=a.tokenizer, trust_remote_code=a.trust_remote_code))
 
 # %% ../nbs/90_cli.ipynb #a405e55f
 def parser() -> argparse.ArgumentParser: # For `tinyllava` and all its commands

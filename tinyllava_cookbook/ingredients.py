@@ -43,6 +43,7 @@ _GEMMA = dict(first=['<pad>', '<eos>', '<bos>', '<unk>', '<start_of_turn>', '<en
 tiny_tokenizers = Registry('tokenizer family')
 for _name,_tokens in dict(
     llama = dict(first=_LLAMA, bos='<s>', eos='</s>', unk='<unk>'),
+    mistral = dict(first=_LLAMA, bos='<s>', eos='</s>', unk='<unk>'),
     llama3 = dict(last=_LLAMA3 + ['<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>'], bos=_LLAMA3[0],
         eos='<|eot_id|>'),
     phi = dict(last=[_END], eos=_END, unk=_END),
@@ -86,6 +87,7 @@ _GEMMA_LLM = dict(_LLM, head_dim=16, query_pre_attn_scalar=16, sliding_window=16
 tiny_llms = Registry('tiny language model')
 for _name,_config in dict(
     llama = _LLM, llama3 = dict(_LLM, model='llama', tie_word_embeddings=True),
+    mistral = dict(_LLM, sliding_window=16),
     phi = dict(_LLM, num_key_value_heads=4, partial_rotary_factor=0.5, pad_vocab=64),
     phi3 = dict(_LLM, num_key_value_heads=4, pad_vocab=64),
     qwen2 = dict(_LLM, tie_word_embeddings=True, pad_vocab=64),

@@ -24,7 +24,7 @@ from ..core import IMAGE_TOKEN, Registry, pick_device, pick_dtype, quiet, read_j
 from ..data.templates import chat_template
 from .vision import checkpoint_path, load_strict, load_vision, n_layers, vision_families
 from .connectors import peer_weights
-from .llms import _TOKENIZER_FILES, llm_families, load_tokenizer, own_code, stop_ids
+from .llms import _TOKENIZER_FILES, default_template, llm_families, load_tokenizer, own_code, stop_ids
 from .vlm import VLMConfig, VLMForConditionalGeneration, processor_for
 
 # %% ../../nbs/24_model.checkpoints.ipynb #ff0a4496
@@ -339,7 +339,7 @@ def llava_config(
         raise ValueError(f"{str(path)!r}: {', '.join(odd)} has no counterpart; one layer, a bias and GELU have")
     return dict(vision_config=hf.vision_config, text_config=hf.text_config, connector='mlp2x_gelu', image_mode='none',
         vision_feature_layer=hf.vision_feature_layer, **_select(hf.vision_feature_select_strategy, hf.vision_config),
-        image_token_id=hf.image_token_id, template=llm_families[hf.text_config.model_type].template)
+        image_token_id=hf.image_token_id)
 
 def _eyes(image_processor):
     "The image processor, and the image mode it stands for: padding is a mode here, and elsewhere a setting"
@@ -351,7 +351,8 @@ def _eyes(image_processor):
 def _read_llava(path, llm, vision):
     with quiet(): hf,proc = AutoConfig.from_pretrained(path), AutoProcessor.from_pretrained(path)
     eyes,mode = _eyes(proc.image_processor)
-    kept = {'image_mode': mode} | getattr(hf, 'tinyllava_cookbook', {})   # our own exports say more
+    kept = {'image_mode': mode, 'template': default_template(hf.text_config, proc.tokenizer)}
+    kept |= getattr(hf, 'tinyllava_cookbook', {})                         # our own exports say more
     names,file = llava_names(tower_prefix(hf.vision_config)), path/'generation_config.json'
     state = {rename(k, names): v for k,v in read_weights(path).items()}
     _zero_bias(hf.text_config, state)

@@ -71,6 +71,7 @@ class LLMFamily:
 # %% ../../nbs/22_model.llms.ipynb #e6c4d3f4
 llm_families = Registry('LLM family')
 llm_families.register('llama', LLMFamily(templates=('llama', 'llama3', 'chatml')))   # Llama 2 and 3, SmolLM 2
+llm_families.register('mistral', LLMFamily())
 llm_families.register('phi', LLMFamily(templates=('phi',)))
 llm_families.register('phi3', LLMFamily(templates=('phi3',)))
 llm_families.register('stablelm', LLMFamily(templates=('phi', 'stablelm_zephyr')))

@@ -308,7 +308,9 @@ def _load_two(first, second, dtype, mix, **kwargs):
     "Two towers as one, and the image processor of the first"
     (a,processor),(b,_) = (load_vision(o, dtype, **kwargs) for o in (first, second))
     _fit(b.config, input_size(a.config))
-    with torch.device('meta'): model = MoFModel(MoFConfig(first_config=a.config, second_config=b.config, mix=mix))
+    cfg = MoFConfig(first_config=a.config, second_config=b.config, mix=mix,
+                    attn_implementation=a.config._attn_implementation)
+    with torch.device('meta'): model = MoFModel(cfg)
     model.first,model.second = a, b
     model.config.first_config,model.config.second_config = a.config, b.config
     return model.eval(), processor

@@ -22,7 +22,6 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast as VLMOutput
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.import_utils import torch_compilable_check
 
 from ..core import IGNORE, IMAGE_TOKEN
 from ..data.images import (IMAGE_MODES, anyres_n_tokens, best_canvas, canvases, join_tiles, load_image,
@@ -37,6 +36,7 @@ from tinyllava_cookbook.model.llms import (add_image_token, default_template, fa
 # %% ../../nbs/23_model.vlm.ipynb #3cd37dde
 _UNEQUAL = ("{} image tokens in the text, but {} image features; let the processor write them, and do not truncate "
             "inside an image")
+_UNLIKE = "image tokens and image features are not equally many; let the processor write them"
 
 def scatter_images(
     emb_btd:Tensor,     # Embeddings of all tokens
@@ -46,8 +46,8 @@ def scatter_images(
 ) -> Tensor:            # (b, t, d) with features where image tokens were
     "Put image features at the positions of the image tokens"
     here_bt,m = input_ids == image_token_id, math.prod(img_td.shape[:-1])
-    def says(): return _UNEQUAL.format(int(here_bt.sum()), m)
-    torch_compilable_check(here_bt.sum() == m, says)   # a plain `if` would cut a compiled model in two
+    if torch.compiler.is_compiling(): torch._assert_async(here_bt.sum() == m, _UNLIKE)   # an `if` would cut the graph
+    elif (n := int(here_bt.sum())) != m: raise ValueError(_UNEQUAL.format(n, m))
     return emb_btd.masked_scatter(here_bt[..., None], img_td.to(emb_btd.device, emb_btd.dtype))
 
 # %% ../../nbs/23_model.vlm.ipynb #001e9036

@@ -168,6 +168,14 @@ def test_template_and_stop(parts, family):
     assert set(stops) == STOPS.get(family, {tok.eos_token})
     assert stop_ids(tok) == [tok.eos_token_id]
 
+@pytest.mark.parametrize('family,end,template', [('qwen2', '<|endoftext|>', 'qwen2_base'), ('qwen2', '<|im_end|>', 'qwen2_instruct'),
+                                                 ('qwen3', '<|endoftext|>', 'qwen2_base'), ('qwen3', '<|im_end|>', 'chatml')])
+def test_template_by_the_end(parts, family, end, template):
+    "A base model and its chat model have the same tokens; which of them ends a text tells them apart"
+    tok = load_tokenizer(parts[family])
+    tok.eos_token = end
+    assert default_template(AutoConfig.from_pretrained(parts[family]), tok) == template
+
 @pytest.mark.parametrize('family', ['mistral', 'llama3', 'smollm2'])
 def test_template_of_a_llava(parts, tmp_path, family):
     "A folder of transformers' LLaVA: one architecture, the template that its tokenizer ends turns with"

@@ -6,7 +6,8 @@ torch = pytest.importorskip('torch')
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration,
-    LlavaProcessor, SiglipVisionModel)
+    LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaProcessor,
+    MistralConfig, MistralForCausalLM, SiglipVisionModel)
 from transformers.utils import logging
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import bench_names, load, read_weights, rename, save
@@ -66,6 +67,59 @@ def test_llava_hf(parts, tmp_path, image, v, t, strategy, original):
     with torch.no_grad(): assert torch.equal(model(**ours).logits, hf(**theirs).logits)
     assert model.generate(**ours, max_new_tokens=6).tolist() == hf.generate(**theirs, max_new_tokens=6).tolist()
     assert (model.config.text_config.vocab_size, proc.chat_template) == (512, LlavaProcessor.from_pretrained(d).chat_template)
+
+def next_folder(v, t, dir, original, pinpoints, vocab=0):
+    "A LlavaNextForConditionalGeneration that transformers makes and writes"
+    tower,eyes = load_vision(v)
+    lm,tok = load_llm(t)
+    image = add_image_token(tok, lm)
+    if vocab: lm.resize_token_embeddings(vocab, mean_resizing=False)
+    torch.manual_seed(1)
+    clip = 'clip' in str(v)
+    strategy = 'default' if clip else 'full'
+    cfg = LlavaNextConfig(vision_config=tower.config, text_config=lm.config, image_token_index=image,
+        image_grid_pinpoints=pinpoints, vision_feature_select_strategy=strategy)
+    hf = LlavaNextForConditionalGeneration(cfg).eval()
+    hf.save_pretrained(dir, save_original_format=original)
+    size = eyes.to_dict() | dict(crop_size={'height': 32, 'width': 32}, do_center_crop=clip, image_grid_pinpoints=pinpoints)
+    size.pop('image_processor_type')
+    LlavaNextProcessor(LlavaNextImageProcessorPil(**size), tok, patch_size=8, vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(clip), chat_template="{% for m in messages %}A: {{ m['content'] }}{% endfor %}").save_pretrained(dir)
+    return hf,dir
+
+GRIDS = [[[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]], [[64, 64], [32, 128]]]
+
+@pytest.mark.parametrize('original', [True, False])
+@pytest.mark.parametrize('v,grid', [('clip', 0), ('siglip', 1)])
+def test_llava_next_hf(parts, tmp_path, image, v, grid, original):
+    "LLaVA-NeXT of both key layouts: tiles, tokens, logits and answers of images of three shapes"
+    hf,d = next_folder(parts[v], parts['qwen2'], tmp_path/'hf', original, GRIDS[grid], 512)
+    assert any(k.startswith('model.image_newline') for k in load_file(d/'model.safetensors')) != original
+    model,proc = load(d, 'cpu')
+    p = LlavaNextProcessor.from_pretrained(d)
+    for img in (image, image.rotate(90, expand=True), image.resize((33, 32)), image.resize((200, 20))):
+        theirs,ours = p(images=img, text=PROMPT, return_tensors='pt'), proc(images=img, text=PROMPT, return_tensors='pt')
+        assert torch.equal(theirs['input_ids'], ours['input_ids'])
+        assert torch.equal(theirs['pixel_values'][0], ours['pixel_values']) and torch.equal(theirs['image_sizes'], ours['image_sizes'])
+        with torch.no_grad(): assert torch.equal(model(**ours).logits, hf(**theirs).logits)
+    assert model.generate(**ours, max_new_tokens=6).tolist() == hf.generate(**theirs, max_new_tokens=6).tolist()
+
+@pytest.mark.parametrize('v,points', [('clip', None), ('siglip', GRIDS[1])])
+def test_export_next(parts, tmp_path, image, v, points):
+    "Ours, in tiles, out and in again; with two images of different shapes in one prompt"
+    model,proc = compose(parts[v], parts['qwen2'], image_mode='anyres', image_grid_pinpoints=points)
+    d = to_llava(model, proc, tmp_path/'out')
+    hf,p = load_strict(LlavaNextForConditionalGeneration, d), LlavaNextProcessor.from_pretrained(d)
+    q = dict(images=[image, image.rotate(90, expand=True)], text='A <image> B <image>', return_tensors='pt')
+    theirs,ours = p(**q), proc(**q)
+    assert torch.equal(theirs['input_ids'], ours['input_ids'])
+    with torch.no_grad(): assert (model(**ours).logits - hf(**theirs).logits).abs().max() <= 1e-5
+    back,b = load(d, 'cpu')
+    same(model, back)
+    assert back.config.image_grid_pinpoints == model.config.image_grid_pinpoints and b.image_mode == 'anyres'
+    assert vllm_problems(d) == []
+    for o in to_llava(back, b, tmp_path/'out2').iterdir():
+        if o.name != 'README.md': assert o.read_bytes() == (d/o.name).read_bytes(), o.name
 
 @pytest.mark.parametrize('original', [True, False])
 def test_in_out_in(parts, tmp_path, original):
@@ -135,6 +189,11 @@ def test_no_counterpart(parts, tmp_path, kw, words):
     with pytest.raises(ValueError) as e: to_llava(*compose(parts['clip'], parts['llama'], **kw), tmp_path/'out')
     assert words in str(e.value) and not (tmp_path/'out').exists()
 
+def test_two_towers(parts, tmp_path):
+    "Two encoders have no counterpart, nor has an encoder with registers"
+    two = compose(f"{parts['clip']} + {parts['dinov2']}", parts['llama'], 'mof_mlp')
+    with pytest.raises(ValueError, match="connector 'mof_mlp' has no counterpart"): to_llava(*two, tmp_path/'out')
+
 def test_no_counterpart_crop_and_bias(parts, tmp_path):
     "A crop that no image processor makes; an output layer with a bias"
     with pytest.raises(ValueError, match="'crop' with SiglipImageProcessorPil has no counterpart"):
@@ -145,14 +204,27 @@ def test_no_counterpart_crop_and_bias(parts, tmp_path):
 
 def test_gemma_scale(parts, tmp_path, image):
     "Features that were multiplied by the root of the width: the exported projector does it itself"
-    from tinyllava_cookbook.model.vlm import VLMConfig
-    if 'scale_image_features' not in VLMConfig.__annotations__: pytest.skip('no such field yet')
     model,proc = compose(parts['siglip'], parts['llama'], scale_image_features=True)
     d = to_llava(model, proc, tmp_path/'out')
     q = proc(images=image, text=PROMPT, return_tensors='pt')
     with torch.no_grad():
         a,b = model(**q).logits, load_strict(LlavaForConditionalGeneration, d)(**q).logits
     assert (a-b).abs().max() <= 1e-5*a.abs().max()
+
+def test_unknown_family(parts, tmp_path, image):
+    "A language model without a family of its own, as Mistral in LLaVA-1.6, is proven and opens"
+    tok = load_llm(parts['llama'])[1]
+    cfg = MistralConfig(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, bos_token_id=1, eos_token_id=2)
+    MistralForCausalLM(cfg).save_pretrained(tmp_path/'mistral')
+    tok.save_pretrained(tmp_path/'mistral')
+    hf,d = hf_folder(parts['clip'], tmp_path/'mistral', tmp_path/'hf')
+    model,proc = load(d, 'cpu')
+    q = proc(images=image, text=PROMPT, return_tensors='pt')
+    with torch.no_grad(): assert torch.equal(model(**q).logits, hf(**q).logits)
+    assert model.config.text_config.llm_family == 'generic'
+    back,_ = load(save(model, proc, tmp_path/'ours'), 'cpu')
+    same(model, back)
 
 # TinyLLaVABench and LLaVA
 

@@ -209,3 +209,43 @@ def test_damage(shared, opened, tmp_path, damage, words):
     damage(d)
     with pytest.raises((ValueError, FileNotFoundError)) as e: opened('', d)
     assert words in str(e.value)
+
+# Models of `goldens/model`, as folders of the reference: its configuration, its names, weights of its components
+
+def as_folder(shared, name, dir):
+    "What the reference would have saved for a model, and where its ingredients are"
+    g,(llm,vision,connector) = shared/'goldens', name.split('__')[:3]
+    gold = load_file(g/'model'/name/'golden.safetensors')
+    state = {k.replace('connector_weights.', 'connector.'): v for k,v in gold.items() if k.startswith('connector_weights.')}
+    state |= {f'language_model.{k}': v for k,v in load_file(g/f'components/{llm}-tiny/model.safetensors').items()}
+    for o,inner in {'clip': 'clip.', 'dinov2': 'dinov2.'}.items() if vision == 'mof' else {vision: ''}.items():
+        w = load_file(g/f'components/{o}-tiny/model.safetensors')
+        state |= {f'vision_tower._vision_tower.{inner}{k}': v for k,v in w.items()
+            if k.startswith('vision_model.') or o == 'dinov2'}
+    dir.mkdir()
+    save_file({k: v.contiguous() for k,v in state.items()}, dir/'model.safetensors', metadata={'format': 'pt'})
+    shutil.copy(g/'model'/name/'config.json', dir/'config.json')
+    eyes = ' + '.join(str(g/f'components/{o}-tiny') for o in (('clip', 'dinov2') if vision == 'mof' else (vision,)))
+    return dir, dict(llm=g/f'components/{llm}-tiny', vision=eyes)
+
+@pytest.mark.parametrize('name', ['gemma__siglip__mlp2x_gelu', 'phi__siglip__mlp2x_gelu', 'qwen2__clip__identity',
+    'qwen2__clip__mlp2x_gelu', 'qwen2__mof__mof_mlp', 'qwen2__siglip__linear', 'qwen2__siglip__qformer', 'qwen2__siglip__resampler',
+    'stablelm__siglip__mlp2x_gelu', 'tinyllama__siglip__mlp2x_gelu'])
+def test_models_as_folders(shared, tmp_path, name):
+    "Every connector, tower and language model: the reader finds all by itself, and logits and loss are the reference's"
+    from test_goldens_model import rows as golden_rows
+    if not (shared/'goldens/model'/name).is_dir(): pytest.skip(f'goldens/model/{name} is not here')
+    d,where = as_folder(shared, name, tmp_path/'d')
+    heads = {'connector_kwargs': dict(n_queries=8, depth=2, d=64, heads=4, d_ff=128)}   # not in any file: BERT's 12, here 4
+    model,proc = load(d, 'cpu', **where, config=heads if 'qformer' in name else None)
+    gold,meta = load_file(shared/'goldens/model'/name/'golden.safetensors'), json.loads((shared/'goldens/model'/name/'meta.json').read_text())
+    total,n = 0, 0
+    for i,there,ids,labels,px,_ in golden_rows(gold, model):
+        with torch.no_grad(): out = model(input_ids=ids, pixel_values=px, labels=labels, logits_to_keep=0)
+        close(out.logits[0, :, :128], gold['logits.first128'][i, there])
+        assert torch.equal(out.logits[0].argmax(-1), gold['logits.argmax'][i, there])
+        k = int((labels[:, 1:] != IGNORE).sum())
+        total,n = total + out.loss.item()*k, n + k
+    assert abs(total/n - meta['loss']) <= 1e-4*meta['loss']
+    alone,_ = load(save(model, proc, tmp_path/'ours'), 'cpu')
+    for k,v in model.state_dict().items(): assert torch.equal(v, alone.state_dict()[k]), k

@@ -22,9 +22,11 @@ from transformers import (AddedToken, AutoConfig, AutoImageProcessor, AutoProces
 
 from ..core import IMAGE_TOKEN, Registry, pick_device, pick_dtype, quiet, read_json, write_json
 from ..data.templates import chat_template
-from .vision import checkpoint_path, load_strict, load_vision, n_layers, vision_families
+from tinyllava_cookbook.model.vision import (MoFConfig, _two, checkpoint_path, load_strict, load_vision, n_layers,
+    n_prefix)
 from .connectors import peer_weights
-from .llms import _TOKENIZER_FILES, default_template, llm_families, load_tokenizer, own_code, stop_ids
+from .llms import (_TOKENIZER_FILES, default_template, family_of, llm_families,
+    load_tokenizer, own_code, prove_llm, stop_ids)
 from .vlm import VLMConfig, VLMForConditionalGeneration, processor_for
 
 # %% ../../nbs/24_model.checkpoints.ipynb #ff0a4496
@@ -84,6 +86,7 @@ def llava_names(
     towers = list(dict.fromkeys((tower, 'vision_model.', '')))
     return (*((f'{p}vision_tower.{o}', 'vision_tower.') for p in ('', 'model.') for o in towers),
         *((f'{p}multi_modal_projector.{a}', b) for p in ('', 'model.') for a,b in _LINEARS),
+        ('image_newline', 'connector.image_newline'), ('model.image_newline', 'connector.image_newline'),
         ('language_model.', 'language_model.'), ('model.language_model.', 'language_model.model.'),
         ('lm_head.', 'language_model.lm_head.'))
 
@@ -93,8 +96,9 @@ def factory_names(
     connector:str,                   # Name of the connector
     tower:str='vision_model.',       # From `tower_prefix`
 ) -> tuple[tuple[str,str],...]:      # Prefixes, theirs and ours
-    "How TinyLLaVA Factory calls our tensors"
-    return ((f'vision_tower._vision_tower.{tower}', 'vision_tower.'),
+    "How TinyLLaVA Factory calls our tensors; of two towers, one is CLIP and one DINOv2"
+    return (('vision_tower._vision_tower.clip.vision_model.', 'vision_tower.first.'),
+        ('vision_tower._vision_tower.dinov2.', 'vision_tower.second.'), (f'vision_tower._vision_tower.{tower}', 'vision_tower.'),
         ('connector._connector.', f'connector.{_inner(connector)}'), ('language_model.', 'language_model.'))
 
 def bench_names(
@@ -141,7 +145,7 @@ def layout(
         if (path/'adapter_config.json').exists(): return 'factory-lora'
         return 'factory-parts' if (path/'language_model').is_dir() else 'factory'
     if 'mm_vision_tower' in cfg: return 'bench'
-    if kind == 'llava': return kind
+    if kind in ('llava', 'llava_next'): return kind
     raise ValueError(f"{str(path)!r} is a {kind!r} checkpoint, not a {VLMConfig.model_type!r} one; other layouts that "
         "open are TinyLLaVA Factory, TinyLLaVABench and llava-hf; `compose` makes one of a vision encoder and a "
         "language model")
@@ -165,7 +169,7 @@ def _half(cfg, key, path):
 
 def _select(strategy, vision_config):
     "How features are picked where token 0 is dropped whatever it is, or nothing is"
-    cls = vision_families[vision_config.model_type].prefix
+    cls = n_prefix(vision_config)
     if strategy in ('patch', 'default'): return dict(vision_feature_select='patch', drop_first_patch=not cls)
     return dict(vision_feature_select='cls_patch' if cls else 'patch')
 
@@ -175,14 +179,22 @@ def _trained(text_config, name):
     chat = text_config.model_type == 'qwen2' and re.search('instruct|chat', str(name), re.I)
     return dict(template='qwen2_instruct' if chat else family.template, scale_image_features=family.scales_images)
 
+def _place(cfg, i=''):
+    "Where TinyLLaVA Factory took an encoder from; it writes 'mof:' in front of two"
+    return str(cfg.get(f'vision_model_name_or_path{i}') or '').split(':')[-1]
+
 def factory_config(
     path,               # A folder of TinyLLaVA Factory
+    second=None,        # Where the second encoder is, if there are two; `None`: where the folder says
 ) -> dict:              # Fields of `VLMConfig`
     "TinyLLaVA Factory's config.json in our words"
     cfg = read_json(Path(path)/'config.json')
     v,t = (_half(cfg, o, path) for o in ('vision_config', 'text_config'))
+    how = _select(cfg['vision_feature_select_strategy'], v)
+    if str(cfg.get('vision_model_name_or_path')).startswith('mof:'):   # it has the configuration of the first alone
+        v = MoFConfig(first_config=v, second_config=AutoConfig.from_pretrained(second or _place(cfg, 2)))
     return dict(vision_config=v, text_config=t, connector=cfg['connector_type'],
-        vision_feature_layer=cfg['vision_feature_layer'], **_select(cfg['vision_feature_select_strategy'], v),
+        vision_feature_layer=cfg['vision_feature_layer'], **how,
         image_mode='pad' if cfg.get('image_aspect_ratio') == 'pad' else 'none',
         **_trained(t, cfg.get('llm_model_name_or_path')))
 
@@ -257,13 +269,14 @@ def _connector_kwargs(cfg, state):
 
 def _factory(state, path, llm, vision):
     "What is alike in the three layouts"
-    cfg,old = factory_config(path), read_json(path/'config.json')
+    first,*second = _two(vision) if vision else [None]
+    cfg,old = factory_config(path, *second), read_json(path/'config.json')
     names = factory_names(cfg['connector'], 'vision_model.' if any('.vision_model.' in k for k in state) else '')
     conn = peer_weights({k: v for k,v in state.items() if k.startswith('connector.')})
     state = {rename(k, names): v for k,v in state.items() if not k.startswith('connector.')}
     state |= {f'connector.{k}': v for k,v in conn.items()}
     return Foreign(cfg | {'connector_kwargs': _connector_kwargs(old, state)}, state, names,
-        find_image_processor(path, vision, old.get('vision_model_name_or_path')),
+        find_image_processor(path, first, _place(old)),
         find_tokenizer(path, llm, old.get('tokenizer_name_or_path')))
 
 @readers.register('factory')
@@ -337,22 +350,33 @@ def llava_config(
         'projector_hidden_act': hf.projector_hidden_act == 'gelu'}
     if odd := [f'{k} = {getattr(hf, k)!r}' for k,ok in good.items() if not ok]:
         raise ValueError(f"{str(path)!r}: {', '.join(odd)} has no counterpart; one layer, a bias and GELU have")
-    return dict(vision_config=hf.vision_config, text_config=hf.text_config, connector='mlp2x_gelu', image_mode='none',
+    tiles = dict(image_mode='anyres', image_grid_pinpoints=[list(o) for o in hf.image_grid_pinpoints]) \
+        if hf.model_type == 'llava_next' else dict(image_mode='none')
+    return dict(vision_config=hf.vision_config, text_config=hf.text_config, connector='mlp2x_gelu', **tiles,
         vision_feature_layer=hf.vision_feature_layer, **_select(hf.vision_feature_select_strategy, hf.vision_config),
         image_token_id=hf.image_token_id)
 
-def _eyes(image_processor):
-    "The image processor, and the image mode it stands for: padding is a mode here, and elsewhere a setting"
-    if not getattr(image_processor, 'do_pad', False): return image_processor, 'none'
-    kw = {k: v for k,v in image_processor.to_dict().items() if k not in ('do_pad', 'image_processor_type')}
-    return (CLIPImageProcessorPil if kw.get('do_center_crop') else SiglipImageProcessorPil)(**kw), 'pad'
+def _adopt(text_config):
+    "A language model without a family goes by the rules of most, which `build` will prove"
+    if text_config.model_type not in llm_families: text_config.llm_family = 'generic'
+    return text_config
 
+def _eyes(image_processor):
+    "The image processor, and the image mode it stands for: padding and tiles are modes here, elsewhere settings"
+    tiles = getattr(image_processor, 'image_grid_pinpoints', None)
+    if not (tiles or getattr(image_processor, 'do_pad', False)): return image_processor, 'none'
+    drop = 'do_pad', 'image_processor_type', 'image_grid_pinpoints'
+    kw = {k: v for k,v in image_processor.to_dict().items() if k not in drop}
+    cls = CLIPImageProcessorPil if kw.get('do_center_crop') else SiglipImageProcessorPil
+    return cls(**kw), 'anyres' if tiles else 'pad'
+
+@readers.register('llava_next')
 @readers.register('llava')
 def _read_llava(path, llm, vision):
     with quiet(): hf,proc = AutoConfig.from_pretrained(path), AutoProcessor.from_pretrained(path)
     eyes,mode = _eyes(proc.image_processor)
-    kept = {'image_mode': mode, 'template': default_template(hf.text_config, proc.tokenizer)}
-    kept |= getattr(hf, 'tinyllava_cookbook', {})                         # our own exports say more
+    t,kept = _adopt(hf.text_config), getattr(hf, 'tinyllava_cookbook', {})   # our own exports say more
+    kept = {'image_mode': mode, 'template': kept.get('template') or default_template(t, proc.tokenizer)} | kept
     names,file = llava_names(tower_prefix(hf.vision_config)), path/'generation_config.json'
     state = {rename(k, names): v for k,v in read_weights(path).items()}
     _zero_bias(hf.text_config, state)
@@ -375,6 +399,12 @@ def _add_image_token(f):
         f.state[k] = torch.cat([w, mean.expand(id_+1 - len(w), *w.shape[1:])])
     t.vocab_size = id_+1
 
+def _prove(model):
+    "An error if a language model without a family is not like most"
+    if getattr(model.config.text_config, 'llm_family', None) != 'generic': return
+    packs = prove_llm(model.language_model, family_of(model.config.text_config).logits)
+    for o in model.config.text_config, model.language_model.config: o.llm_family = 'generic' + '_unpacked'*(not packs)
+
 def build(
     f:Foreign,    # What a reader made of a folder
     path='',      # The folder, for errors
@@ -385,9 +415,10 @@ def build(
     model = load_strict(VLMForConditionalGeneration, path, named=lambda k: rename(k, f.names, back=True),
         config=VLMConfig(**f.config), state_dict=f.state, **kwargs)
     model.config.name_or_path = str(path)
+    _prove(model)
     processor,tok = processor_for(model.config, f.image_processor, f.tokenizer, f.chat_template), f.tokenizer
     model.generation_config = f.generation or GenerationConfig(bos_token_id=tok.bos_token_id, do_sample=False,
-        eos_token_id=stop_ids(tok, chat_template(model.config.template).stop), pad_token_id=tok.pad_token_id)
+        eos_token_id=stop_ids(tok, chat_template(model.config.template, tok).stop), pad_token_id=tok.pad_token_id)
     return model, processor
 
 # %% ../../nbs/24_model.checkpoints.ipynb #fff9b6f0

@@ -249,3 +249,4 @@ def test_models_as_folders(shared, tmp_path, name):
     assert abs(total/n - meta['loss']) <= 1e-4*meta['loss']
     alone,_ = load(save(model, proc, tmp_path/'ours'), 'cpu')
     for k,v in model.state_dict().items(): assert torch.equal(v, alone.state_dict()[k]), k
+    for o in (tmp_path/'ours').glob('*.json'): assert str(shared) not in o.read_text(), o.name

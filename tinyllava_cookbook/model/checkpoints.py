@@ -98,7 +98,8 @@ def factory_names(
 ) -> tuple[tuple[str,str],...]:      # Prefixes, theirs and ours
     "How TinyLLaVA Factory calls our tensors; of two towers, one is CLIP and one DINOv2"
     return (('vision_tower._vision_tower.clip.vision_model.', 'vision_tower.first.'),
-        ('vision_tower._vision_tower.dinov2.', 'vision_tower.second.'), (f'vision_tower._vision_tower.{tower}', 'vision_tower.'),
+        ('vision_tower._vision_tower.dinov2.', 'vision_tower.second.'),
+        (f'vision_tower._vision_tower.{tower}', 'vision_tower.'),
         ('connector._connector.', f'connector.{_inner(connector)}'), ('language_model.', 'language_model.'))
 
 def bench_names(
@@ -192,7 +193,9 @@ def factory_config(
     v,t = (_half(cfg, o, path) for o in ('vision_config', 'text_config'))
     how = _select(cfg['vision_feature_select_strategy'], v)
     if str(cfg.get('vision_model_name_or_path')).startswith('mof:'):   # it has the configuration of the first alone
-        v = MoFConfig(first_config=v, second_config=AutoConfig.from_pretrained(second or _place(cfg, 2)))
+        other = AutoConfig.from_pretrained(second or _place(cfg, 2))
+        other.name_or_path = ''
+        v = MoFConfig(first_config=v, second_config=other)
     return dict(vision_config=v, text_config=t, connector=cfg['connector_type'],
         vision_feature_layer=cfg['vision_feature_layer'], **how,
         image_mode='pad' if cfg.get('image_aspect_ratio') == 'pad' else 'none',

@@ -7,7 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration,
     LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaProcessor,
-    MistralConfig, MistralForCausalLM, SiglipVisionModel)
+    Olmo2Config, Olmo2ForCausalLM, SiglipVisionModel)
 from transformers.utils import logging
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import bench_names, load, read_weights, rename, save
@@ -212,13 +212,13 @@ def test_gemma_scale(parts, tmp_path, image):
     assert (a-b).abs().max() <= 1e-5*a.abs().max()
 
 def test_unknown_family(parts, tmp_path, image):
-    "A language model without a family of its own, as Mistral in LLaVA-1.6, is proven and opens"
+    "A language model without a family of its own, here OLMo 2, is proven and opens"
     tok = load_llm(parts['llama'])[1]
-    cfg = MistralConfig(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, bos_token_id=1, eos_token_id=2)
-    MistralForCausalLM(cfg).save_pretrained(tmp_path/'mistral')
-    tok.save_pretrained(tmp_path/'mistral')
-    hf,d = hf_folder(parts['clip'], tmp_path/'mistral', tmp_path/'hf')
+    cfg = Olmo2Config(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=2)
+    Olmo2ForCausalLM(cfg).save_pretrained(tmp_path/'olmo')
+    tok.save_pretrained(tmp_path/'olmo')
+    hf,d = hf_folder(parts['clip'], tmp_path/'olmo', tmp_path/'hf')
     model,proc = load(d, 'cpu')
     q = proc(images=image, text=PROMPT, return_tensors='pt')
     with torch.no_grad(): assert torch.equal(model(**q).logits, hf(**q).logits)

@@ -110,6 +110,7 @@ def bench_names(
         ('model.mm_projector.', f'connector.{_inner(connector)}'),
         ('model.', 'language_model.model.'), ('lm_head.', 'language_model.lm_head.'))
 
+# %% ../../nbs/24_model.checkpoints.ipynb #eefcbdcf
 def rename(
     key:str,          # Name of a tensor
     names,            # Pairs of prefixes, theirs and ours
@@ -180,6 +181,7 @@ def _trained(text_config, name):
     chat = text_config.model_type == 'qwen2' and re.search('instruct|chat', str(name), re.I)
     return dict(template='qwen2_instruct' if chat else family.template, scale_image_features=family.scales_images)
 
+# %% ../../nbs/24_model.checkpoints.ipynb #349fdc5b
 def _place(cfg, i=''):
     "Where TinyLLaVA Factory took an encoder from; it writes 'mof:' in front of two"
     return str(cfg.get(f'vision_model_name_or_path{i}') or '').split(':')[-1]

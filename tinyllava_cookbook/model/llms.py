@@ -129,6 +129,7 @@ def load_tokenizer(
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
         raise ValueError(f"{kind} of {str(path)!r} gives no offsets; convert it to a tokenizer.json")
+    for o in 'vocab_file', 'merges_file': tokenizer.init_kwargs.pop(o, None)   # paths, which would be saved with it
     set_padding(tokenizer)
     return tokenizer
 

@@ -143,6 +143,15 @@ def test_next_stage_starts_from_the_merged_model(parts, world, tmp_path):
     assert {k.split('.')[0] for k in set(one.state_dict()) - same} == {'connector'}
     assert read_json(tmp_path/'model'/'recipe.json')['stages'][0]['tune']['llm']['r'] == 4
 
+def test_the_log_shows_the_rate_of_the_stage(parts, world, tmp_path):
+    "Also where the first part has its own, and where Muon has no matrix of it"
+    for optimizer in 'adamw', 'muon':
+        model,processor = compose(parts['siglip'], parts['llama'])
+        tune = dict(vision=Tune('lora', r=2, lr=1e-4), connector='full', llm=Tune('lora', r=2))
+        st = stage(tune, lr=1e-3, schedule='constant', max_steps=2, optimizer=optimizer)
+        r = train_stage(model, processor, st, tmp_path/optimizer, world, progress=False, device='cpu')
+        assert [o['lr'] for o in r.log] == pytest.approx([1e-3, 1e-3])
+
 def test_missing_bitsandbytes_is_said_before_anything_loads(tmp_path):
     r = Recipe('q', '/no/vision', '/no/llm', stages=[stage(TUNES['qlora'])])
     with patch('importlib.util.find_spec', return_value=None), pytest.raises(ImportError, match='pip install bitsandbytes'):

@@ -141,8 +141,8 @@ class Terminal(io.StringIO):
 
 def test_bar_in_a_terminal_and_in_a_file(parts, encoded, tmp_path):
     tty,file = Terminal(), io.StringIO()
-    train(parts, stage(), tmp_path, encoded, callbacks=[TrainBar('ft', tty), TrainBar('ft', file)])
-    assert '100%' in tty.getvalue() and 'tokens/s' in tty.getvalue()
+    train(parts, stage(), tmp_path, encoded, callbacks=[TrainBar('ft', tty, table='what learns'), TrainBar('ft', file)])
+    assert tty.getvalue().startswith('what learns\n') and '100%' in tty.getvalue() and 'tokens/s' in tty.getvalue()
     assert file.getvalue().startswith('ft 1/2  loss') and '\r' not in file.getvalue()
 
 def test_every_sample_once_per_epoch():

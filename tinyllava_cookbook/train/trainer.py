@@ -475,12 +475,13 @@ class VLMTrainer(_Metered, _Evaluated, _Strict):
             cls,kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             if self.stage.optimizer == 'muon':
                 cls,kwargs = MuonAdamW, {k:kwargs[k] for k in ('lr', 'betas', 'eps') if k in kwargs}
-            self.optimizer = cls(param_groups(model or self.model, self.stage), **kwargs)
+            groups = param_groups(model or self.model, self.stage)
+            self.optimizer,self.first_lr = cls(groups, **kwargs), groups[0]['lr']
         return self.optimizer
 
     def floating_point_ops(self, inputs): return 0   # the default walks over all parameters at every step
     def _get_learning_rate(self):   # the stage's, also when the first part has its own
-        return super()._get_learning_rate()*self.stage.lr/(self.stage.tune[self.stage.trained[0]].lr or self.stage.lr)
+        return super()._get_learning_rate()*self.stage.lr/self.first_lr
 
 # %% ../../nbs/32_train.trainer.ipynb #c0edbd2d
 def plot_log(
@@ -506,10 +507,14 @@ class TrainBar(TrainerCallback):
         title:str='train',  # What is being trained
         file=None,          # Where to write; `None`: standard error
         every:float=10.,    # Seconds between lines, where there is no terminal
-    ): self.title,self.file,self.every,self.bar,self.next = title, file or sys.stderr, every, None, 0.
+        table=None,         # What learns, from `apply_tune`; printed first
+    ):
+        self.title,self.file,self.every,self.table = title, file or sys.stderr, every, table
+        self.bar,self.next = None, 0.
     def on_train_begin(self, args, state, control, **kw):
         if not state.is_world_process_zero: return
         self.start,self.first = time.time(), state.global_step
+        if self.table is not None: print(self.table, file=self.file, flush=True)
         if self.file.isatty():
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, file=self.file)
     def on_log(self, args, state, control, logs=None, **kw):
@@ -561,10 +566,11 @@ def _live(): return hasattr(_shell(), 'kernel')   # a front end that can replace
 
 def progress_callback(
     title:str,         # What is being trained
+    table=None,        # What learns, for `TrainBar`
 ) -> TrainerCallback:  # `LossPlot` in a notebook, `TrainBar` elsewhere
     "The display that suits where this runs"
     shell = _shell()
-    return TrainBar(title) if shell is None or 'Terminal' in type(shell).__name__ else LossPlot(title)
+    return TrainBar(title, table=table) if shell is None or 'Terminal' in type(shell).__name__ else LossPlot(title)
 
 # %% ../../nbs/32_train.trainer.ipynb #3e234bc6
 class SampleAnswers(TrainerCallback):
@@ -632,7 +638,7 @@ def _trainer(model, processor, stage, out, data=None, images=None, seed=0, callb
     seed_everything(seed)
     table = apply_tune(model, stage)
     _float_weights(model, not args.use_cpu and not args.fsdp)
-    shown = [progress_callback(stage.name)] if progress else []
+    shown = [progress_callback(stage.name, table)] if progress else []
     if ask_every: shown.append(_asking(processor, stage, dataset, out, ask_every))
     if not args.dataloader_num_workers: dataset = Remembering(dataset)
     if dist.is_initialized(): atexit.register(_leave)

@@ -480,8 +480,7 @@ class VLMTrainer(_Metered, _Evaluated, _Strict):
         return self.optimizer
 
     def floating_point_ops(self, inputs): return 0   # the default walks over all parameters at every step
-    def _get_learning_rate(self):   # the stage's, also when the first part has its own
-        return super()._get_learning_rate()*self.stage.lr/self.first_lr
+    def _get_learning_rate(self): return super()._get_learning_rate()*self.stage.lr/self.first_lr   # the stage's own
 
 # %% ../../nbs/32_train.trainer.ipynb #c0edbd2d
 def plot_log(

@@ -154,6 +154,41 @@ def _show_plan(r, stages, out, a):
     for s in stages: print(f"\n{_batch_line(s, world)}\n{json.dumps(asdict(s), indent=1)}")
     print('\n'+shlex.join(_train_words(a, out)))
 
+# %% ../nbs/90_cli.ipynb #a604b8f9
+def _recipes_args(p):
+    p.add_argument('words', metavar='show NAME', nargs='*', help='one recipe: a name or a JSON file (default: all)')
+    p.add_argument('--set', metavar='PATH=VALUE', action='append', default=[], dest='changes',
+                   help='change a field of it, e.g. finetune.lr=1e-4 (repeatable)')
+    p.add_argument('--json', action='store_true', help='print JSON: a list, or the recipe with all its fields')
+
+def _about(name, recipes):
+    "Name, parts, stages and source of a recipe"
+    r = recipes[name]()
+    return dict(name=name, vision=r.vision, connector=r.connector, llm=r.llm, start=r.start,
+                stages=[s.name for s in r.stages], about=recipes[name].__doc__.strip().split('\n')[0])
+
+def _recipe_line(o):
+    parts = o['start'] or f"{o['vision']} + {o['connector']} + {o['llm']}"
+    return f"{o['name']:24}{o['about']}\n{'':24}{parts}: {', '.join(o['stages'])}"
+
+# %% ../nbs/90_cli.ipynb #8e25f826
+@command('recipes', 'list the recipes, or show one: recipes show NAME', _recipes_args)
+def _recipes(a):
+    from dataclasses import replace
+    from tinyllava_cookbook.train.recipes import override, recipe, recipe_names, recipes
+    if not a.words:
+        if a.changes: raise Usage("--set changes one recipe: tinyllava recipes show NAME --set ...")
+        rows = [_about(n, recipes) for n in recipe_names()]
+        return print(json.dumps(rows) if a.json else '\n'.join(map(_recipe_line, rows)))
+    if len(a.words) != 2 or a.words[0] != 'show': raise Usage("write tinyllava recipes, or tinyllava recipes show NAME")
+    name = a.words[1]
+    r = override(recipe(name), a.changes)
+    r = replace(r, stages=[r.stage(s.name) for s in r.stages])
+    if a.json: return print(json.dumps(r.to_dict()))
+    base = name.split(':')[0]
+    doc = f"\n\n{' '.join(recipes[base].__doc__.split())}" if base in recipes else ''
+    print(f"{r}{doc}\n\ntinyllava train {shlex.quote(name)} --dry-run shows every field")
+
 # %% ../nbs/90_cli.ipynb #fec6dac9
 def _deepspeed_args(p):
     p.add_argument('recipe', metavar='RECIPE', help='name of a recipe, or a JSON file')
@@ -545,7 +580,8 @@ def parser() -> argparse.ArgumentParser: # For `tinyllava` and all its commands
     return p
 
 def _order():
-    first = ['quickstart', 'bake', 'check', 'train', 'chat', 'eval', 'score', 'bench']
+    first = '''quickstart bake recipes budget check train launch deepspeed-config chat eval score judge submission
+        convert compose bench'''.split()
     return first + [n for n in commands.names() if n not in first]
 
 # %% ../nbs/90_cli.ipynb #ab2724f0

@@ -1,5 +1,5 @@
 "Forecasts: parameters, bytes and operations against what PyTorch, peft, DeepSpeed and published files say."
-import copy, json, subprocess, sys
+import copy, dataclasses, json, subprocess, sys
 import pytest
 
 torch = pytest.importorskip('torch')
@@ -165,9 +165,7 @@ def test_more_gpus_less_of_everything():
 
 # ---------------------------------------------------------------------------------------------------- recipes
 
-LATER = {'tinyllava_mof'}   # its towers are not whole yet
-
-@pytest.mark.parametrize('name', [o for o in recipe_names() if o not in LATER])
+@pytest.mark.parametrize('name', recipe_names())
 def test_every_recipe_has_a_budget(name):
     b = B.budget(name, '8xH200', parallel='zero2' if name != 'micro' else 'ddp')
     assert b.fits and all(s.hours > 0 and s.cost > 0 for s in b.stages)
@@ -180,6 +178,17 @@ def test_unknown_parts_say_what_is_known(tmp_path):
     with pytest.raises(FileNotFoundError, match='has no config.json'): B.part_config(tmp_path/'empty')
     folder = tiny_checkpoint('phi', tmp_path/'phi')
     assert B.part_config(folder).model_type == 'phi'
+
+def test_two_towers():
+    r = Recipe('two', 'openai/clip-vit-large-patch14-336 + facebook/dinov2-large', 'microsoft/phi-2', connector='mof_mlp',
+               model=dict(mix='concat'), stages=[Stage('s', tune=ALL, pack=4096, global_batch_size=128)])
+    m = B.shell(r)
+    B.mark(m, r.stage('s'))
+    kept = {p: sum(o.kept for o in B.pieces(m, B.Load(1, 4096, 100, 3)) if o.part == p) for p in ('vision', 'llm')}
+    alone = B.shell(dataclasses.replace(r, vision='openai/clip-vit-large-patch14-336', connector='mlp2x_gelu', model={}))
+    B.mark(alone, r.stage('s'))
+    one = sum(o.kept for o in B.pieces(alone, B.Load(1, 4096, 100, 3)) if o.part == 'vision')
+    assert 1.7*one < kept['vision'] < 2.3*one and m.config.image_seq_length == 2*576
 
 # ---------------------------------------------------------------------------------------------------- measured
 
@@ -212,6 +221,7 @@ TRAINED = {
     'accumulated': (dict(tune=BOTH, device_batch_size=2), dict(vision='dinov2')),
     'lora': (dict(tune=dict(connector='full', llm=dict(mode='lora', r=8))), {}),
     'dora': (dict(tune=dict(connector='full', llm=dict(mode='dora', r=8, dropout=0.))), {}),
+    'qlora': (dict(tune=dict(connector='full', llm=dict(mode='qlora', r=8))), {}),
     'linear, muon': (dict(tune=BOTH, optimizer='muon'), dict(connector='linear')),
     'resampler': (dict(tune=BOTH), dict(connector='resampler', connector_kwargs=dict(n_queries=16, depth=2, heads=2))),
 }
@@ -219,8 +229,27 @@ TRAINED = {
 @pytest.mark.parametrize('name', TRAINED)
 def test_forecast_within_ten_per_cent_of_measured(tmp_path, name):
     stage, parts = TRAINED[name]
+    if name == 'qlora': pytest.importorskip('bitsandbytes')
     got, said = measured(tmp_path, Stage('tiny', **(dict(global_batch_size=8, max_steps=2, max_length=384) | stage)), **parts)
     assert said/got == pytest.approx(1, abs=.1), f'{name}: measured {got/2**20:.1f} MiB, forecast {said/2**20:.1f} MiB'
+
+@pytest.mark.parametrize('name', ['stage 1', 'all', 'checkpointed', 'lora'])
+def test_forecast_under_autocast(tmp_path, monkeypatch, name):
+    "As on a GPU: 16-bit products over float32 weights, with their copies; dropout as the CPU does it"
+    plain, forecast = VLMForConditionalGeneration.forward, B.forecast_peak
+    def forward(self, *a, **kw):
+        with torch.autocast('cpu', torch.bfloat16): return plain(self, *a, **kw)
+    monkeypatch.setattr(VLMForConditionalGeneration, 'forward', forward)
+    monkeypatch.setattr(B, 'forecast_peak', lambda c, s, loads, accumulate: forecast(c, s, loads, B.Numbers(2, 4, 4), accumulate))
+    stage, parts = TRAINED[name]
+    got, said = measured(tmp_path, Stage('tiny', **(dict(global_batch_size=8, max_steps=2, max_length=384) | stage)), **parts)
+    assert said/got == pytest.approx(1, abs=.1), f'{name}: measured {got/2**20:.1f} MiB, forecast {said/2**20:.1f} MiB'
+
+def test_bench_gpu_runs_anywhere(root, tmp_path):
+    r = subprocess.run([sys.executable, root/'tools/bench_gpu.py', '--tiny', '--device', 'cpu', '--steps', '2', '--only', 'stage 1, 0.4 B',
+                        '--out', tmp_path/'gpu.json'], capture_output=True, text=True)
+    d = json.loads((tmp_path/'gpu.json').read_text())
+    assert r.returncode == 0 and d['device'] == 'CPU' and abs(d['rows'][0]['error']) < .1, r.stdout + r.stderr[-500:]
 
 # ---------------------------------------------------------------------------------------------------- command
 

@@ -58,8 +58,9 @@ def measure(name, root, data, a):
     got = B.measured_peak(model, processor, stage, [ds[i] for i in range(len(ds))], work/'run', a.device)
     cuda = a.device != 'cpu'
     said = B.forecast_peak(config, stage, got['loads'], B.numbers('ddp') if cuda else B.Numbers(), len(got['loads'])//a.steps)
-    speed = [o['tflops'] for o in got['result'].log[2:]]
-    mfu = [o['mfu'] for o in got['result'].log[2:] if o.get('mfu')]
+    log = got['result'].log[min(2, a.steps - 1):]   # the first steps warm up
+    speed = [o['tflops'] for o in log]
+    mfu = [o['mfu'] for o in log if o.get('mfu')]
     del model
     if cuda: torch.cuda.empty_cache()
     row = dict(name=name, measured=got['bytes'], forecast=said.total, error=said.total/got['bytes'] - 1, parts=said.parts,

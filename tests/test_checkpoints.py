@@ -119,3 +119,33 @@ def test_wrong_hidden_size(parts, tmp_path):
     f.write_text(json.dumps(c))
     with pytest.raises(ValueError, match='do not fit its config.json') as e: load(tmp_path/'m', device='cpu')
     assert 'mlp.up_proj' in str(e.value)
+
+@pytest.mark.parametrize('name', ['4bit', '8bit'])
+def test_quantized(tmp_path, name):
+    "The language model's layers are in fewer bits, and nothing else is; answers still come"
+    bnb = pytest.importorskip('bitsandbytes')
+    kind = {'4bit': bnb.nn.Linear4bit, '8bit': bnb.nn.Linear8bitLt}[name]
+    llm = tiny_checkpoint('llama', tmp_path/'llama', hidden_size=128, intermediate_size=256)
+    model,proc = compose(tiny_checkpoint('siglip', tmp_path/'siglip'), llm)
+    few,p = load(save(model, proc, tmp_path/'m'), 'cpu', dtype='float32', quantization=name)
+    names = {n for n,m in few.named_modules() if isinstance(m, kind)}
+    assert names == {n for n,m in model.named_modules() if isinstance(m, torch.nn.Linear)
+                     and n.startswith('language_model.model.layers.')}
+    for k,v in model.state_dict().items():
+        if k.startswith(('vision_tower.', 'connector.', 'language_model.lm_head')): assert torch.equal(v, few.state_dict()[k]), k
+    q = p(text='a red circle', return_tensors='pt')
+    with torch.no_grad(): a,b = model(**q).logits, few(**q).logits
+    assert torch.nn.functional.cosine_similarity(a.flatten(), b.float().flatten(), 0) > .97
+    assert few.generate(**q, max_new_tokens=3).shape[1] > q['input_ids'].shape[1]
+
+def test_no_such_quantization(parts, tmp_path):
+    "The choices are in the message"
+    d = save(*compose(parts['siglip'], parts['llama']), tmp_path/'m')
+    with pytest.raises(ValueError, match=r"no quantization '3bit'; choose from \['4bit', '8bit'\]"): load(d, 'cpu', quantization='3bit')
+
+def test_device_map(parts, tmp_path):
+    "A map of modules to devices opens the same model"
+    model,proc = compose(parts['siglip'], parts['llama'])
+    back,_ = load(save(model, proc, tmp_path/'m'), 'cpu', device_map={'': 'cpu'})
+    assert {p.device.type for p in back.parameters()} == {'cpu'}
+    same(model, back)

@@ -27,6 +27,12 @@ class UnknownName(KeyError):
     def __str__(self) -> str: return str(self.args[0])   # KeyError would show the repr, quotes and all
 
 # %% ../nbs/00_core.ipynb #80276529
+def _same_source(a, b) -> bool:
+    "Are these one definition, run once more in a notebook?"
+    names = [getattr(o, '__qualname__', None) for o in (a, b)]
+    here = '__main__' in [getattr(o, '__module__', None) for o in (a, b)]
+    return here and names[0] == names[1] and names[0] not in (None, '<lambda>')
+
 class Registry:
     "Named parts of one kind, found by exact name"
     def __init__(self,
@@ -39,7 +45,8 @@ class Registry:
     ) -> Any:           # The part itself, or a decorator that returns it
         "Add a part under `name`"
         if obj is None: return lambda o: self.register(name, o)
-        if self._parts.get(name, obj) is not obj:
+        old = self._parts.get(name, obj)
+        if old is not obj and not _same_source(old, obj):
             raise ValueError(f"{self.kind} {name!r} is registered already; take another name or `remove` the old one")
         self._parts[name] = obj
         return obj
@@ -47,7 +54,7 @@ class Registry:
     def remove(self,
         name:str,  # The exact name
     ) -> Any:      # The part that was there
-        "Take a part out again, as one does when re-running a cell that registers"
+        "Take a part out again, to give its name to another"
         return self._parts.pop(name) if name in self else self[name]
 
     def names(self) -> list[str]: return sorted(self._parts)

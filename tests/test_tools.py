@@ -40,6 +40,7 @@ def test_lint_passes_a_good_notebook(tmp_path):
     ([EXP, TITLE, code('#| export\ndef f():\n    "Doc"\n' + '    x = 1\n'*29), DEMO, END], 'f has 31 lines'),
     ([EXP, TITLE, code('#| export\n' + 'x = 1\n'*41), DEMO, END], 'exported cell has 41 lines'),
     ([EXP, TITLE, FN, DEMO, code('import os\nos.name'), END], 'imports share a cell'),
+    ([EXP, TITLE, FN, DEMO, code('def g():\n    import os\ng()'), END], 'imports share a cell'),
     ([EXP, TITLE, FN, DEMO, code('#| hide\ntest_eq(f(), 1)'), END], 'unhide'),
     ([EXP, TITLE, FN, DEMO, code('def'), END], 'does not parse'),
     ([EXP, TITLE, FN, code('f()', text("PosixPath('/ho" "me/me/x.png')")), END], 'path of one machine'),

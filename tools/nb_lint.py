@@ -97,7 +97,8 @@ def lint(path):
         elif exported(ds):
             if not all(map(is_import,tree.body)): yield from lint_export(i, info)
         else:
-            if 'hide' not in ds and any(map(is_import,tree.body)) and not all(map(is_import,tree.body)): yield i,'imports share a cell with other code'
+            # inside a function, too: nbdev runs a cell with an import anywhere when it renders the site
+            if 'hide' not in ds and any(map(is_import,ast.walk(tree))) and not all(map(is_import,tree.body)): yield i,'imports share a cell with other code'
             if 'hide' in ds and not all(map(is_import,tree.body)) and TEST.search('\n'.join(body)): yield i,'tests are documentation: unhide'
 
 def notes(path):

@@ -279,11 +279,9 @@ def _encoder_of(a):
     from tinyllava_cookbook.model.vlm import VLMProcessor
     if (Path(a.recipe)/'processor_config.json').exists(): return VLMProcessor.from_pretrained(a.recipe).encoder()
     from tinyllava_cookbook.train.recipes import recipe
-    from tinyllava_cookbook.train.trainer import _start
+    from tinyllava_cookbook.train.trainer import _start, stage_encoder
     r = recipe(a.recipe)
-    s = r.stage(a.stage) if a.stage else r.stages[-1]
-    kw = dict(image_mode=s.image_mode) if s.image_mode else {}
-    return _start(r, None, 0)[1].encoder(template=s.template, max_length=s.max_length, **kw)
+    return stage_encoder(_start(r, None, 0)[1], r.stage(a.stage) if a.stage else r.stages[-1])
 
 @command('check', 'look at every sample of a data set before training does', _check_args)
 def _check(a):

@@ -255,8 +255,7 @@ def _launch(a):
     from tinyllava_cookbook.train import launch
     known = ('nodes', 'gpus', 'cpus', 'time', 'partition', 'account', 'container', 'venv', 'modules', 'options')
     given = {k:v for k in known if (v := getattr(a, k)) is not None}
-    if odd := [o for o in a.changes if '=' not in o]: raise Usage(f"--set {odd[0]!r} is not NAME=VALUE")
-    text = launch.job_script(a.job, launch.Cluster(**given), **dict(o.split('=', 1) for o in a.changes))
+    text = launch.job_script(a.job, launch.Cluster(**given), **_pairs(a.changes, '--set'))
     if a.out: print(f"wrote {launch.write_script(text, a.out)}")
     else: print(launch.explain(text) if a.explain else text, end='\n' if a.explain else '')
 

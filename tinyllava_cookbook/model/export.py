@@ -139,14 +139,19 @@ def _table(head, rows):
     lines = [head, ['---']*len(head), *rows]
     return '\n'.join('| ' + ' | '.join(str(o).replace('|', '\\|') for o in r) + ' |' for r in lines)
 
+def _tensors(folder):
+    "Name to shape, from the headers of the weight files"
+    out = {}
+    for f in sorted(Path(folder).glob('model*.safetensors')):
+        with safe_open(f, 'pt') as o: out |= {k: o.get_slice(k).get_shape() for k in o.keys()}
+    return out
+
 def _sizes(folder):
-    "Million parameters of each part, from the headers of the weight files"
+    "Million parameters of each part"
     size = {}
-    for f in Path(folder).glob('model*.safetensors'):
-        with safe_open(f, 'pt') as o:
-            for k in o.keys():
-                part = next(p for p,words in _PARTS.items() if k.startswith(words))
-                size[part] = size.get(part, 0) + np.prod(o.get_slice(k).get_shape())/1e6
+    for k,shape in _tensors(folder).items():
+        part = next(p for p,words in _PARTS.items() if k.startswith(words))
+        size[part] = size.get(part, 0) + np.prod(shape)/1e6
     return size
 
 _PARTS = {'vision encoder': 'vision_tower.', 'connector': ('connector.', 'multi_modal_projector.', 'image_newline'),
@@ -294,13 +299,6 @@ def to_llava(
 
 # %% ../../nbs/25_model.export.ipynb #0f3566f6
 _SERVED = 'clip_vision_model', 'siglip_vision_model'   # Encoders that vLLM and llama.cpp have for a LLaVA
-
-def _tensors(folder):
-    "Name to shape, from the headers of the weight files"
-    out = {}
-    for f in sorted(Path(folder).glob('model*.safetensors')):
-        with safe_open(f, 'pt') as o: out |= {k: o.get_slice(k).get_shape() for k in o.keys()}
-    return out
 
 def _wanted(cfg):
     "Name to shape of all tensors of a LLaVA, by the names that serving engines read"

@@ -133,7 +133,7 @@ def test_eval_mistakes_before_the_model(capsys, home, tmp_path, words, code, why
 def test_the_same_shape_for_every_benchmark(capsys, home, tmp_path, root):
     "`score BENCH --json`, all ten: the same keys, and every metric and table is documented"
     from tinyllava_cookbook.eval.run import annotations
-    cells = json.loads((root/'nbs'/'50_eval.scoring.ipynb').read_text(encoding='utf-8'))['cells']
+    cells = json.loads((root/'nbs'/'53_eval.scoring.ipynb').read_text(encoding='utf-8'))['cells']
     page = next(t for c in cells if '| benchmark | `metrics` | `tables` |' in (t := ''.join(c['source'])))
     told = {r.split('`')[1]: set(re.findall('`(.*?)`', r)) for r in page.splitlines() if r.startswith('| `')}
     usual = {'missing', 'unknown', 'duplicates', 'other_prompts', 'examples'}

@@ -198,7 +198,7 @@ def results(doc, said): return {'said': float(len(said[0]))}
 @pytest.mark.slow
 def test_in_the_real_lmms_eval(home, docs, tmp_path):
     "A local task of either kind, from the command line through the entry point to results.json"
-    pytest.importorskip('lmms_eval.evaluator', reason='lmms-eval is not installed: it needs an environment of its own, see 55_eval.lmms')
+    pytest.importorskip('lmms_eval.evaluator', reason='lmms-eval is not installed: it needs an environment of its own, see 59_eval.lmms')
     from datasets import Dataset, DatasetDict, Features, Image, Value
     from tinyllava_cookbook.eval.lmms import lmms_table
     from tinyllava_cookbook.infer.generate import answers, open_model

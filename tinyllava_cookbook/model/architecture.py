@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['architectures', 'Architecture', 'register_architectures', 'known_name', 'part_config', 'meta_vlm', 'meta_model']
 
-# %% ../../nbs/29_model.architecture.ipynb #82904bea
+# %% ../../nbs/29_model.architecture.ipynb #00777a31
 import copy, functools, json, re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,10 @@ from transformers import AutoConfig
 
 from ..core import Registry, UnknownName, quiet
 from ..ingredients import ingredient
-from .vision import MoFConfig, _two
+from .vision import MoFConfig, _two, checkpoint_path
 from .vlm import VLMConfig, VLMForConditionalGeneration
 
-# %% ../../nbs/29_model.architecture.ipynb #79972b84
+# %% ../../nbs/29_model.architecture.ipynb #a91f47de
 @dataclass
 class Architecture:
     "What is known of a published component"
@@ -34,7 +34,7 @@ class Architecture:
 
 architectures = Registry('architecture')
 
-# %% ../../nbs/29_model.architecture.ipynb #f3bba96a
+# %% ../../nbs/29_model.architecture.ipynb #3a9b5b99
 def register_architectures(
     kind:str,   # `model_type` of all rows
     keys:str,   # Names of the numbers in a row, apart by spaces
@@ -47,7 +47,7 @@ def register_architectures(
         config.update(other)
         architectures.register(name, Architecture(config, parameters))
 
-# %% ../../nbs/29_model.architecture.ipynb #ca9ee980
+# %% ../../nbs/29_model.architecture.ipynb #8d63044b
 _TOWER = ('image_size patch_size hidden_size intermediate_size '
           'num_hidden_layers num_attention_heads')
 _DINO = 'image_size patch_size hidden_size num_hidden_layers num_attention_heads'
@@ -62,7 +62,7 @@ register_architectures('siglip_vision_model', _TOWER, [
 register_architectures('dinov2', _DINO, [
     ('facebook/dinov2-large', 518, 14, 1024, 24, 16, {}, 304368640)])
 
-# %% ../../nbs/29_model.architecture.ipynb #a3b9ee20
+# %% ../../nbs/29_model.architecture.ipynb #b1476cf5
 _LLM = ('hidden_size intermediate_size num_hidden_layers '
         'num_attention_heads num_key_value_heads vocab_size')
 _TIED = dict(tie_word_embeddings=True)
@@ -79,7 +79,7 @@ register_architectures('llama', _LLM, [
 register_architectures('mistral', _LLM, [
     ('mistralai/Mistral-7B-Instruct-v0.2', 4096, 14336, 32, 32, 8, 32000, {}, 7241732096)])
 
-# %% ../../nbs/29_model.architecture.ipynb #850e49f7
+# %% ../../nbs/29_model.architecture.ipynb #f174415d
 _HEADS_128 = _TIED | dict(head_dim=128)
 
 register_architectures('qwen2', _LLM, [
@@ -94,7 +94,7 @@ register_architectures('qwen3', _LLM, [
     ('Qwen/Qwen3-0.6B', 1024, 3072, 28, 16, 8, 151936, _HEADS_128, 596049920),
     ('Qwen/Qwen3-1.7B', 2048, 6144, 28, 16, 8, 151936, _HEADS_128, 1720574976)])
 
-# %% ../../nbs/29_model.architecture.ipynb #dd633eee
+# %% ../../nbs/29_model.architecture.ipynb #146567ea
 register_architectures('phi', _LLM, [
     ('microsoft/phi-2', 2560, 10240, 32, 32, 32, 51200,
      dict(partial_rotary_factor=.4), 2779683840),
@@ -110,7 +110,7 @@ register_architectures('gemma', _LLM, [
     ('google/gemma-2b-it', 2048, 16384, 18, 8, 1, 256000,
      dict(head_dim=256), 2506172416)])
 
-# %% ../../nbs/29_model.architecture.ipynb #6a356df8
+# %% ../../nbs/29_model.architecture.ipynb #9593c044
 _ALIASES = {
     'lmsys/vicuna-7b-v1.3': 'lmsys/vicuna-7b-v1.5',
     'lmsys/vicuna-13b-v1.3': 'lmsys/vicuna-13b-v1.5',
@@ -124,7 +124,7 @@ def known_name(
     base = re.sub('-Chat$|-Instruct$', '', name)
     return base if base in architectures else name
 
-# %% ../../nbs/29_model.architecture.ipynb #ec9ac23f
+# %% ../../nbs/29_model.architecture.ipynb #6dddc62b
 def _from_hub(name):
     "A configuration from a folder or the Hub, or an error that says what else there is"
     try:
@@ -143,7 +143,7 @@ def _shipped(name):
             f"no architecture {name!r}; choose from {architectures.names()}, or give a folder with its "
             f"config.json") from None
 
-# %% ../../nbs/29_model.architecture.ipynb #a6b61f57
+# %% ../../nbs/29_model.architecture.ipynb #a95b1c17
 def part_config(
     name,      # A published name, a folder with `config.json`, a shipped ingredient, or a name on the Hub
     **kwargs,  # For two towers: `mix`
@@ -158,10 +158,12 @@ def part_config(
     folder = Path(name)
     if folder.is_dir() and not (folder/'config.json').exists():
         raise FileNotFoundError(f"{name!r} has no config.json; give the folder of a checkpoint")
-    config = _from_hub(name if folder.is_dir() or '/' in name else _shipped(name))
+    place = name if folder.is_dir() or '/' in name else _shipped(name)
+    if Path(place).is_dir(): checkpoint_path(place)   # sizes that can be built
+    config = _from_hub(place)
     return getattr(config, 'vision_config', config)
 
-# %% ../../nbs/29_model.architecture.ipynb #66b8381e
+# %% ../../nbs/29_model.architecture.ipynb #8077bf68
 @functools.lru_cache(32)
 def _cached_model(vision, llm, mix, fields):
     "Built once for the same four strings; never handed out itself"
@@ -178,7 +180,7 @@ def meta_vlm(
     with torch.device('meta'), quiet():
         return VLMForConditionalGeneration(copy.deepcopy(config))
 
-# %% ../../nbs/29_model.architecture.ipynb #55daf9b0
+# %% ../../nbs/29_model.architecture.ipynb #2d047216
 def meta_model(
     vision:str,             # Vision tower, as `part_config` takes it
     llm:str,                # Language model, likewise

@@ -7,7 +7,7 @@ __all__ = ['gpus', 'corpora', 'CHARACTERS', 'TILES', 'MFU', 'OFFLOAD', 'CONTEXT'
            'corpus', 'step_shape', 'sample_flops', 'need', 'element_bytes', 'mfu_of', 'StageBudget', 'n_steps',
            'stage_budget', 'Budget', 'budget', 'gpus_needed', 'show_fit']
 
-# %% ../../nbs/39_train.budget.ipynb #aec2dee2
+# %% ../../nbs/39_train.budget.ipynb #bb1a9178
 import dataclasses, html, math, re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from .recipes import Recipe, Stage, batch_sizes, recipe_names
 from .recipes import recipe as find_recipe
 from .trainer import PARALLEL, _rows, flop_rates, peak_tflops
 
-# %% ../../nbs/39_train.budget.ipynb #742eae39
+# %% ../../nbs/39_train.budget.ipynb #8bcac8d0
 @dataclass
 class GPU:
     "A device as it can be rented"
@@ -51,7 +51,7 @@ for _short,*_row in (
     ('B200',      'B200',      178.4, 6.69, 'Lambda, September 2026')):
     gpus.register(_short, GPU(*_row))
 
-# %% ../../nbs/39_train.budget.ipynb #07c243e7
+# %% ../../nbs/39_train.budget.ipynb #703754f9
 def parse_gpus(
     text:str,              # `4xA100-40G`, or `A100-40G` for one
 ) -> tuple[int,str,GPU]:   # How many, the short name, and the device
@@ -63,7 +63,7 @@ def parse_gpus(
     name = lower.get(match[2].lower(), match[2])
     return count, name, gpus[name]
 
-# %% ../../nbs/39_train.budget.ipynb #8f83525c
+# %% ../../nbs/39_train.budget.ipynb #59caef1b
 @dataclass
 class Corpus:
     "What one sample is like, on average"
@@ -85,7 +85,7 @@ for _name,*_row in (
     ('microworld', 6_000, 60, 25, 1., 200, 'drawn by the notebook on the microworld')):
     corpora.register(_name, Corpus(*_row))
 
-# %% ../../nbs/39_train.budget.ipynb #9422a16c
+# %% ../../nbs/39_train.budget.ipynb #b203cb05
 _USUAL = dict(llava_v1=('llava-595k', 'llava-158k'), llava_next=('llava-558k', 'llava-760k'),
               scienceqa=('llava-595k', 'scienceqa'), micro=('microworld',)*2)   # Stage 1, and the others
 CHARACTERS = 4   # Of a token, about
@@ -117,7 +117,7 @@ def corpus(
     found = _own_data(stage) if here else corpora[usual[stage.template != 'pretrain']]
     return dataclasses.replace(found, samples=samples or found.samples)
 
-# %% ../../nbs/39_train.budget.ipynb #e35b7095
+# %% ../../nbs/39_train.budget.ipynb #54704422
 TILES = 5   # Of an image in mode 'anyres': four and the complete one
 
 def _tiles(stage): return TILES if stage.image_mode == 'anyres' else 1
@@ -146,7 +146,7 @@ def step_shape(
     images = math.ceil(rows*data.images)*_tiles(stage)
     return MicroBatch(rows, length, int(rows*data.supervised), images), accumulate
 
-# %% ../../nbs/39_train.budget.ipynb #97ab908d
+# %% ../../nbs/39_train.budget.ipynb #2c1d5898
 def sample_flops(
     model:nn.Module,  # On the meta device, after `annotate`
     stage:Stage,      # Says whether activations are computed twice
@@ -166,7 +166,7 @@ def sample_flops(
         rates['squares'] *= 4/3
     return sum(counts[k]*rate for k,rate in rates.items())
 
-# %% ../../nbs/39_train.budget.ipynb #7289960f
+# %% ../../nbs/39_train.budget.ipynb #494dc899
 MFU = dict(ddp=.40, zero1=.38, zero2=.36, zero3=.32, fsdp=.36)   # Fraction of the peak that is reached; assumed
 OFFLOAD = .4   # What remains of it when the optimizer works on the host; assumed
 CONTEXT = 1.0*2**30   # Bytes of CUDA itself, cuBLAS, NCCL: assumed
@@ -191,7 +191,7 @@ def mfu_of(
     reached = MFU[parallel.split('-')[0]]
     return reached*OFFLOAD if parallel.endswith('-offload') else reached
 
-# %% ../../nbs/39_train.budget.ipynb #7afb1710
+# %% ../../nbs/39_train.budget.ipynb #ec01840f
 @dataclass
 class StageBudget:
     "What one stage needs on some GPUs"
@@ -215,7 +215,7 @@ def n_steps(
     samples = data.samples*stage.share*stage.epochs
     return max(1, math.ceil(samples/stage.global_batch_size))
 
-# %% ../../nbs/39_train.budget.ipynb #d7e61e01
+# %% ../../nbs/39_train.budget.ipynb #ed2ed7a4
 def stage_budget(
     recipe:Recipe,            # Gives the model
     stage:Stage,              # Complete, as `recipe.stage` gives it
@@ -238,7 +238,7 @@ def stage_budget(
     fits = need(forecast) <= gpu.gib*2**30
     return StageBudget(stage.name, forecast, fits, batch, accumulate, steps, flops, hours, cost, data.source)
 
-# %% ../../nbs/39_train.budget.ipynb #4c454206
+# %% ../../nbs/39_train.budget.ipynb #eebac6bd
 def _stage_row(stage):
     "One row of a budget's table"
     batch = f'{stage.accumulate} x {stage.batch.rows} x {stage.batch.length}'
@@ -246,7 +246,7 @@ def _stage_row(stage):
                 steps=stage.steps, batch=batch, PFLOP=round(stage.flops/1e15, 1),
                 hours=round(stage.hours, 1), dollars=round(stage.cost))
 
-# %% ../../nbs/39_train.budget.ipynb #b699b8aa
+# %% ../../nbs/39_train.budget.ipynb #55375601
 def _heading(budget):
     "Which model on which GPUs"
     size = f"{budget.parameters/1e9:.2f} B parameters"
@@ -271,7 +271,7 @@ def _as_dict(budget):
         row['memory'].update(total=stage.memory.total, needed=need(stage.memory))
     return found
 
-# %% ../../nbs/39_train.budget.ipynb #6c28cedf
+# %% ../../nbs/39_train.budget.ipynb #13f23e1e
 def _ways(stage):
     "`(parallel, LLM mode or None)`, the least change first"
     ways = [(parallel, None) for parallel in ('zero2', 'zero3', 'zero2-offload', 'zero3-offload')]
@@ -293,7 +293,7 @@ def _advice(recipe, stage, gpus):
     return (f"{stage.name} does not fit; nor does any way known here: take more or larger GPUs, "
             f"fewer tokens (pack, max_length) or a smaller model")
 
-# %% ../../nbs/39_train.budget.ipynb #31411aab
+# %% ../../nbs/39_train.budget.ipynb #81ef0329
 @dataclass
 class Budget:
     "What a recipe needs on some GPUs"
@@ -316,7 +316,7 @@ class Budget:
     def _repr_html_(self) -> str: return _as_html(self)
     def to_dict(self) -> dict: return _as_dict(self)
 
-# %% ../../nbs/39_train.budget.ipynb #2c4139b6
+# %% ../../nbs/39_train.budget.ipynb #dfd79eb3
 def budget(
     recipe,                  # A `Recipe`, the name of one, or a JSON file
     gpus:str='1xA100-40G',   # How many of which
@@ -335,7 +335,7 @@ def budget(
     size = sum(p.numel() for p in recipe_model(recipe).parameters())
     return Budget(recipe.name, f'{count}x{name}', parallel, gpu.gib, size, found, advice)
 
-# %% ../../nbs/39_train.budget.ipynb #4530c0b3
+# %% ../../nbs/39_train.budget.ipynb #d957711a
 WAYS = 'full', 'lora', 'qlora'
 _COUNTS = (1, 'ddp'), *((n, parallel) for n in (2, 4, 8) for parallel in ('zero2', 'zero3'))
 
@@ -366,7 +366,7 @@ def gpus_needed(
         if None not in found.values(): break
     return found
 
-# %% ../../nbs/39_train.budget.ipynb #7dc52d73
+# %% ../../nbs/39_train.budget.ipynb #2b25689a
 _FIT = {1: '#4f9d69', 2: '#9cc57c', 4: '#f6c667', 8: '#f0a04b', None: '#dfe6ee'}
 
 def _draw_needs(ax, row, name, kinds):
@@ -391,7 +391,7 @@ def show_fit(
     for row,name in enumerate(names): _draw_needs(ax, row, name, kinds)
     ax.set(xlim=(0, len(kinds)), ylim=(len(names), 0))
     ax.set_xticks([column + .46 for column in range(len(kinds))], kinds, fontsize=6, rotation=30, ha='left')
-    ax.set_yticks([row + .43 for row in range(len(names))], names, fontsize=7)
+    ax.set_yticks([row + .43 for row in range(len(names))], names, fontsize=7, parse_math=False)
     ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     ax.spines[:].set_visible(False)
     return ax

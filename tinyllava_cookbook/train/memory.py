@@ -6,7 +6,7 @@
 __all__ = ['NF4', 'KINDS', 'states', 'readable', 'Memory', 'memory', 'LiveMemory', 'measured_peak', 'forecast_peak',
            'show_memory']
 
-# %% ../../nbs/38_train.memory.ipynb #013b36ac
+# %% ../../nbs/38_train.memory.ipynb #8138cc95
 import copy, math, weakref
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from .activations import (ElementBytes, MicroBatch, adapter_size, annotate, each
 from .recipes import PARTS, Stage
 from .trainer import PARALLEL, _float_weights, train_stage
 
-# %% ../../nbs/38_train.memory.ipynb #c0fe205a
+# %% ../../nbs/38_train.memory.ipynb #03576f1e
 NF4 = .5 + 1/64 + 4/(64*256)   # Bytes of a 4-bit weight: the number, a scale per 64, a scale of scales per 256
 _ADAM = dict(adamw_torch=8, adamw_torch_fused=8, adamw_bnb_8bit=2, adamw_8bit=2, paged_adamw_8bit=2, sgd=0)
 
@@ -47,7 +47,7 @@ def _weight_bytes(model, half):
         total += parameter.numel()*(NF4 if id(parameter) in four_bit else each)
     return total + (2 if half else 4)*sum(map(adapter_size, model.modules()))
 
-# %% ../../nbs/38_train.memory.ipynb #92f07a92
+# %% ../../nbs/38_train.memory.ipynb #89593bab
 _SHARDED = dict(zero1=('optimizer',), zero2=('optimizer', 'gradients'), zero3=('optimizer', 'gradients', 'weights'),
                 fsdp=('optimizer', 'gradients', 'weights'))
 
@@ -65,7 +65,7 @@ def _offload(found, kind, world):
     host = 1.5*world*sum(found[k] for k in moved)
     return found | dict.fromkeys([*moved, 'gradients'], 0.) | dict(host=host)
 
-# %% ../../nbs/38_train.memory.ipynb #d1de70b8
+# %% ../../nbs/38_train.memory.ipynb #ad6c57bd
 def states(
     model:nn.Module,      # On the meta device, after `annotate`
     stage:Stage,          # Gives the optimizer
@@ -87,7 +87,7 @@ def states(
     found['buckets'] = _bucket_bytes(model, kind, world, gradients)
     return _offload(found, kind, world) if parallel.endswith('-offload') else found
 
-# %% ../../nbs/38_train.memory.ipynb #4d501251
+# %% ../../nbs/38_train.memory.ipynb #912c4872
 KINDS = ('weights', 'gradients', 'optimizer', 'buckets', 'vision', 'connector', 'llm', 'logits', 'work', 'inputs')
 
 def readable(
@@ -112,7 +112,7 @@ class Memory:
         parts = ', '.join(f'{k} {readable(v)}' for k,v in self.parts.items() if v)
         return f"{readable(self.total)} at the {self.when}: {parts}"
 
-# %% ../../nbs/38_train.memory.ipynb #3b4f847d
+# %% ../../nbs/38_train.memory.ipynb #33e3f1f7
 def _moments(found, state, held, logits, head):
     "What is there, from the end of the forward pass to the end of the backward pass"
     saved = {part: sum(o.saved for o in found if o.part == part) for part in PARTS}
@@ -127,7 +127,7 @@ def _moments(found, state, held, logits, head):
             yield 'gradient of the output layer', dict(now, gradients=gradients, logits=logits/3, work=head)
     yield 'end of the backward pass', dict(saved, gradients=gradients, work=head)
 
-# %% ../../nbs/38_train.memory.ipynb #caf5a64b
+# %% ../../nbs/38_train.memory.ipynb #b98a888b
 @dataclass
 class _Step:
     "Everything that decides the memory of a step"
@@ -160,7 +160,7 @@ def _vision_work(step):
         needs.append(step.batch.images*n_patches(config, 'cls_patch')*per_patch)
     return max(needs)
 
-# %% ../../nbs/38_train.memory.ipynb #1db647e8
+# %% ../../nbs/38_train.memory.ipynb #4c9d6373
 def _candidates(step, state):
     "`(moment, bytes by kind)` of every moment that may be the worst"
     found = segments(step.model, step.batch, step.each, step.checkpoint)
@@ -176,7 +176,7 @@ def _candidates(step, state):
         moments.append(('forward pass of the vision', dict(gradients=gradients, work=_vision_work(step))))
     return moments
 
-# %% ../../nbs/38_train.memory.ipynb #50ef2d2e
+# %% ../../nbs/38_train.memory.ipynb #7af569b2
 def memory(
     model:nn.Module,                   # On the meta device, after `annotate`
     stage:Stage,                       # Gives checkpointing and the optimizer
@@ -196,7 +196,7 @@ def memory(
     fixed['inputs'] = batch.images*pixels + 32*batch.positions
     return Memory({k: (fixed | now).get(k, 0.) for k in KINDS}, when, state['host'])
 
-# %% ../../nbs/38_train.memory.ipynb #666b1055
+# %% ../../nbs/38_train.memory.ipynb #a161dd30
 class LiveMemory(TorchDispatchMode):
     "Counts the bytes of tensors that are alive, and the most there ever were"
     def __init__(self,
@@ -226,7 +226,7 @@ class LiveMemory(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor): self._note(leaf)
         return out
 
-# %% ../../nbs/38_train.memory.ipynb #f0804856
+# %% ../../nbs/38_train.memory.ipynb #4be0f83d
 def _run_measured(run, model, device):
     "What `run()` returns, and the bytes it held at most"
     if device == 'cpu':
@@ -254,7 +254,7 @@ def measured_peak(
     finally: hook.remove()
     return dict(bytes=peak, batches=batches, result=result)
 
-# %% ../../nbs/38_train.memory.ipynb #78895a0d
+# %% ../../nbs/38_train.memory.ipynb #43eb3868
 def forecast_peak(
     config,               # Of the model
     stage:Stage,          # What to train, and how
@@ -268,7 +268,7 @@ def forecast_peak(
     forecasts = [memory(model, stage, batch, each, accumulate) for batch in batches]
     return max(forecasts, key=lambda forecast: forecast.total)
 
-# %% ../../nbs/38_train.memory.ipynb #b5ef6d03
+# %% ../../nbs/38_train.memory.ipynb #081f46c0
 _COLORS = dict(weights='#1f4e8c', gradients='#e4572e', optimizer='#7d8fa9', buckets='#b9c4d0', vision='#f6c667',
                connector='#e8a33d', llm='#7fc3a1', logits='#a99bd1', work='#dfe6ee', inputs='#333333')
 
@@ -295,6 +295,7 @@ def show_memory(
     for name,measured in (marks or {}).items(): ax.plot(measured/unit, name, 'k|', ms=10)
     if limit: ax.axvline(limit/unit, color='k', ls=':')
     ax.invert_yaxis()
+    ax.set_yticks(range(len(rows)), list(rows), parse_math=False)   # a name may hold dollars
     ax.tick_params(labelsize=7)
     ax.set_xlabel('GiB' if unit == 2**30 else 'MiB', fontsize=8)
     ax.legend(fontsize=6, ncol=5, loc='lower center', bbox_to_anchor=(.4, 1), frameon=False,

@@ -229,6 +229,6 @@ def read_remote(
 ) -> bytes:                  # What it holds
     "The bytes of an address or data URL, where that is allowed"
     if not remote_allowed(remote):
-        raise PermissionError(f"{short(url)} is not a file, and remote images are not allowed; download it, pass remote=True, "
-                              "or set TINYLLAVA_REMOTE_IMAGES=1 for a whole run")
+        raise PermissionError(f"{short(url)} is not a file, and remote images are not allowed; download it, "
+                              "pass remote=True, or set TINYLLAVA_REMOTE_IMAGES=1 for a whole run")
     return read_data_url(url) if url[:5].lower() == 'data:' else fetch(url, timeout)

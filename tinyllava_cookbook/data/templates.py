@@ -22,10 +22,12 @@ ROLES = dict(human='user', user='user', gpt='assistant', assistant='assistant', 
 def _plain(text, where:str) -> str:
     "`text`, if it is a string that can be written as UTF-8"
     if not isinstance(text, str):
-        raise ValueError(f"{where} has no text, but {type(text).__name__} {repr(text)[:60]}; give it a string or leave it out")
+        said = f'{type(text).__name__} {repr(text)[:60]}'
+        raise ValueError(f"{where} has no text, but {said}; give it a string or leave it out")
     try: text.encode()
     except UnicodeEncodeError as e:
-        raise ValueError(f"{where} holds a lone surrogate, {text[e.start]!r} at character {e.start}, which is no text") from None
+        why = f"{text[e.start]!r} at character {e.start}, which is no text"
+        raise ValueError(f"{where} holds a lone surrogate, {why}") from None
     return text
 
 def _text(content, where:str) -> str:
@@ -39,14 +41,15 @@ def _text(content, where:str) -> str:
         else: raise ValueError(f"{where} holds {repr(p)[:60]}; choose from {{'type': 'text'}} and {{'type': 'image'}}")
     return '\n'.join(out)
 
+# %% ../../nbs/11_data.templates.ipynb #b6ac218f
 def _either(message:dict, a:str, b:str, where:str):
     "The value of the key `a` or `b`; `None` counts as absent, and two that differ are an error"
     found = [message[k] for k in (a, b) if message.get(k) is not None]
     if len(found) == 2 and found[0] != found[1]:
-        raise ValueError(f"{where} has {a!r} {repr(found[0])[:40]} and {b!r} {repr(found[1])[:40]}; one of them is enough")
+        first, second = (repr(o)[:40] for o in found)
+        raise ValueError(f"{where} has {a!r} {first} and {b!r} {second}; one of them is enough")
     return found[0] if found else None
 
-# %% ../../nbs/11_data.templates.ipynb #fcc6e0a4
 def _role(message:dict, where:str) -> str:
     "The role of a message, by its name"
     both = {k: ROLES.get(v, v) if isinstance(v, str) else v for k, v in message.items() if k in ('role', 'from')}
@@ -62,7 +65,8 @@ def read_messages(
         raise ValueError(f"a conversation is a list of at least one message, not {repr(conversation)[:60]}")
     out = []
     for i, m in enumerate(conversation):
-        if not isinstance(m, dict): raise ValueError(f"message {i} is {repr(m)[:60]}, not a dict with 'role' and 'content'")
+        if not isinstance(m, dict):
+            raise ValueError(f"message {i} is {repr(m)[:60]}, not a dict with 'role' and 'content'")
         role = _role(m, f'message {i}')
         where = f"message {i} ({m.get('role') or m.get('from')})"
         out.append(dict(role=role, content=_text(_either(m, 'content', 'value', where), where)))
@@ -81,7 +85,7 @@ def _images_apart(text:str, kind:str='text') -> list[Part]:
     return [p for s in text.split(IMAGE_TOKEN) for p in (Part(s, kind=kind), mark)][:-1]
 
 def _user_parts(content:str) -> list[Part]:
-    "The images and words of a user's turn, a lone image in front; what is left around it stays words, whatever it joins to"
+    "The images and words of a user's turn, a lone image in front; what is left around it stays words"
     pieces = content.split(IMAGE_TOKEN)
     if len(pieces) != 2: return _images_apart(content)
     words = ''.join(pieces).strip()
@@ -151,7 +155,7 @@ class ChatTemplate(_Rendering):
     system:str = '{}'       # Format of a system message
     default:str = ''        # System message of a conversation that brings none
     images_only:bool = False  # Of user turns keep the images alone, and no system message
-    vocabulary:tuple[str, ...] = ()  # Added tokens that samples may write, such as '<box>'; of all others words stay words
+    vocabulary:tuple[str, ...] = ()  # Added tokens that samples may write, such as '<box>'
 
     def parts(self,
         messages:list[dict],  # A conversation in any form of `read_messages`
@@ -267,7 +271,8 @@ def _encode(tokenizer, text:str) -> tuple[list[int], Spans]:
     if isinstance(tokenizer, Tokenizer):
         enc = tokenizer.encode(text, add_special_tokens=False)
         return enc.ids, enc.offsets
-    enc = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=False, verbose=False)
+    enc = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=False,
+                    verbose=False)
     return enc['input_ids'], enc['offset_mapping']
 
 def _ids(tokenizer, text:str, extra:str='') -> tuple[list[int], Spans]:

@@ -17,6 +17,9 @@ KINDS = 'ok', 'named', 'SILENT', 'TRACEBACK', 'HANG'
 FAILURES = KINDS[2:]
 TARGETS = {}
 
+class Refused(Exception):
+    "Refused in a way that is right, where that is no exception: an exit code and one line"
+
 class Silent(Exception):
     "Accepted, although the oracle knows better"
 
@@ -505,29 +508,45 @@ class Commands:
                            'micro', 'llava_v15', 'pretrain', 'finetune.lr=1e999', f'finetune.global_batch_size={10**12}', 'finetune.max_length=-1', 'pretrain.tune.llm=lora',
                            'micro:llm=', 'micro:x=y', 'a=b', 'pope', 'mmvet', '8xA100-40G', '0xH100', '-1xA100-40G', '99999999999xA100-40G'])
 
-    SAFE = dict(train=['--dry-run'], quickstart=['--no-such-option'], bake=['--only', 'nothing'])   # nothing is trained here
+    SAFE = dict(train=['--dry-run'], quickstart=['--no-such-option'], bake=['--only', 'nothing'], bench=['--n', '1'])   # nothing is trained here
+    BAD = '-h', '--help', '--debug', '--push', '--public', '--bake', '--workers'   # help ends at once; others take long or send
+
+    def value(self, rng, action):
+        "Mostly what an argument takes, so that the command itself is reached; else something hostile"
+        if action.choices and rng.random() < .85: return str(rng.choice(list(action.choices)))
+        if action.type is not None and rng.random() < .6: return rng.choice(['1', '2', '7', '.5', '1e400', '-1', 'nan'])
+        if action.metavar == 'RECIPE' and rng.random() < .7: return rng.choice(['micro', 'llava_v15', 'tinyllava_lora', str(self.folder/'text.json')])
+        if action.metavar == 'BENCH' and rng.random() < .7: return rng.choice(['pope', 'gqa', 'mmvet', 'mmbench'])
+        if action.metavar == 'JOB' and rng.random() < .8: return rng.choice(['pretrain', 'sweep', 'pipeline', 'evaluate'])
+        if action.metavar == 'PATH=VALUE' and rng.random() < .8: return rng.choice(['pretrain.lr', 'finetune.max_length', 'seed', 'name', 'finetune.tune.llm', 'model.x', 'llm', 'finetune.trainer.y']) + '=' + self.word(rng)
+        if action.metavar == 'NAME=VALUE' and rng.random() < .8: return rng.choice(['DATA', 'OUT', 'RECIPE', 'split', 'partial']) + '=' + self.word(rng)
+        return self.word(rng)
+
     def case(self, rng):
-        name = rng.choice([n for n in self.cli.commands.names() if n != 'push'])
-        given = []
-        sub = next(a for a in self.cli.parser()._actions if getattr(a, 'choices', None) and 'train' in a.choices).choices[name]
-        options = [o for a in sub._actions for o in a.option_strings if o not in ('--debug', '--push', '--public', '--bake', '--workers', '--n')]
-        for a in sub._actions:
-            if not a.option_strings and rng.random() < .9: given.append(self.word(rng))
-        for o in rng.sample(options, min(len(options), rng.randint(0, 4))): given += [o, self.word(rng)] if rng.random() < .8 else [o]
-        argv = [name, *given, *self.SAFE.get(name, [])]
-        argv = [o.replace('\0', '') if rng.random() < .9 else o for o in argv]
+        name = rng.choice(self.cli.commands.names())
+        actions = next(a for a in self.cli.parser()._actions if getattr(a, 'choices', None) and 'train' in a.choices).choices[name]._actions
+        words = [self.value(rng, a) for a in actions if not a.option_strings and (a.nargs not in ('*', '?') or rng.random() < .3) and rng.random() < .98]
+        options = [a for a in actions if a.option_strings and a.option_strings[0] not in self.BAD]
+        some = rng.sample(options, min(len(options), rng.randint(0, 3)))
+        for a in options:
+            if a not in some and not (a.required and rng.random() < .95): continue
+            takes = 0 if a.nargs == 0 else a.nargs if isinstance(a.nargs, int) else 1
+            words += [rng.choice(a.option_strings)] + [self.value(rng, a) for _ in range(takes)]
+        words += self.SAFE.get(name, [])
+        argv = [name, *(o.replace('\0', '') if rng.random() < .9 else o for o in words)]
         return f'{argv}', lambda: self.run(argv)
 
     def run(self, argv):
         out,err,here = io.StringIO(), io.StringIO(), os.getcwd()
         work = self.folder/'work'
-        work.mkdir(exist_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
         os.chdir(work)
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), unread():
                 try: code = self.cli.main(argv)
                 except SystemExit as e: code = e.code
-        finally: os.chdir(here); shutil.rmtree(work, ignore_errors=True)
+        finally: os.chdir(here)
         said = err.getvalue()
         need(isinstance(code, int) and 0 <= code < 128, f'exit code {code!r}')
         last = ([''] + said.strip().split('\n'))[-1]
@@ -535,6 +554,7 @@ class Commands:
             if code == 1 and not last.startswith('tinyllava ') and not out.getvalue().strip(): raise AssertionError(f'exit code {code} without a word: {said[-300:]!r}')
             if 'Traceback' in said or re.match(r'tinyllava [\w-]+: \w*(Error|Exception|Interrupt)\b:', last): raise AssertionError(last)
         need(not (work/'ran').exists(), 'a word was run')
+        if code: raise Refused(last)
 
 @contextlib.contextmanager
 def unread():
@@ -572,6 +592,7 @@ def outcome(run):
     "How one case ends, and why"
     try: run()
     except Silent as e: return 'SILENT', str(e)
+    except Refused as e: return 'named', str(e)
     except Exception as e:
         said = f'{type(e).__name__}: {e}'
         return ('named' if on_purpose(e) else 'TRACEBACK'), said

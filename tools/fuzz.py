@@ -634,13 +634,13 @@ def cpu_seconds(pid):
 
 class Runner:
     "A worker process that is replaced when it dies or hangs"
-    def __init__(self, seed, limit): self.seed,self.limit,self.process,self.folder = seed,limit,None,None
+    def __init__(self, seed, limit): self.seed,self.limit,self.process,self.folder,self.known = seed,limit,None,None,set()
     def start(self):
         self.folder = Path(tempfile.mkdtemp(prefix='fuzz'))
         words = [sys.executable, __file__, '--seed', str(self.seed), '--worker', str(self.folder)]
         env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]), OMP_NUM_THREADS='1')
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, start_new_session=True, bufsize=0)
-        self.come,self.known = b'', set()
+        self.come = b''
     def stop(self):
         if self.process is None: return
         with contextlib.suppress(ProcessLookupError): os.killpg(self.process.pid, signal.SIGKILL)   # it may be dead

@@ -17,11 +17,17 @@ from transformers import PreTrainedModel
 
 from tinyllava_cookbook.model.adapters import (adapted, add_adapters, is_quantized, n_weights, need_bitsandbytes,
     plain_name, quantize)
-from ..model.vlm import _blank, image_features
+from ..model.connectors import blank_image, image_features
 from .recipes import ADAPTERS, PARTS, Stage, Table, Tune
 
 # %% ../../nbs/31_train.tuning.ipynb #527d10d3
-_prefix = dict(vision='vision_tower', connector='connector', llm='language_model')  # part -> submodule of the model
+_prefix = dict(vision='model.vision_tower', connector='model.connector', llm='model.language_model')  # part -> submodule
+_beside = dict(llm=['lm_head'])                                                 # modules that belong to a part, too
+
+def _named(model, part):
+    "Name and parameter of all that belongs to a part"
+    at = tuple(f'{o}.' for o in [_prefix[part], *_beside.get(part, [])])
+    return {n:p for n,p in model.named_parameters() if n.startswith(at)}
 
 class _Images(nn.Module):
     "The part of a model that images pass through, alone"
@@ -51,9 +57,9 @@ def _reach(model):
     with torch.enable_grad(), ExitStack() as stack:
         for m in filter(is_quantized, probe.modules()):
             stack.enter_context(patch.object(m, 'forward', lambda x, m=m: F.linear(x, m.weight, m.bias)))
-        out = functional_call(probe, fake, _blank(model))
+        out = functional_call(probe, fake, blank_image(model))
         grads = torch.autograd.grad(out.sum(), [fake[n] for n in names], allow_unused=True)
-    return {n for n,_ in model.named_parameters()} - {n for n,g in zip(names, grads) if g is None}
+    return {n for n,_ in model.named_parameters()} - {f'model.{n}' for n,g in zip(names, grads) if g is None}
 
 # %% ../../nbs/31_train.tuning.ipynb #42c7bb12
 def _towers(module):
@@ -84,7 +90,7 @@ def _from_block(module, first, live, part):
 def _linears(model, part, targets, live):
     "Full names of the linear layers of a part that an adapter goes beside"
     head,at = model.get_output_embeddings(), _prefix[part]
-    names = [f'{at}.{n}' if n else at for n,m in getattr(model, at).named_modules()
+    names = [f'{at}.{n}' if n else at for n,m in model.get_submodule(at).named_modules()
              if type(m) is nn.Linear and m is not head and f'{at}.{n}.weight'.replace('..', '.') in live]
     if not names: raise ValueError(f"{part} has no linear layers to adapt; tune it 'full' or 'frozen'")
     fits = lambda n,t: f'.{n}'.endswith(f'.{t}')
@@ -101,10 +107,11 @@ def learnable(
 ) -> set[str]:  # Full parameter names
     "Names of the parameters of one part that `tune` changes, by itself or by an adapter that is merged"
     if tune.mode == 'frozen': return set()
-    module,live = getattr(model, _prefix[part]), reachable(model)
+    module,live = model.get_submodule(_prefix[part]), reachable(model)
     if tune.mode in ADAPTERS: return {f'{n}.weight' for n in _linears(model, part, tune.targets, live)}
-    if tune.mode == 'partial': return set(_from_block(module, tune.from_layer, live, part)) & live
-    return {f'{_prefix[part]}.{n}' for n,_ in module.named_parameters()} & live
+    if tune.mode == 'full': return set(_named(model, part)) & live
+    after = [n for o in _beside.get(part, []) for n in _named(model, part) if n.startswith(f'{o}.')]
+    return {*_from_block(module, tune.from_layer, live, part), *after} & live
 
 # %% ../../nbs/31_train.tuning.ipynb #037bfcc9
 def tune_table(
@@ -121,7 +128,7 @@ def tune_table(
     for o in PARTS:
         t = stage and stage.tune[o]
         kw = dict(mode=t.mode, lr=None if t.mode == 'frozen' else t.lr or stage.lr) if stage else {}
-        rows.append(row(o, list(getattr(model, _prefix[o]).parameters()), **kw))
+        rows.append(row(o, list(_named(model, o).values()), **kw))
     return Table([*rows, row('all', list(model.parameters()), **dict.fromkeys(('mode', 'lr') if stage else ()))])
 
 def apply_tune(
@@ -171,7 +178,7 @@ def param_groups(
     "Trainable parameters by part and by whether they are decayed"
     groups = []
     for part,t in stage.tune.items():
-        learn = [p for p in getattr(model, _prefix[part]).parameters() if p.requires_grad]
+        learn = [p for p in _named(model, part).values() if p.requires_grad]
         for matrix,name in (True, part), (False, f'{part} (no decay)'):
             groups.append(dict(name=name, params=[p for p in learn if (p.ndim > 1) == matrix], lr=t.lr or stage.lr,
                                weight_decay=stage.weight_decay if matrix else 0.))
@@ -179,17 +186,19 @@ def param_groups(
     return muon_groups(groups, model) if stage.optimizer == 'muon' else groups
 
 # %% ../../nbs/31_train.tuning.ipynb #55cacdbb
-def _boxes(module):
-    "Parameters of `module` by block of each tower: in, 0, 1, ..., out"
-    boxes = []
+def _boxes(model, part):
+    "Names and parameters of a part by block of each tower: in, 0, 1, ..., out"
+    boxes,module = [],model.get_submodule(_prefix[part])
     for tower in _towers(module):
-        inside = module.get_submodule(tower)
+        inside,start = module.get_submodule(tower), f'{_prefix[part]}.{tower}.' if tower else f'{_prefix[part]}.'
         (at,n),out = _blocks(inside),{}
         for name,p in inside.named_parameters():
             if n and name.startswith(f'{at}.'): key = name[len(at)+1:].split('.')[0]
             else: key = 'all' if not n else 'out' if '0' in out else 'in'
-            out.setdefault(key, []).append((f'{tower}.{name}' if tower else name, p))
+            out.setdefault(key, []).append((start + name, p))
         boxes += out.items()
+    known = {n for _,ps in boxes for n,_ in ps}
+    boxes[-1][1].extend((n,p) for n,p in _named(model, part).items() if n not in known)   # the output head
     return boxes
 
 def _color(ps):
@@ -206,13 +215,12 @@ def show_tune(
     if ax is None: _,ax = plt.subplots(figsize=(4, 1.8), dpi=72)
     live = reachable(model)
     for y,part in enumerate(PARTS):
-        module = getattr(model, _prefix[part])
-        for x,(key,ps) in enumerate(_boxes(module)):
-            alive = any(f'{_prefix[part]}.{n}' in live for n,_ in ps)
+        for x,(key,ps) in enumerate(_boxes(model, part)):
+            alive = any(n in live for n,_ in ps)
             color = _color(ps) if alive else 'white'
             ax.add_patch(plt.Rectangle((x, y), .92, .8, fc=color, ec='#9aa7b5', hatch='' if alive else '////', lw=.8))
             ax.text(x+.46, y+.4, key, ha='center', va='center', fontsize=8)
-    ax.set(xlim=(0, 1 + max(len(_boxes(getattr(model, o))) for o in _prefix.values())), ylim=(len(PARTS), -.1))
+    ax.set(xlim=(0, 1 + max(len(_boxes(model, o)) for o in PARTS)), ylim=(len(PARTS), -.1))
     ax.set_yticks([y+.4 for y in range(len(PARTS))], PARTS)
     ax.set(xticks=[], title='red learns, green by adapter, hatched: cannot'); ax.spines[:].set_visible(False)
     return ax

@@ -371,9 +371,12 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         self.register_load_state_dict_pre_hook(_rename_flat)
         self.post_init()
 
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, kwargs):
+        if kwargs.get('pixel_values') is not None: return super()._prepare_multimodal_encoder_kwargs_for_generation(kwargs)
+        return {k: v for k,v in kwargs.items() if k not in ('pixel_values', 'image_sizes')}   # given as `None`
+
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        if kwargs.get('pixel_values') is not None:   # encoded first: a row is repeated with all its images
-            kwargs = self._prepare_multimodal_encoder_kwargs_for_generation(kwargs)
+        kwargs = self._prepare_multimodal_encoder_kwargs_for_generation(kwargs)   # a row is repeated with all its images
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
 
     @property

@@ -434,7 +434,8 @@ class _Evaluated(Trainer):
             mine = range(i, min(i + size, len(ds)))   # nothing left for this process: it computes along, uncounted
             batch = self._prepare_inputs(self.data_collator([ds[j] for j in mine or [0]]))
             n = (batch['labels'][:, 1:] >= 0).sum()
-            with torch.no_grad(): sums += torch.stack([model(**batch, return_logits=False).loss.float()*n, n])*bool(mine)
+            with torch.no_grad(): loss = model(**batch, return_logits=False).loss
+            sums += torch.stack([loss.float()*n, n])*bool(mine)
         if a.world_size > 1: dist.all_reduce(sums)
         metrics = {f'{metric_key_prefix}_loss': float(sums[0]/sums[1])}
         self.log(metrics)

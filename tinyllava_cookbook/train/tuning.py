@@ -78,7 +78,8 @@ def _from_block(module, first, live, part):
     "Names from block `first` to the end of each tower, in the order of the modules"
     got = []
     for tower in _towers(module):
-        inside,at = module.get_submodule(tower), f'{PART_MODULES[part][0]}.{tower}.' if tower else f'{PART_MODULES[part][0]}.'
+        root = PART_MODULES[part][0]
+        inside,at = module.get_submodule(tower), f'{root}.{tower}.' if tower else f'{root}.'
         names,(layers,n) = [n for n,_ in inside.named_parameters()], _blocks(inside)
         if not n: raise ValueError(f"{part} {type(inside).__name__} has no numbered layers; tune it 'full' or 'frozen'")
         deep = [i for i in range(n) if any(f'{at}{o}' in live for o in names if o.startswith(f'{layers}.{i}.'))]
@@ -189,9 +190,10 @@ def param_groups(
 # %% ../../nbs/31_train.tuning.ipynb #55cacdbb
 def _boxes(model, part):
     "Names and parameters of a part by block of each tower: in, 0, 1, ..., out"
-    boxes,module = [],model.get_submodule(PART_MODULES[part][0])
+    boxes,root = [],PART_MODULES[part][0]
+    module = model.get_submodule(root)
     for tower in _towers(module):
-        inside,start = module.get_submodule(tower), f'{PART_MODULES[part][0]}.{tower}.' if tower else f'{PART_MODULES[part][0]}.'
+        inside,start = module.get_submodule(tower), f'{root}.{tower}.' if tower else f'{root}.'
         (at,n),out = _blocks(inside),{}
         for name,p in inside.named_parameters():
             if n and name.startswith(f'{at}.'): key = name[len(at)+1:].split('.')[0]

@@ -154,7 +154,8 @@ figure{padding:.6rem;border:1px solid #8886;border-radius:.4rem} .wrong{border-c
 _REPORT = """<h1>{{ name }}: {{ '%.1f' % (100*accuracy.overall) }}% of {{ accuracy.questions }} held-out questions</h1>
 <p>95 % interval {{ '%.1f' % (100*accuracy.ci[0]) }}% to {{ '%.1f' % (100*accuracy.ci[1]) }}%;
 blind {{ '%.1f' % (100*blind_accuracy) }}%; POPE F1 {{ '%.3f' % pope_f1 }}; seed {{ seed }}.<br>
-{% for phase, time in seconds.items() %}{{ phase }} {{ '%.0f' % time }} s{{ '.' if loop.last else ', ' }}{% endfor %}</p>
+{% for phase, time in seconds.items() %}{{ phase }} {{ '%.0f' % time }} s{{ '.' if loop.last else ', ' }}
+{% endfor %}</p>
 <h2>Scores</h2>
 <table><tr><th>question</th><th>exact match</th><th></th><th>blind</th></tr>
 {% for kind, right, blind in rows %}

@@ -143,7 +143,7 @@ class VLMPreTrainedModel(PreTrainedModel):
         c,v,t = config, config.vision_config, config.text_config
         n_layers(v, c.vision_feature_layer)   # a wrong layer fails here, not in the first step
         self.vision_tower,self.connector = build_vision(v), _connector(c)
-        self.language_model = AutoModelForCausalLM.from_config(t)
+        self.language_model = AutoModelForCausalLM.from_config(t, trust_remote_code=False)
         _settle(c, self.connector)
         self.post_init()
 

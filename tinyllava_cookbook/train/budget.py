@@ -24,7 +24,8 @@ from transformers import AutoConfig
 from ..core import Registry, UnknownName, quiet
 from ..data.datasets import read_sample
 from ..ingredients import ingredient
-from ..model.vision import MoFConfig, _two, input_size, n_layers, n_patches
+from ..model.vision import MoFConfig, input_size, n_layers, n_patches, tower_paths
+from ..trust import read_config
 from ..model.vlm import LOGITS_AT_ONCE, VLMConfig, VLMForConditionalGeneration
 from .recipes import ADAPTERS, PARTS, Recipe, Stage, Table, batch_sizes, recipe_names
 from .recipes import recipe as find_recipe
@@ -100,7 +101,7 @@ _same = {'lmsys/vicuna-7b-v1.3': 'lmsys/vicuna-7b-v1.5', 'lmsys/vicuna-13b-v1.3'
 def _from_hub(name):
     "A configuration from the Hub, or an error that says what else there is"
     try:
-        with quiet(): return AutoConfig.from_pretrained(name)
+        return read_config(name)
     except (OSError, ValueError) as e:
         raise UnknownName(f"no architecture {name!r}: not among {architectures.names()}, and the Hub does not give it "
                           f"({type(e).__name__}); give a folder with its config.json") from None
@@ -110,7 +111,7 @@ def part_config(
     **kwargs,  # For two towers: `mix`
 ):             # A `transformers` configuration
     "The shape of a component; of a whole CLIP or SigLIP, the vision half; of 'one + other', two towers"
-    if len(two := _two(name)) == 2:
+    if len(two := tower_paths(name)) == 2:
         return MoFConfig(first_config=part_config(two[0]), second_config=part_config(two[1]), **kwargs)
     name = _same.get(str(name), str(name))
     if re.sub('-Chat$|-Instruct$', '', name) in architectures: name = re.sub('-Chat$|-Instruct$', '', name)

@@ -1,15 +1,22 @@
 "What every test starts from: no network, one thread, fixed seeds."
 import os, random, sys
+from collections import Counter
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+LARGER, COMPACT = ROOT.parent/'shared', ROOT/'tests/reference'
 for k,v in dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', TOKENIZERS_PARALLELISM='false', MPLBACKEND='agg',
                 OMP_NUM_THREADS='1', DS_ACCELERATOR='cpu').items(): os.environ.setdefault(k, v)
 
 def pytest_configure(config):
     "Describe the marker of tests that take long"
-    config.addinivalue_line('markers', 'slow: takes more than 20 seconds')
+    config.addinivalue_line('markers', 'slow: takes more than 5 seconds of a processor; `make check` leaves it out')
+
+def pytest_collection_modifyitems(items):
+    "Files with slow tests first: each worker takes a whole file, and at the end there should be short ones left to take"
+    slow = Counter(item.path for item in items if item.get_closest_marker('slow'))
+    items.sort(key=lambda item: -slow[item.path])
 
 @pytest.fixture(scope='session')
 def root():
@@ -19,9 +26,17 @@ def root():
 @pytest.fixture(scope='session')
 def shared():
     "Folder `shared` beside the checkout: reference answers and photographs too large or not ours to commit"
-    path = ROOT.parent/'shared'
-    if not path.is_dir(): pytest.skip('no folder `shared` beside the checkout: its reference files are needed here')
-    return path
+    if not LARGER.is_dir(): pytest.skip('no folder `shared` beside the checkout: its reference files are needed here')
+    return LARGER
+
+def references():
+    "Folder with `goldens`: the larger set where it is beside the checkout, else the compact one, as with REFERENCE=compact"
+    return LARGER if LARGER.is_dir() and os.environ.get('REFERENCE') != 'compact' else COMPACT
+
+@pytest.fixture(scope='session')
+def reference():
+    "Folder with `goldens`, wherever the project was cloned; what only the larger set has is for a test to skip"
+    return references()
 
 @pytest.fixture(autouse=True)
 def seeds():

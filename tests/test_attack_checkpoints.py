@@ -217,12 +217,12 @@ def test_an_image_token_that_is_another_word(good, tmp_path):
 @pytest.mark.parametrize('file,keys,values,words', [
     ('processor_config.json', (), dict(image_seq_length=3), 'image_seq_length is 16 to the model'),
     ('processor_config.json', ('image_processor',), dict(crop_size=dict(height=64, width=64)), 'size of images is .32, 32. to the model'),
-    ('processor_config.json', ('image_processor',), dict(image_std=[0., 1., 1.]), 'image_std = 0.0 is not above 0'),
-    ('processor_config.json', ('image_processor',), dict(image_mean=[math.nan]*3), 'image_mean = nan is not finite'),
-    ('processor_config.json', ('image_processor',), dict(crop_size=dict(height=10**9, width=10**9)), 'height = 1000000000 is not'),
+    ('processor_config.json', ('image_processor',), dict(image_std=[0., 1., 1.]), 'image_std is 0.0; it must be above 0'),
+    ('processor_config.json', ('image_processor',), dict(image_mean=[math.nan]*3), 'image_mean is nan; it must be finite'),
+    ('processor_config.json', ('image_processor',), dict(crop_size=dict(height=10**9, width=10**9)), 'height is 1000000000; it must be'),
     ('generation_config.json', (), dict(eos_token_id=10**6), 'generation_config.json ends at token 1000000'),
     ('generation_config.json', (), dict(eos_token_id=[1, -5]), 'generation_config.json ends at token -5'),
-    ('generation_config.json', (), dict(temperature=math.nan), 'temperature = nan is not finite')])
+    ('generation_config.json', (), dict(temperature=math.nan), 'temperature is nan; it must be finite')])
 def test_halves_that_do_not_belong_together(good, tmp_path, file, keys, values, words):
     d = copy_of(good['ours'], tmp_path/'d')
     fields(d, file, *keys, **values)

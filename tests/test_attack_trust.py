@@ -237,10 +237,10 @@ def test_kernels_of_the_hub_are_code(good, tmp_path, field):
     for keys in (), ('text_config',), ('vision_config',):
         d = shutil.copytree(good['ours'], tmp_path/f'd{len(keys)}', dirs_exist_ok=True)
         change(d/'config.json', *keys, **{field: 'somebody/kernel'})
-        with pytest.raises(ValueError, match='names code on the Hub'): load(d, 'cpu')
+        with pytest.raises(ValueError, match='must not name code on the Hub'): load(d, 'cpu')
     r = Recipe('r', str(good['clip']), str(good['llama']), stages=[Stage('s', max_steps=1)], model=dict(attn_implementation='a/b'))
     talk = [dict(role='user', content='a'), dict(role='assistant', content='b')]
-    with pytest.raises(ValueError, match='names code on the Hub'):
+    with pytest.raises(ValueError, match='must not name code on the Hub'):
         train_recipe(r, tmp_path/'run', data=dict(s=[dict(id='0', messages=talk)]), device='cpu', progress=False)
 
 def test_read_weights_of_a_part(good, tmp_path):

@@ -296,9 +296,9 @@ def adapter(path, config=(), change=lambda w: None, r=2):
 
 A,B = (f'base_model.model.layers.0.fc.lora_{o}.weight' for o in 'AB')
 ADAPTERS = [
-    (dict(lora_alpha=math.nan), None, 'lora_alpha = nan'), (dict(lora_alpha=math.inf), None, 'lora_alpha = inf'), (dict(lora_alpha='4'), None, "lora_alpha = '4'"),
-    (dict(lora_alpha=None), None, 'lora_alpha = None'), (dict(lora_alpha=0), None, 'lora_alpha = 0'), (dict(lora_alpha=True), None, 'lora_alpha = True'),
-    (dict(r=0), None, 'r = 0'), (dict(r=-2), None, 'r = -2'), (dict(r=4), None, 'r = 4 wants'), (dict(r=2.), None, 'r = 2.0'), (dict(r=None), None, 'r = None'),
+    (dict(lora_alpha=math.nan), None, 'lora_alpha is nan'), (dict(lora_alpha=math.inf), None, 'lora_alpha is inf'), (dict(lora_alpha='4'), None, "lora_alpha is '4'"),
+    (dict(lora_alpha=None), None, 'lora_alpha is None'), (dict(lora_alpha=0), None, 'lora_alpha is 0'), (dict(lora_alpha=True), None, 'lora_alpha is True'),
+    (dict(r=0), None, 'r is 0'), (dict(r=-2), None, 'r is -2'), (dict(r=4), None, 'r = 4 wants'), (dict(r=2.), None, 'r is 2.0'), (dict(r=None), None, 'r is None'),
     ({}, lambda w: w.update({B: torch.ones(1, 2)}), r'for layers.0.fc.weight of \[1, 6\], but that is \[4, 6\]'),          # would broadcast
     ({}, lambda w: w.update({A: torch.ones(2, 1)}), r'for layers.0.fc.weight of \[4, 1\], but that is \[4, 6\]'),
     ({}, lambda w: w.update({A: torch.ones(6), B: torch.ones(4, 6)}), 'wants'), ({}, lambda w: w.update({A: torch.ones(3, 6), B: torch.ones(4, 3)}), 'r = 2 wants'),

@@ -218,9 +218,9 @@ def _scale(cfg, path):
     if odd := [o for o in _NO_LORA if cfg.get(o)]:
         raise ValueError(f"{str(path)!r}: an adapter with {', '.join(odd)} cannot be merged here; merge it with peft")
     r,alpha = cfg.get('r'), cfg.get('lora_alpha')
-    if type(r) is not int or r < 1: raise ValueError(f"{str(path)!r}: r = {r!r} is not a whole number above 0")
+    if type(r) is not int or r < 1: raise ValueError(f"{str(path)!r}: r is {r!r}; it must be a whole number above 0")
     if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-        raise ValueError(f"{str(path)!r}: lora_alpha = {alpha!r} is not a number above 0")
+        raise ValueError(f"{str(path)!r}: lora_alpha is {alpha!r}; it must be a number above 0")
     return r, alpha/(math.sqrt(r) if cfg.get('use_rslora') else r)
 
 def _low_rank(lora, r, path):

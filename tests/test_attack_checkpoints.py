@@ -11,7 +11,8 @@ from tinyllava_cookbook.model.checkpoints import load, save
 from tinyllava_cookbook.model.foreign import factory_names, merge_lora, rename
 from tinyllava_cookbook.model.llms import load_llm
 from tinyllava_cookbook.model.vision import load_vision
-from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.model.processor import compose
+from tinyllava_cookbook.model.vlm import flat_name
 
 logging.disable_progress_bar()
 
@@ -19,7 +20,7 @@ def as_factory(model, dir):
     "The model as TinyLLaVA Factory saves it"
     dir.mkdir()
     c = model.config
-    state = {rename(k, factory_names(c.connector), back=True): v.contiguous() for k,v in model.state_dict().items()}
+    state = {rename(flat_name(k), factory_names(c.connector), back=True): v.contiguous() for k,v in model.state_dict().items()}
     save_file(state, dir/'model.safetensors', metadata={'format': 'pt'})
     fields = dict(model_type='tinyllava', connector_type=c.connector, vision_config=c.vision_config.to_diff_dict(),
         text_config=c.text_config.to_diff_dict(), vision_feature_layer=-2, vision_feature_select_strategy='patch')
@@ -99,7 +100,7 @@ def test_not_finite(good, opens, tmp_path, kind, value):
 def test_not_finite_in_the_precision_asked_for(good, tmp_path):
     "A number that float16 cannot hold"
     d = copy_of(good['ours'], tmp_path/'d')
-    weights(d, lambda w: w['connector.layers.0.weight'].fill_(1e6))
+    weights(d, lambda w: w['model.connector.layers.0.weight'].fill_(1e6))
     load(d, 'cpu')
     with pytest.raises(ValueError, match='connector.layers.0.weight'): load(d, 'cpu', dtype='float16')
 
@@ -108,7 +109,7 @@ def test_not_finite_quantized(good, tmp_path, bits):
     "Before rounding hides it"
     pytest.importorskip('bitsandbytes')
     d = copy_of(good['ours'], tmp_path/'d')
-    name = 'language_model.model.layers.0.mlp.up_proj.weight'
+    name = 'model.language_model.layers.0.mlp.up_proj.weight'
     weights(d, lambda w: w[name][0].fill_(math.nan))
     with pytest.raises(ValueError, match=name): load(d, 'cpu', quantization=bits)
 
@@ -250,7 +251,7 @@ def test_a_damaged_tokenizer(good, tmp_path, damage):
 
 def test_tied_weights_that_differ(good, opens, tmp_path):
     "The configuration says one tensor, the file holds two"
-    for kind,name,of in ('qwen2', 'lm_head.weight', 'model.embed_tokens.weight'), ('tied', 'language_model.lm_head.weight', 'language_model.model.embed_tokens.weight'):
+    for kind,name,of in ('qwen2', 'lm_head.weight', 'model.embed_tokens.weight'), ('tied', 'lm_head.weight', 'model.language_model.embed_tokens.weight'):
         d = copy_of(good[kind], tmp_path/kind)
         weights(d, lambda w: w.update({name: w[of].clone()}))
         opens[kind](d)                                       # twice the same is fine
@@ -321,9 +322,9 @@ def test_resuming_from_damaged_weights(good, tmp_path):
     from tinyllava_cookbook.model.adapters import restore
     model,_ = load(good['ours'], 'cpu')
     d = copy_of(good['ours'], tmp_path/'d')
-    weights(d, lambda w: w['connector.layers.0.weight'].fill_(math.nan))
+    weights(d, lambda w: w['model.connector.layers.0.weight'].fill_(math.nan))
     with torch.no_grad(), pytest.raises(ValueError, match='not finite.*connector.layers.0.weight'): restore(model, d)
-    weights(d, lambda w: w.update({'connector.layers.0.weight': torch.ones(32, 32).long()}))
+    weights(d, lambda w: w.update({'model.connector.layers.0.weight': torch.ones(32, 32).long()}))
     with torch.no_grad(), pytest.raises(ValueError, match='connector.layers.0.weight is torch.int64, here torch.float32'): restore(model, d)
     (d/'model.safetensors').write_bytes(b'no')
     with torch.no_grad(), pytest.raises(ValueError, match='model.safetensors. is damaged'): restore(model, d)

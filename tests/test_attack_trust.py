@@ -11,7 +11,7 @@ from tinyllava_cookbook.model.checkpoints import load, save
 from tinyllava_cookbook.model.foreign import read_weights
 from tinyllava_cookbook.model.llms import load_llm, load_tokenizer
 from tinyllava_cookbook.model.vision import load_vision
-from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.model.processor import compose
 
 logging.disable_progress_bar()
 MAP = {f'Auto{o}': f'evil.{o}' for o in ('Config', 'Model', 'ModelForCausalLM', 'ModelForImageTextToText', 'Processor',

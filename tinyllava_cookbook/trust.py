@@ -318,11 +318,11 @@ def _ours(key, mine, prefixes=('model.', 'vision_model.')):
     names = [key] + [key.removeprefix(o) for o in prefixes] + [o + key for o in prefixes]
     return next((mine[o] for o in names if o in mine), None)
 
-def _check_fit(model, shapes, path, named):
+def _check_fit(model, shapes, path, named, current=str):
     "Errors for tensors of another shape or kind than the model's, before memory is asked for"
     mine,wrong,odd = model.state_dict(), [], []
     for name,(dtype,shape) in shapes.items():
-        if (tensor := _ours(name, mine)) is None: continue
+        if (tensor := _ours(current(name), mine)) is None: continue
         if list(tensor.shape) != list(shape):
             wrong.append(f'{named(name)} is {list(shape)} in the file, {list(tensor.shape)} in the model')
         elif tensor.is_floating_point() != getattr(dtype, 'is_floating_point', False):
@@ -346,7 +346,7 @@ def _read_all(path, state):
         for file in weight_files(path):
             for name,read in open_weights(file).items(): yield name, read()
 
-def _check_before(cls, path, kwargs, named):
+def _check_before(cls, path, kwargs, named, current):
     "All that can be said of a model before memory is asked for"
     config,state = kwargs.get('config'), kwargs.get('state_dict')
     local = Path(path).is_dir() and state is None
@@ -362,7 +362,7 @@ def _check_before(cls, path, kwargs, named):
         check_finite(_read_all(path, state), path, named)
     if getattr(config, 'quantization_config', None): return   # its tensors have shapes of their own
     more = {k: v for k,v in kwargs.items() if k == 'add_pooling_layer'}
-    _check_fit(meta_model(cls, config, path, **more), shapes, path, named)
+    _check_fit(meta_model(cls, config, path, **more), shapes, path, named, current)
 
 # %% ../nbs/04_trust.ipynb #eee7c378
 def _check_report(info, name, path, extra, named):
@@ -379,11 +379,12 @@ def load_strict(
     path,                             # A folder, or `owner/name` on the Hub
     extra:Callable=lambda key: False, # Which tensors of the file may go unused
     named:Callable=lambda key: key,   # What the file calls a tensor, for errors
+    current:Callable=lambda key: key, # What the model calls a tensor of the file
     **kwargs,                         # Passed to `from_pretrained`: `dtype`, `state_dict` instead of a file, ...
 ) -> nn.Module:                       # The model, in evaluation mode
     "`from_pretrained` that fails when a tensor is missing, misshapen, left over or not finite, and runs no code"
     state = kwargs.get('state_dict')
-    _check_before(cls, path, kwargs, named)
+    _check_before(cls, path, kwargs, lambda key: named(current(key)), current)
     with quiet():
         model,info = cls.from_pretrained(path if state is None else None, output_loading_info=True,
             ignore_mismatched_sizes=True, trust_remote_code=False, **kwargs)

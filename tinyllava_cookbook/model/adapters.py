@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .vlm import current_name
 from ..trust import check_finite, open_weights
 
 # %% ../../nbs/28_model.adapters.ipynb #424f4b4d
@@ -176,7 +177,8 @@ def restore(
     path,             # A folder with `model*.safetensors`
 ) -> nn.Module:       # The same model
     "Read every tensor of a checkpoint into its place, or fail"
-    saved = {k: v() for f in sorted(Path(path).glob('model*.safetensors')) for k,v in open_weights(f).items()}
+    files = [open_weights(o) for o in sorted(Path(path).glob('model*.safetensors'))]
+    saved = {current_name(k): read() for opened in files for k,read in opened.items()}
     check_finite(saved.items(), path)
     mine = model.state_dict()
     here = {mine[k].data_ptr() for k in saved if k in mine}

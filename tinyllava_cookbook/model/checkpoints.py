@@ -19,7 +19,7 @@ from ..durable import MARKER, checksum, mark_complete, read_marker
 from .foreign import bench_names, build, layout, load_processor, read_weights, readers, rename
 from .llms import check_tokenizer, own_code
 from .vision import input_size
-from .vlm import VLMConfig, VLMForConditionalGeneration
+from .vlm import VLMConfig, VLMForConditionalGeneration, current_name
 from ..trust import check_folder, checkpoint_path, load_strict
 
 # %% ../../nbs/26_model.checkpoints.ipynb #ff0a4496
@@ -46,7 +46,7 @@ def save(
     return mark_complete(path)
 
 # %% ../../nbs/26_model.checkpoints.ipynb #fff9b6f0
-KEEP_PRECISE = ['vision_tower', 'connector', 'language_model.lm_head'] # Prefixes of what is never quantized
+KEEP_PRECISE = ['model.vision_tower', 'model.connector', 'lm_head'] # Prefixes of what is never quantized
 _BITS = {'4bit': dict(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True),
     '8bit': dict(load_in_8bit=True)}
 
@@ -136,7 +136,8 @@ def load(
     if device_map or quantization: kwargs['device_map'] = device_map or {'': str(device)}
     if kind == 'ours':
         _check_whole(path, trust_remote_code)
-        model,processor = load_strict(VLMForConditionalGeneration, path, **kwargs), load_processor(path)
+        model = load_strict(VLMForConditionalGeneration, path, current=current_name, **kwargs)
+        processor = load_processor(path)
         _check_halves(model, processor, path)
     else:
         f = readers[kind](path, llm, vision)

@@ -24,7 +24,8 @@ from .llms import (TOKENIZER_FILES, check_tokenizer, default_template, family_of
     load_tokenizer, prove_llm, stop_ids)
 from tinyllava_cookbook.model.vision import (MoFConfig, load_image_processor, load_vision, n_layers, n_prefix,
     tower_paths)
-from .vlm import VLMConfig, VLMForConditionalGeneration, processor_for
+from .vlm import VLMConfig, VLMForConditionalGeneration, causal_lm, current_name, flat_name
+from .processor import processor_for
 from ..trust import (WEIGHTS, check_finite, check_folder, checkpoint_path, listed, load_strict,
     open_weights, read_config, read_object, reading, weight_files, weight_shapes)
 
@@ -95,7 +96,7 @@ def rename(
 class Foreign:
     "A checkpoint of another layout, read but not yet built"
     config:dict                          # Fields of `VLMConfig`
-    state:dict[str,Tensor]               # Tensors under our names
+    state:dict[str,Tensor]               # Tensors under flat names
     names:tuple                          # Prefixes, theirs and ours
     image_processor:object               # Resizes and normalises
     tokenizer:object                     # Reads and writes text
@@ -436,7 +437,7 @@ def _add_image_token(f):
 def _prove(model):
     "An error if a language model without a family is not like most"
     if getattr(model.config.text_config, 'llm_family', None) != 'generic': return
-    packs = prove_llm(model.language_model, family_of(model.config.text_config).logits)
+    packs = prove_llm(causal_lm(model), family_of(model.config.text_config).logits)
     for o in model.config.text_config, model.language_model.config: o.llm_family = 'generic' + '_unpacked'*(not packs)
 
 def build(
@@ -446,8 +447,8 @@ def build(
 ) -> tuple:       # Model and processor
     "Model and processor from what was read"
     _add_image_token(f)
-    model = load_strict(VLMForConditionalGeneration, path, named=lambda k: rename(k, f.names, back=True),
-        config=VLMConfig(**f.config), state_dict=f.state, **kwargs)
+    model = load_strict(VLMForConditionalGeneration, path, current=current_name,
+        named=lambda k: rename(flat_name(k), f.names, back=True), config=VLMConfig(**f.config), state_dict=f.state, **kwargs)
     model.config.name_or_path = str(path)
     _prove(model)
     processor,tok = processor_for(model.config, f.image_processor, f.tokenizer, f.chat_template), f.tokenizer

@@ -114,6 +114,14 @@ def _check_halves(model, processor, path):
         raise ValueError(f"{str(path)!r}: generation_config.json ends at token {odd[0]}, but there are {rows}")
 
 # %% ../../nbs/26_model.checkpoints.ipynb #ec8cffdf
+def _open_ours(path, trusted, **kwargs):
+    "Model and processor of a folder of ours"
+    _check_whole(path, trusted)
+    model = load_strict(VLMForConditionalGeneration, path, current=current_name, **kwargs)
+    processor = load_processor(path)
+    _check_halves(model, processor, path)
+    return model, processor
+
 def load(
     path,              # A folder of a layout that `layout` knows, or its name on the Hub
     device=None,       # 'cpu', 'cuda', ...; `None` takes the best one here
@@ -134,11 +142,7 @@ def load(
     kwargs['dtype'] = 'auto' if dtype == 'file' else pick_dtype(device, str(dtype or 'auto'))
     if quantization: kwargs['quantization_config'] = quantization_config(quantization, pick_dtype(device))
     if device_map or quantization: kwargs['device_map'] = device_map or {'': str(device)}
-    if kind == 'ours':
-        _check_whole(path, trust_remote_code)
-        model = load_strict(VLMForConditionalGeneration, path, current=current_name, **kwargs)
-        processor = load_processor(path)
-        _check_halves(model, processor, path)
+    if kind == 'ours': model,processor = _open_ours(path, trust_remote_code, **kwargs)
     else:
         f = readers[kind](path, llm, vision)
         f.config |= config or {}

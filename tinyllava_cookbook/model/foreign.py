@@ -24,8 +24,9 @@ from .llms import (TOKENIZER_FILES, check_tokenizer, default_template, family_of
     load_tokenizer, prove_llm, stop_ids)
 from tinyllava_cookbook.model.vision import (MoFConfig, load_image_processor, load_vision, n_layers, n_prefix,
     tower_paths)
-from .vlm import VLMConfig, VLMForConditionalGeneration, causal_lm, current_name, flat_name
 from .processor import processor_for
+from tinyllava_cookbook.model.vlm import (VLMConfig, VLMForConditionalGeneration, causal_lm, current_name,
+    flat_name)
 from ..trust import (WEIGHTS, check_finite, check_folder, checkpoint_path, listed, load_strict,
     open_weights, read_config, read_object, reading, weight_files, weight_shapes)
 
@@ -448,7 +449,8 @@ def build(
     "Model and processor from what was read"
     _add_image_token(f)
     model = load_strict(VLMForConditionalGeneration, path, current=current_name,
-        named=lambda k: rename(flat_name(k), f.names, back=True), config=VLMConfig(**f.config), state_dict=f.state, **kwargs)
+        named=lambda k: rename(flat_name(k), f.names, back=True), config=VLMConfig(**f.config), state_dict=f.state,
+        **kwargs)
     model.config.name_or_path = str(path)
     _prove(model)
     processor,tok = processor_for(model.config, f.image_processor, f.tokenizer, f.chat_template), f.tokenizer

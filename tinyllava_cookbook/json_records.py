@@ -148,7 +148,8 @@ def _swallows(text) -> bool:
 def _explain(window, error, at) -> str:
     "What is wrong with the value at `at`, and where"
     line, column = window.place(at)
-    if not isinstance(error, json.JSONDecodeError): return f"holds {error} in the record at line {line}, column {column}"
+    if not isinstance(error, json.JSONDecodeError):
+        return f"holds {error} in the record at line {line}, column {column}"
     column = error.colno if error.lineno > 1 else column + error.colno - 1
     return f"is not JSON: {error.msg.removesuffix(' at')} at line {line + error.lineno - 1}, column {column}"
 

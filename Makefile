@@ -2,18 +2,21 @@
 # Paths are relative on purpose, so a checkout may lie in a folder with spaces.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test docs outputs prepare hooks clean
+.PHONY: help quickstart test check docs outputs prepare hooks clean
 
 BIN := .venv/bin
 export PYTHON
 export PYTHONNOUSERSITE = 1
 
+# Two workers, a test file each, the long files first (tests/conftest.py puts them there).
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
+
 # Checks use no network, and one thread a process: two workers share two cores and results do not depend on the machine.
-test docs: export HF_HUB_OFFLINE = 1
-test docs: export HF_DATASETS_OFFLINE = 1
-test docs: export TOKENIZERS_PARALLELISM = false
-test docs: export OMP_NUM_THREADS = 1
-test docs: export DS_ACCELERATOR = cpu
+test check docs: export HF_HUB_OFFLINE = 1
+test check docs: export HF_DATASETS_OFFLINE = 1
+test check docs: export TOKENIZERS_PARALLELISM = false
+test check docs: export OMP_NUM_THREADS = 1
+test check docs: export DS_ACCELERATOR = cpu
 
 help: ## show this list
 	@echo 'make TARGET, where TARGET is one of'
@@ -30,7 +33,14 @@ test: ## every check: pip, clean and exported tree, lint, notebooks, pytest
 	$(BIN)/python tools/tree.py
 	$(BIN)/python tools/nb_lint.py nbs
 	$(BIN)/nbdev_test --do_print --timing --n_workers 2
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q $(TWO) tests
+
+check: ## the inner loop, under 3 minutes: tree, lint, changed notebooks, fast tests
+	@tools/env.sh dev
+	$(BIN)/python tools/tree.py
+	$(BIN)/python tools/nb_lint.py nbs
+	$(BIN)/python tools/changed.py
+	$(BIN)/python -m pytest -q $(TWO) -m 'not slow' tests
 
 docs: ## render the notebooks as a site into _docs/ (offline, no Quarto)
 	@tools/env.sh dev docs

@@ -1,24 +1,24 @@
 #!/bin/bash
-# Answers and scores of a model, shared by all ranks.
+# Inference on benchmarks and their scores, shared by all ranks.
 # Written by `tinyllava launch evaluate`, which writes variants too. DRY_RUN=1 prints the command only.
-#SBATCH --job-name=evaluate                                # in squeue, and of the log
-#SBATCH --nodes=1                                          # machines; the global batch stays the same
-#SBATCH --ntasks-per-node=8                                # a process for each GPU
-#SBATCH --gpus-per-node=8                                  # GPUs of a machine
+#SBATCH --job-name=evaluate                                # name in squeue and of the log
+#SBATCH --nodes=1                                          # nodes; the global batch stays the same
+#SBATCH --ntasks-per-node=8                                # one process for each GPU
+#SBATCH --gpus-per-node=8                                  # GPUs of a node
 #SBATCH --cpus-per-task=8                                  # cores of a process, for reading images
-#SBATCH --time=24:00:00                                    # a longer run goes on by itself
-#SBATCH --signal=B:USR1@120                                # two minutes before the end, tell this script
-#SBATCH --requeue                                          # it may go back into the queue
-#SBATCH --open-mode=append                                 # and then goes on in its log
-#SBATCH --output=%x-%j.log                                 # of this script; each rank has its own in OUT/logs
+#SBATCH --time=24:00:00                                    # time limit; a longer run is requeued and resumes
+#SBATCH --signal=B:USR1@120                                # signal this script two minutes before the time limit
+#SBATCH --requeue                                          # the job may be requeued
+#SBATCH --open-mode=append                                 # and then appends to its log
+#SBATCH --output=%x-%j.log                                 # log of this script; each rank has its own in OUT/logs
 
-set -euo pipefail                                          # a mistake ends the job
+set -euo pipefail                                          # an error ends the job
 # with one line that says why
 die() { echo "${SLURM_JOB_NAME-dry run}: $*" >&2; exit 1; }
 
 RECIPE=${RECIPE-tinyllava_base}                            # `tinyllava recipes` lists them; or a JSON file
-OUT=${OUT-runs/$(basename "$RECIPE" .json)}                # weights, checkpoints, logs: where all nodes see it
-MODEL=${MODEL-$OUT/model}                                  # its folder
+OUT=${OUT-runs/$(basename -- "$RECIPE" .json)}             # weights, checkpoints, logs: where all nodes see it
+MODEL=${MODEL-$OUT/model}                                  # folder of the model
 BENCH=${BENCH-gqa,textvqa,scienceqa,pope,mme}              # as `tinyllava eval` takes it
 DATA=${DATA-data/eval}                                     # the benchmarks' own files
 DEVICE=${DEVICE-cuda}                                      # or cpu
@@ -26,7 +26,7 @@ VENV=${VENV-.venv}                                         # its bin/tinyllava i
 
 # answered questions are kept
 command=(eval "$MODEL" --bench "$BENCH" --data "$DATA" --out "$OUT/eval" --device "$DEVICE")
-command+=("$@")                                            # what stands after the script's name
+command+=("$@")                                            # words after the script's name
 
 program=("$VENV/bin/tinyllava")                            # the exported library, and nothing else
 
@@ -39,38 +39,38 @@ step+=(--open-mode=append --output="${OUT//%/%%}/logs/%x-%j-%t.log")
 as_rank='export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
 # the words are passed on as they are
 step+=(bash -c "$as_rank" rank "${program[@]}" "${command[@]}")
-# what would be run, ready to paste
+# a dry run prints the command, ready to paste
 if [ "${DRY_RUN-}" = 1 ]; then printf '%q ' "${step[@]}"; echo; exit 0; fi
 
-# make quickstart does
+# make quickstart installs it
 [ -x "$VENV/bin/tinyllava" ] || die "no program '$VENV/bin/tinyllava' in $PWD: install it there, or say VENV=DIR"
 
 # before any GPU waits for it
 [ -d "$MODEL" ] || die "no model in '$MODEL': train it first, or say MODEL=DIR"
-# their own files, as `tinyllava eval --help` says
+# the benchmarks' own files, as `tinyllava eval --help` says
 [ -d "$DATA" ] || die "no benchmarks in '$DATA': say DATA=DIR"
 
-# or a driver that is ill
+# or a driver that does not answer
 [ "$DEVICE" != cuda ] || nvidia-smi -L >/dev/null 2>&1 ||
   die "no GPU on $(hostname): ask for --gpus-per-node, or say DEVICE=cpu"
-mkdir -p "$OUT/logs"                                       # srun makes no folders
+mkdir -p -- "$OUT/logs"                                    # srun makes no folders
 # the ranks meet on the first node
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-# at a door that no other job has
+# at a free port: one for each job number
 export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 asked='' srun=''                                           # was a signal seen; the process of srun
-trap 'asked=1; [ -z "$srun" ] || kill -USR1 "$srun"' USR1  # tell srun, which tells every rank
+trap 'asked=1; [ -z "$srun" ] || kill -USR1 "$srun"' USR1  # pass the signal to srun, which passes it to every rank
 "${step[@]}" &                                             # in the background, so that the signal is seen at once
 srun=$!                                                    # to be waited for
-code=0                                                     # of the ranks
+code=0                                                     # exit code of the ranks
 wait "$srun" || code=$?                                    # a signal ends the waiting, not the ranks
 # so wait until they are gone
 while kill -0 "$srun" 2>/dev/null; do code=0; wait "$srun" || code=$?; done
 # saved, or stopped before there was anything to save
 if [ "$code" = 85 ] || { [ -n "$asked" ] && [ "$code" != 0 ]; }; then
-  echo "stopped with code $code: back into the queue"      # where --resume auto goes on
+  echo "stopped with code $code: back into the queue"      # where --resume auto resumes
   scontrol requeue "$SLURM_JOB_ID"                         # under the same number
 elif [ "$code" != 0 ]; then                                # a true failure
-  tail -n 5 "$OUT/logs/"*"-$SLURM_JOB_ID-"*.log >&2 || true # what each rank said last
+  tail -n 5 -- "$OUT/logs/"*"-$SLURM_JOB_ID-"*.log >&2 || true # what each rank said last
 fi                                                         # done
 exit "$code"                                               # 0 lets the next job of a chain begin

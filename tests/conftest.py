@@ -1,5 +1,6 @@
 "What every test starts from: no network, one thread, fixed seeds."
 import os, random, sys
+from collections import Counter
 from pathlib import Path
 import pytest
 
@@ -9,7 +10,12 @@ for k,v in dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', TOKENIZERS_PARALLEL
 
 def pytest_configure(config):
     "Describe the marker of tests that take long"
-    config.addinivalue_line('markers', 'slow: takes more than 20 seconds')
+    config.addinivalue_line('markers', 'slow: takes more than 5 seconds of a processor; `make check` leaves it out')
+
+def pytest_collection_modifyitems(items):
+    "Files with slow tests first: each worker takes a whole file, and at the end there should be short ones left to take"
+    slow = Counter(item.path for item in items if item.get_closest_marker('slow'))
+    items.sort(key=lambda item: -slow[item.path])
 
 @pytest.fixture(scope='session')
 def root():

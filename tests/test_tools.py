@@ -5,7 +5,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
-import nb_lint, outputs, readme # noqa: E402
+import changed, figures, nb_lint, outputs, readme # noqa: E402
 
 def md(s): return dict(cell_type='markdown', source=s, metadata={}, id=f'{abs(hash(s)):x}'[:8])
 def code(s, *outs): return dict(cell_type='code', source=s, metadata={}, outputs=list(outs), execution_count=None, id=f'{abs(hash(s)):x}'[:8])
@@ -57,6 +57,57 @@ def test_lint_wants_imports_from_lower_numbers(tmp_path, line):
     high = save(tmp_path/'20_c.ipynb', [code('#| default_exp c'), TITLE])
     assert ['not below 10' in m for p,m in nb_lint.graph([low, high], 'tinyllava_cookbook')] == [True]
     assert not list(nb_lint.graph([save(tmp_path/'30_a.b.ipynb', json.loads(low.read_text())['cells']), high], 'tinyllava_cookbook'))
+
+PRIVATE = [('from tinyllava_cookbook.a import _x', 'a._x'), ('from ..a import _x', '..a._x'),
+    ('from tinyllava_cookbook import a as A\nA._x(1)', 'a._x'), ('import tinyllava_cookbook.a\ntinyllava_cookbook.a._x', 'a._x'),
+    ('from tinyllava_cookbook.a import C\nC._x', 'a.C._x'), ('def t():\n    from tinyllava_cookbook.a import _x', 'a._x'),
+    ('from tinyllava_cookbook import a\nmonkeypatch.setattr(a, "_x", 1)', 'a._x'), ('patch("tinyllava_cookbook.a._x")', 'a._x')]
+
+@pytest.mark.parametrize('source,name', PRIVATE)
+def test_lint_finds_private_names_of_other_modules(tmp_path, source, name):
+    "Imported, reached through a module, patched by name: in a notebook and in a test"
+    nb, test = save(tmp_path/'10_b.ipynb', [code('#| export\n' + source)]), tmp_path/'test_b.py'
+    test.write_text(source)
+    found = list(nb_lint.lint_private([nb], [test]))
+    assert [p for p,_,_ in found] == [nb, test] and all(name in m for _,_,m in found)
+
+def test_lint_leaves_other_names_alone(tmp_path):
+    "What others keep private is not ours; neither are dunders, the module's index and public names"
+    source = ('import other\nother._x\nfrom tinyllava_cookbook import a, __version__, _modidx\na.x\na.__doc__\nself._x\n_y = 1\n'
+              'from tinyllava_cookbook.a import x as _z\nsetattr(a, "y", 1)')
+    assert list(nb_lint.lint_private([save(tmp_path/'10_b.ipynb', [code(source)])], [])) == []
+
+PICTURE = dict(output_type='display_data', data={'image/png': 'cG5n'}, metadata={})
+
+@pytest.mark.parametrize('cell,fine', [(code('draw()', PICTURE), False), (code('#| fig-alt: ""\ndraw()', PICTURE), False),
+    (code('#| fig-alt: "A line"\ndraw()', PICTURE), True), (code('#| hide\ndraw()', PICTURE), True), (code('f()', text('1')), True),
+    (md('![](a.png)'), False), (md('![A line](a.png)'), True)])
+def test_lint_wants_words_for_figures(tmp_path, cell, fine):
+    assert bool(list(nb_lint.lint_alt(save(tmp_path/'10_b.ipynb', [TITLE, cell])))) != fine
+
+def project(tmp_path, module, *cells):
+    "A project of one module and one notebook"
+    (tmp_path/'nbs').mkdir()
+    (tmp_path/'tinyllava_cookbook').mkdir()
+    (tmp_path/'tinyllava_cookbook/a.py').write_text(module)
+    save(tmp_path/'nbs/10_a.ipynb', cells)
+    return tmp_path
+
+def test_figures_of_a_module(tmp_path):
+    "Counted by hand: comments and empty lines are no code; a comprehension in a comprehension counts once, for the outer one"
+    module = '# c\n\na, b = 1, 2\nnames = [[i for i in range(j)] for j in range(3)]\nfrom tinyllava_cookbook.b import _c, d\n'
+    root = project(tmp_path, module, code('#| export\nx = 1'), code('x', text('1')), code('#|hide\nx'), code('x+1'))
+    assert figures.figures(root) == dict(cell_p50=2, cell_p90=2, packing=round(1000/3, 1), nested=round(1000/3, 1),
+        chars=round(sum(map(len, module.splitlines()[2:]))/3, 1), single=80.0, private=1, long_modules=0, shown=50.0)
+    assert set(figures.beyond(figures.figures(root))) == {'packing', 'nested', 'single', 'private', 'shown'}
+
+def test_lint_fails_for_what_is_enforced_only(tmp_path, monkeypatch, capsys):
+    root = project(tmp_path, 'x = 1\n'*451, EXP, TITLE, FN, DEMO, END)
+    monkeypatch.setattr(nb_lint, 'graph', lambda *a: [])
+    monkeypatch.setattr(nb_lint, 'ENFORCED', set())
+    assert not nb_lint.main(str(root/'nbs')) and 'modules over 450 lines: 1, goal 0' in capsys.readouterr().out
+    monkeypatch.setattr(nb_lint, 'ENFORCED', {'lines'})
+    assert nb_lint.main(str(root/'nbs')) and 'a.py:0: 451 lines (max 450)' in capsys.readouterr().out
 
 def test_outputs_are_real_and_repeatable(tmp_path):
     "Two runs give the same bytes; skipped cells keep theirs; tqdm bars go, other widgets stay"
@@ -110,3 +161,24 @@ def test_docs_finds_broken_links(tmp_path):
     (tmp_path/'a.html').write_text('<p id="x"><a href="#x"><a href="b.html#y"><a href="c.html"><img src="https://e.org/p.js"><a href="https://e.org">')
     (tmp_path/'b.html').write_text('<p id="z">')
     assert sorted(docs.broken(tmp_path)) == [('a.html', 'b.html#y'), ('a.html', 'c.html'), ('a.html', 'https://e.org/p.js is loaded from elsewhere')]
+
+def test_changed_notebooks(tmp_path):
+    "Those of the branch, those not committed and new ones; not the deleted, not what `main` has"
+    def git(*args): subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a@b.c', *args], cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path/'nbs').mkdir()
+    git('init', '-b', 'main')
+    for name in ('same', 'branch', 'edited', 'gone'): (tmp_path/f'nbs/{name}.ipynb').write_text(name)
+    git('add', '.'); git('commit', '-m', 'a')
+    assert changed.changed(root=tmp_path) == []
+    git('checkout', '-b', 'b')
+    (tmp_path/'nbs/branch.ipynb').write_text('new')
+    git('commit', '-am', 'b')
+    (tmp_path/'nbs/edited.ipynb').write_text('new')
+    (tmp_path/'nbs/new.ipynb').write_text('new')
+    (tmp_path/'nbs/styles.css').write_text('new')
+    (tmp_path/'nbs/gone.ipynb').unlink()
+    assert [o.stem for o in changed.changed(root=tmp_path)] == ['branch', 'edited', 'new']
+    assert [o.stem for o in changed.changed('HEAD', root=tmp_path)] == ['edited', 'new']
+
+def test_changed_rejects_a_commit_that_is_none():
+    with pytest.raises(SystemExit, match="no commit 'nowhere'"): changed.main(['nowhere'])

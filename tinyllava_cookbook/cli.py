@@ -255,6 +255,8 @@ def _launch(a):
     from tinyllava_cookbook.train import launch
     known = ('nodes', 'gpus', 'cpus', 'time', 'partition', 'account', 'container', 'venv', 'modules', 'options')
     given = {k:v for k in known if (v := getattr(a, k)) is not None}
+    if a.job == 'pipeline' and given:
+        raise Usage("pipeline submits three scripts; say e.g. SBATCH='sbatch --nodes=2' when you run it")
     text = launch.job_script(a.job, launch.Cluster(**given), **_pairs(a.changes, '--set'))
     if a.out: print(f"wrote {launch.write_script(text, a.out)}")
     else: print(launch.explain(text) if a.explain else text, end='\n' if a.explain else '')

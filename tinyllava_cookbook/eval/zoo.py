@@ -96,7 +96,8 @@ def _legend(ax, mine):
     for k,mark in _MARKS.items(): ax.scatter([], [], c='gray', marker=mark, s=26, label=names[k])
     for c,tower in (('C0', 'CLIP'), ('C1', 'SigLIP')): ax.scatter([], [], c=c, marker='D', s=18, label=tower)
     if mine: ax.plot([], [], '*', c='k', ms=8, label=mine['name'])
-    ax.legend(frameon=False, fontsize=7, loc='lower right', ncols=2, columnspacing=.8, handletextpad=.2)
+    legend = ax.legend(frameon=False, fontsize=7, loc='lower right', ncols=2, columnspacing=.8, handletextpad=.2)
+    for text in legend.get_texts(): text.set_parse_math(False)   # the name of a run may hold dollars
 
 def plot_zoo(
     bench:str,       # A key of `BENCHMARKS`

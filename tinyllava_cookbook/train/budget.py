@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from ..core import Registry, UnknownName, quiet
 from ..data.datasets import read_sample
 from ..ingredients import ingredient
-from ..model.vision import MoFConfig, _two, input_size, n_layers, n_patches
+from ..model.vision import MoFConfig, _two, checkpoint_path, input_size, n_layers, n_patches
 from ..model.vlm import LOGITS_AT_ONCE, VLMConfig, VLMForConditionalGeneration
 from .recipes import ADAPTERS, PARTS, Recipe, Stage, Table, batch_sizes, recipe_names
 from .recipes import recipe as find_recipe
@@ -118,6 +118,7 @@ def part_config(
     if Path(name).is_dir() and not (Path(name)/'config.json').exists():
         raise FileNotFoundError(f"{name!r} has no config.json; give the folder of a checkpoint")
     folder = name if Path(name).is_dir() or '/' in name else _shipped(name)
+    if Path(folder).is_dir(): checkpoint_path(folder)   # with sizes that can be built
     c = _from_hub(folder)
     return getattr(c, 'vision_config', c)
 
@@ -556,6 +557,7 @@ def show_memory(
     for n,b in (marks or {}).items(): ax.plot(b/unit, n, 'k|', ms=10)
     if limit: ax.axvline(limit/unit, color='k', ls=':')
     ax.invert_yaxis()
+    ax.set_yticks(range(len(rows)), list(rows), parse_math=False)   # a name may hold dollars
     ax.tick_params(labelsize=7)
     ax.set_xlabel('GiB' if unit == 2**30 else 'MiB', fontsize=8)
     ax.legend(fontsize=6, ncol=5, loc='lower center', bbox_to_anchor=(.4, 1), frameon=False, columnspacing=1,
@@ -842,7 +844,7 @@ def show_fit(
                 ax.text(x + .31*i + .15, y + .45, n or '-', ha='center', va='center', fontsize=6)
     ax.set(xlim=(0, len(kinds)), ylim=(len(names), 0))
     ax.set_xticks([x + .46 for x in range(len(kinds))], kinds, fontsize=6, rotation=30, ha='left')
-    ax.set_yticks([y + .43 for y in range(len(names))], names, fontsize=7)
+    ax.set_yticks([y + .43 for y in range(len(names))], names, fontsize=7, parse_math=False)
     ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     ax.spines[:].set_visible(False)
     return ax

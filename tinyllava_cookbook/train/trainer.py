@@ -36,7 +36,7 @@ from ..ingredients import ingredient
 from ..model.checkpoints import load, save
 from ..model.vision import patch_grid
 from ..model.vlm import compose
-from .recipes import Recipe, Stage, _check_names, batch_sizes, to_dict
+from .recipes import Recipe, Stage, check_names, batch_sizes, to_dict
 from .recipes import recipe as find_recipe
 from .tuning import _prefix, apply_tune, check_tune, param_groups, reachable
 
@@ -138,7 +138,7 @@ def training_args(
 ) -> TrainingArguments:  # Complete
     "Arguments of the Hugging Face trainer for one stage on this machine"
     known = [f.name for f in dataclasses.fields(TrainingArguments)]
-    _check_names(stage.trainer, known, f"trainer argument in stage {stage.name!r}:")
+    check_names(stage.trainer, known, f"trainer argument in stage {stage.name!r}:")
     cuda = pick_device(device).type == 'cuda'
     size,accumulate = sizes or batch_sizes(stage, int(os.environ.get('WORLD_SIZE', 1)))
     settings = dict(
@@ -501,7 +501,8 @@ def plot_log(
     mean = np.convolve(losses, window, 'same')/np.convolve(np.ones_like(losses), window, 'same')
     ax.plot(steps, losses, color='#c8d3df', lw=1)
     ax.plot(steps, mean, color='#1f4e8c')
-    ax.set(xlabel='step', ylabel='loss', title=title)
+    ax.set(xlabel='step', ylabel='loss')
+    ax.set_title(title, parse_math=False)   # a title may hold dollars
     return ax
 
 # %% ../../nbs/34_train.trainer.ipynb #4c674765
@@ -757,7 +758,7 @@ def _finished(r, out, name):
 def _ready(r, todo, data, images, parallel, device='auto', eval_data=None, **kwargs):
     "The data of each stage; what is missing or does not fit is found here, before weights are loaded"
     names = [s.name for s in r.stages]
-    _check_names([*todo, *data], names, f"stage in recipe {r.name!r}:")
+    check_names([*todo, *data], names, f"stage in recipe {r.name!r}:")
     check_tune(*map(r.stage, todo))
     for o in todo: _parallel(parallel, r.stage(o), pick_device(device).type == 'cuda')
     if eval_data is not None: _rows(r.stage(todo[0]), eval_data, images)

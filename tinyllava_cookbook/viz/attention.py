@@ -176,7 +176,7 @@ def _overlay(ax, image, map_hw, title):
     ax.imshow(image.convert('L').convert('RGB'), extent=(0,w,h,0))
     ax.imshow(map_hw.numpy(), extent=(0,w,h,0), cmap='inferno', alpha=.6, interpolation='bilinear')
     ax.set(xticks=[], yticks=[])
-    ax.set_title(title, fontsize=8)
+    ax.set_title(title, fontsize=8, parse_math=False)   # a token may hold dollars
 
 def show_attention(
     att:AnswerAttention, # From `answer_attention`

@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip('torch'); pytest.importorskip('openai')
 from PIL import Image
-from tinyllava_cookbook.data.datasets import read_llava
+from tinyllava_cookbook.data.records import read_llava
 from tinyllava_cookbook.data.instruct import (Cache, Endpoint, EndpointError, Picture, Request, ask_all, complete, estimate,
                                               instruct, kinds, prompt, read_coco, read_turns, requests_for)
 

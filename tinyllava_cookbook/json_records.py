@@ -139,7 +139,10 @@ _NO_TEXT = r'[\s:,\[\]{}\d.+\-truefalsn]*'   # numbers, true, false and null are
 _BORDER = re.compile(rf'"{_NO_TEXT}\}}\s*,\s*\{{{_NO_TEXT}"')
 
 class _BadRecord(ValueError):
-    "One record is no JSON; the next one can be read"
+    "One record cannot be taken; the next one can be read"
+
+class _NoJSON(_BadRecord):
+    "Not even other readers could"
 
 def _swallows(text) -> bool:
     "Does a string hold what stands between objects?"
@@ -178,11 +181,12 @@ def _set_apart(window):
     except ValueError: end = None
     start, text = window.at, window.text[window.at:end]
     window.at += len(text)
-    kind = ValueError if end is None or _swallows(text) else _BadRecord
-    if (why := _not_utf8(window, start, end)): raise kind(why)
+    lost = end is None or _swallows(text)   # whoever comes next
+    if (why := _not_utf8(window, start, end)): raise (ValueError if lost else _BadRecord)(why)
     try: return parse_json(text)
-    except ValueError as e: why = _explain(window, e, start)
-    raise kind(why)
+    except json.JSONDecodeError as e: kind, why = _NoJSON, _explain(window, e, start)
+    except ValueError as e: kind, why = _BadRecord, _explain(window, e, start)
+    raise (ValueError if lost else kind)(why)
 
 # %% ../nbs/08_json_records.ipynb #bd6d324c
 ON_READING = 'raise', 'keep'   # A bad record stops the reading, or stands in its place as an error
@@ -212,7 +216,7 @@ def _line(text, i):
         text.encode()
         return parse_json(text)
     except UnicodeEncodeError as e: why = f" is not UTF-8: character {e.start + 1} is {_raw_byte(e)}"
-    except json.JSONDecodeError as e: why = f": {e.msg} at column {e.colno}"
+    except json.JSONDecodeError as e: return _NoJSON(f"line {i}: {e.msg} at column {e.colno}")
     except ValueError as e: why = f" holds {e}"
     return _BadRecord(f"line {i}{why}")
 
@@ -231,12 +235,24 @@ def read_records(
     each = _lines if path.suffix.lower() in ('.jsonl', '.ndjson') else _items
     with _open_text(path) as file:
         try:
-            for found in each(file, block):
-                if isinstance(found, _BadRecord):
-                    if on_bad_record == 'raise': raise found
-                    found = ValueError(f'{str(path)!r} {found}')
-                yield found
+            for found in _after_a_good_one(each(file, block)):
+                bad = isinstance(found, _BadRecord)
+                if bad and on_bad_record == 'raise': raise found
+                yield ValueError(f'{str(path)!r} {found}') if bad else found
         except ValueError as e: raise ValueError(f'{str(path)!r} {e}') from None
+
+def _after_a_good_one(found):
+    "The same; but where not one record is JSON, the file is none: the first error"
+    held = []
+    for one in found:
+        if isinstance(one, _NoJSON): held.append(one)
+        else:
+            yield from held
+            yield one
+            break
+    else:
+        if held: raise held[0]
+    yield from found
 
 # %% ../nbs/08_json_records.ipynb #068ba6bd
 def printable(

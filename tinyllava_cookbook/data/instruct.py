@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from tqdm.auto import tqdm
 from ..core import IMAGE_TOKEN, Registry, read_json, to_json, write_json
-from .datasets import naming, read_llava, read_sample
+from .records import naming, read_llava, read_sample
 
 # %% ../../nbs/17_data.instruct.ipynb #908802ba
 @dataclass(frozen=True)

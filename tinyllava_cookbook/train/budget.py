@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
 from ..core import Registry, UnknownName, quiet
-from ..data.datasets import read_sample
+from ..data.records import read_sample
 from ..ingredients import ingredient
 from ..model.vision import MoFConfig, _two, checkpoint_path, input_size, n_layers, n_patches
 from ..model.vlm import LOGITS_AT_ONCE, VLMConfig, VLMForConditionalGeneration

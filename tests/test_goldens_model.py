@@ -19,6 +19,11 @@ FOLDERS = ['gemma__siglip__mlp2x_gelu', 'phi__siglip__mlp2x_gelu', 'qwen2__clip_
     'qwen2__siglip__mlp2x_gelu__trunc64', 'qwen2__siglip__qformer', 'qwen2__siglip__resampler', 'stablelm__siglip__mlp2x_gelu',
     'tinyllama__siglip__mlp2x_gelu', 'qwen2__dinov2__mlp2x_gelu']
 
+@pytest.fixture(scope='module')
+def shared(reference):
+    "The compact reference will do where the larger one is not at hand"
+    return reference
+
 def model_of(shared, name):
     "Our model from their components and connector weights; their SigLIP lost its first patch, their Gemma scaled features"
     llm,vision,connector = name.split('__')[:3]

@@ -151,9 +151,9 @@ def test_docs_speaks_myst():
     assert docs.markdown('::: {.callout-tip}\nHi\n:::', 'G') == ':::{tip}\nHi\n:::'
     assert docs.markdown('[a](10_data.images.ipynb#pad) [b](../LICENSE) @fig-x me@fig-y', 'G') == \
         '[a](<data.images.ipynb#pad>) [b](G/blob/main/LICENSE) {numref}`fig-x` me@fig-y'
-    shown = '---\n\n[source](u#L1){target="_blank" style="x"}\n\n### f\n\n```python\ndef f(\n    a, # See [`g`](u)\n)\n```\n'
-    cell = docs.code_cell(code('#| echo: false\n#| output: asis\nshow_doc(f)', dict(output_type='execute_result', data={'text/markdown': shown})), 'G')
-    assert cell == dict(cell_type='markdown', source='### f\n\n[source](u#L1)\n\n```python\ndef f(\n    a, # See `g`\n)\n```\n')
+    shown = dict(output_type='execute_result', data={'text/markdown': ['### f\n', '\n', '[`g`](../nbs/x.md)']})
+    cell = docs.code_cell(code('#| echo: false\n#| output: asis\nshow_doc(f)', shown), 'G')
+    assert cell == dict(cell_type='markdown', source='### f\n\n[`g`](G/blob/main/nbs/x.md)')
     assert docs.code_cell(code('#| echo: false\nplot()'), 'G')['metadata']['tags'] == ['remove-input']
 
 def test_docs_finds_broken_links(tmp_path):

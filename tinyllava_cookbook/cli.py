@@ -333,7 +333,7 @@ def _chat_args(p):
 def _chat(a):
     from tinyllava_cookbook.data.images import load_image
     from tinyllava_cookbook.infer.generate import ChatSession
-    image = a.image and load_image(a.image)   # a wrong path is found before the weights are loaded
+    image = a.image and load_image(a.image, remote=True)   # a wrong path is found before the weights are loaded
     session = ChatSession(*_load(a), image=image, max_new_tokens=a.max_new_tokens)
     _say(session, a.question) if a.question else _converse(session)
 
@@ -351,7 +351,7 @@ def _turn(session, line):
     from tinyllava_cookbook.data.images import load_image
     word,_,rest = line.partition(' ')
     if word in ('/quit', '/exit'): return False
-    elif word=='/image': session.new(load_image(rest.strip()))
+    elif word=='/image': session.new(load_image(rest.strip(), remote=True))
     elif word=='/new': session.new(session.image)
     elif word.startswith('/'): print(f"no {word!r} here: {_chat_help}")
     elif line: _say(session, line)

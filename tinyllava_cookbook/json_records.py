@@ -119,8 +119,8 @@ def _close(text, at, brackets) -> tuple[int, bool]:
 
 def _end(window) -> int|None:
     "Where the value that begins here ends; `None`: the file does"
-    if window.text[window.at] not in '[{"': return _word_end(window)
-    brackets, at = [], window.at
+    brackets, at = [], _word_end(window)
+    if at > window.at and window.text[at:at + 1] not in ('[', '{', '"'): return at
     while True:
         at, done = _close(window.text, at, brackets)
         if done: return at

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from ..core import IGNORE, IMAGE_TOKEN
 from .images import (IMAGE_MODES, anyres_n_tokens, image_size, load_image, pinpoints,
-                                            prepare, target_size)
+                                            prepare, sample_aspect, target_size)
 from .records import Sample, naming, read_data, read_sample, record_name
 from .templates import ChatTemplate, chat_template
 
@@ -86,7 +86,7 @@ def _tokens(encoder, sample):
 def _pixels(encoder, sources) -> dict:
     "All tiles, and for 'anyres' the size of each image"
     if not sources: return {}
-    images = [load_image(o) for o in sources]
+    images = [load_image(o, max_aspect=sample_aspect()) for o in sources]
     tiles = [prepare(o, encoder.image_processor, encoder.image_mode)[0] for o in images]
     out = dict(pixel_values=torch.cat(tiles))
     if encoder.patch_grid: out['image_sizes'] = torch.tensor([o.size[::-1] for o in images])
@@ -99,7 +99,8 @@ def image_counts(
     "How many tokens each image takes; only 'anyres' has to ask for their sizes"
     if encoder.patch_grid is None: return [encoder.image_seq_length] * len(images)
     canvases, tile = pinpoints(encoder.image_processor), target_size(encoder.image_processor)
-    return [anyres_n_tokens(image_size(o), encoder.patch_grid, canvases, tile) for o in images]
+    sizes = [image_size(o, max_aspect=sample_aspect()) for o in images]
+    return [anyres_n_tokens(o, encoder.patch_grid, canvases, tile) for o in sizes]
 
 # %% ../../nbs/13_data.datasets.ipynb #1626ab8b
 def _image_id(tokenizer) -> int:

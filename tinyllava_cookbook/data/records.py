@@ -21,6 +21,7 @@ from ..core import IMAGE_TOKEN, Registry, UnknownName, cache_dir
 from .templates import read_messages
 from ..durable import checksum
 from ..json_records import ON_READING, printable, read_records
+from ..sources import is_remote
 
 # %% ../../nbs/12_data.records.ipynb #e8580892
 @dataclass
@@ -123,7 +124,7 @@ def locate_image(
     if _is_picture(found): return found
     if not isinstance(found, (str, Path)) or not str(found):
         raise ValueError(f"image {k} is {_show.repr(image)}; give a path, a URL or a picture")
-    return found if str(found).startswith(('http://', 'https://')) else _join(found, folder)
+    return found if is_remote(found) else _join(found, folder)
 
 # %% ../../nbs/12_data.records.ipynb #a661e44f
 def _messages(record):

@@ -52,7 +52,7 @@ def packed(world, parts, n_bad, budget, n=48, **kw):
     rows = [record(i, 'gone.png' if i < n_bad else 'a.png') for i in range(n)]
     for r in rows[:n_bad]: r['conversations'] = r['conversations'][:1]          # no answer: no length either
     data = put(world/'train.json', rows)
-    stage = Stage('s', tune=dict(connector='full'), global_batch_size=8, max_length=128, pack=384, on_bad_sample='substitute', bad_budget=budget, **kw)
+    stage = Stage('s', tune=dict(connector='full'), global_batch_size=8, max_length=256, pack=384, on_bad_sample='substitute', bad_budget=budget, **kw)
     return train_stage(*compose(*parts, template='llama'), stage, world/'out', data, device='cpu', progress=False)
 
 def test_packing_counts_what_it_cannot_measure(world, parts):
@@ -71,7 +71,7 @@ def test_a_step_that_is_not_the_global_batch_says_so(world, parts, caplog):
     with caplog.at_level(logging.WARNING): packed(world, parts, 0, 0, n=24, max_steps=1)
     said = [r.getMessage() for r in caplog.records if 'global_batch_size' in r.getMessage()]
     assert not said or 'a step takes' in said[0]
-    stage = Stage('s', tune=dict(connector='full'), global_batch_size=2, max_length=128, pack=1024, max_steps=1)
+    stage = Stage('s', tune=dict(connector='full'), global_batch_size=2, max_length=256, pack=1024, max_steps=1)
     with caplog.at_level(logging.WARNING):
         train_stage(*compose(*parts, template='llama'), stage, world/'o2', put(world/'t.json', [record(i) for i in range(24)]), device='cpu', progress=False)
     assert any('samples in rows of 1024 tokens; global_batch_size is 2' in r.getMessage() for r in caplog.records)

@@ -250,7 +250,7 @@ def _instead(ds, i:int, error) -> dict:
 def _length(ds, i):
     "Tokens of a sample; `None` if that cannot be said"
     try:
-        with time_limit(ds.seconds): return len(ds.encoder.tokens(ds.sample(i))[0])
+        with time_limit(ds.seconds), naming(f'sample {i}'): return len(ds.encoder.tokens(ds.sample(i))[0])
     except BAD: return None
 
 def _others(ds, i:int) -> list[int]:

@@ -33,7 +33,6 @@ class Sample:
 
     def __post_init__(self):
         self.messages = read_messages(self.messages)
-        for i, message in enumerate(self.messages): _check_unicode(message['content'], f'message {i}')
         marks = sum(m['content'].count(IMAGE_TOKEN) for m in self.messages if m['role'] == 'user')
         if marks != len(self.images):
             raise ValueError(f"{marks} {IMAGE_TOKEN} in its user turns, but {len(self.images)} images; "

@@ -11,7 +11,7 @@ def world(tmp_path_factory):
     "A tiny random model in a folder, and five scenes in all ten formats"
     from tinyllava_cookbook.ingredients import tiny_checkpoint
     from tinyllava_cookbook.model.checkpoints import save
-    from tinyllava_cookbook.model.vlm import compose
+    from tinyllava_cookbook.model.processor import compose
     root = tmp_path_factory.mktemp('eval')/'ein Körper & mehr'
     model, processor = compose(*(tiny_checkpoint(o, root/o) for o in ('siglip', 'llama')))
     save(model, processor, root/'model')
@@ -248,7 +248,7 @@ def test_tiles_of_different_sizes_in_one_batch(world, tmp_path):
     "anyres: pictures of other shapes take other numbers of tokens, and batch sixteen still equals batch one"
     from PIL import Image
     from tinyllava_cookbook.ingredients import tiny_checkpoint
-    from tinyllava_cookbook.model.vlm import compose
+    from tinyllava_cookbook.model.processor import compose
     model, processor = compose(*(tiny_checkpoint(o, tmp_path/o) for o in ('siglip', 'llama')), image_mode='anyres')
     shapes = [(96, 32), (32, 96), (64, 64), (30, 20)]
     for i,size in enumerate(shapes): Image.effect_mandelbrot(size, (-2, -1.5, 1, 1.5), 10+i).save(tmp_path/f'{i}.png')

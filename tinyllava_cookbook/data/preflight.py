@@ -374,6 +374,7 @@ def _check_outputs(fix, out, sources):
         if any(_is_same(path, o) for o in sources):
             raise ValueError(f"the report would replace {str(path)!r}; give another folder")
 
+# %% ../../nbs/16_data.preflight.ipynb #f38add33
 def _limits(max_length) -> tuple[int,...]:
     "Of the forecast"
     return (1024, 2048, 4096) if max_length is None else (max_length//4, max_length//2, max_length, max_length*2)

@@ -39,6 +39,7 @@ from ..ingredients import ingredient
 from ..model.checkpoints import load, save
 from ..model.vision import patch_grid
 from ..model.processor import compose
+from ..trust import vouched
 from .recipes import Recipe, Stage, check_names, batch_sizes, to_dict
 from .recipes import recipe as find_recipe
 from .tuning import PART_MODULES, apply_tune, check_tune, param_groups, reachable
@@ -750,14 +751,14 @@ def train_stage(
 def _checkpoint(name):
     return name if Path(name).is_dir() or '/' in str(name) else ingredient(name)
 
-def _start(r, out, first, folder=None):
+def _start(r, out, first, folder=None, trusted=False):
     "The model that stage number `first` begins with"
     unset_hf_deepspeed_config()   # ZeRO-3 of a stage before would load slices only
     if folder is None: folder = _weights(r, out, r.stages[first-1].name) if first else r.start
-    trust = r.model.get('trust_remote_code', False)
-    if folder: return load(folder, device='cpu', dtype=torch.float32, trust_remote_code=trust)
+    more = vouched(r.model, trusted, f'recipe {r.name!r}')
+    if folder: return load(folder, device='cpu', dtype=torch.float32, trust_remote_code=trusted)
     return compose(_checkpoint(r.vision), _checkpoint(r.llm), connector=r.connector, template=r.template,
-                   image_mode=r.image_mode, seed=r.seed, **r.model)
+                   image_mode=r.image_mode, seed=r.seed, trust_remote_code=trusted, **more)
 
 def _weights(r, out, name): return out/('model' if name == r.stages[-1].name else name)
 
@@ -786,6 +787,7 @@ def train_recipe(
     resume=None,          # 'auto': leave out finished stages, go on from the newest whole checkpoint of the next
     parallel:str='ddp',   # One of `PARALLEL`
     start=None,           # Folder of a model that the first of them starts from instead
+    trust_remote_code=False, # May code in the LLM's folder run, where `transformers` has none?
     **kwargs,             # Passed to `train_stage`: `progress`, `callbacks`, `device`, `eval_data`, `ask_every`
 ) -> tuple:               # Model, processor and a dict of `StageResult`s
     "Run the stages of a recipe in order"
@@ -798,9 +800,10 @@ def train_recipe(
     with stop_on_signal():
         for name in todo:
             if name in results: continue
-            if model is None: model,processor = _start(r, out, names.index(name), start if name == todo[0] else None)
+            given = start if name == todo[0] else None
+            if model is None: model,processor = _start(r, out, names.index(name), given, trust_remote_code)
             results[name] = train_stage(model, processor, r.stage(name), out/name, rows[name], images, r.seed,
                 resume=resume, parallel=parallel, final=_weights(r, out, name), recipe=to_dict(r), **kwargs)
             if parallel != 'ddp': model = None   # wrapped, cut up, perhaps rounded: the next one opens the folder
-    if model is None: model,processor = _start(r, out, names.index(todo[-1]) + 1)
+    if model is None: model,processor = _start(r, out, names.index(todo[-1]) + 1, trusted=trust_remote_code)
     return model, processor, results

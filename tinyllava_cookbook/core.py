@@ -66,8 +66,7 @@ class Registry:
         kind:str,            # What the parts are, for messages: 'connector', 'template'
         variable:str|None=None,  # What modules call it when they register; they are imported once a name is missing
     ):
-        self.kind,self._parts = kind,{}
-        self._variable = variable
+        self.kind,self._variable,self._parts = kind,variable,{}
 
     def _find(self):
         "Import the modules that register something here, once; not in the middle of an import"

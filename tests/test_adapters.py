@@ -14,7 +14,7 @@ from tinyllava_cookbook.model.adapters import adapted, restore
 from tinyllava_cookbook.model.checkpoints import load
 from tinyllava_cookbook.model.vlm import compose
 from tinyllava_cookbook.train.recipes import ADAPTERS, PARTS, Recipe, Stage, Tune
-from tinyllava_cookbook.train.trainer import train_recipe, train_stage
+from tinyllava_cookbook.train.stages import train_recipe, train_stage
 from tinyllava_cookbook.train.tuning import apply_tune, learnable
 
 logging.disable_progress_bar()
@@ -170,7 +170,7 @@ import json, os, sys
 from pathlib import Path
 from tinyllava_cookbook.model.vlm import compose
 from tinyllava_cookbook.train.recipes import Stage, Tune
-from tinyllava_cookbook.train.trainer import train_stage
+from tinyllava_cookbook.train.stages import train_stage
 siglip, llm, data, out, parallel, mode = sys.argv[1:]
 model,processor = compose(siglip, llm)
 tune = dict(vision=Tune('lora', r=2, dropout=0.), connector='full', llm=Tune(mode, r=4, dropout=0.))

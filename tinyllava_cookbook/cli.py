@@ -129,7 +129,7 @@ def _train(a):
     if a.resume not in (None, 'auto') and len(todo) > 1: raise Usage("--resume DIR is of one stage: name that stage")
     if a.dry_run: return _show_plan(r, [r.stage(n) for n in todo], out, a)
     with stop_on_signal():
-        from tinyllava_cookbook.train.trainer import train_recipe
+        from tinyllava_cookbook.train.stages import train_recipe
         _quiet()
         given = {k:getattr(a, k) for k in ('images', 'start', 'resume', 'parallel', 'device', 'eval_data', 'ask_every')}
         try: train_recipe(r, out, data=data, stages=todo, **given)
@@ -280,9 +280,10 @@ def _encoder_of(a):
     from tinyllava_cookbook.model.vlm import VLMProcessor
     if (Path(a.recipe)/'processor_config.json').exists(): return VLMProcessor.from_pretrained(a.recipe).encoder()
     from tinyllava_cookbook.train.recipes import recipe
-    from tinyllava_cookbook.train.trainer import _start, stage_encoder
+    from tinyllava_cookbook.train.stages import start_model
+    from tinyllava_cookbook.train.trainer import stage_encoder
     r = recipe(a.recipe)
-    return stage_encoder(_start(r, None, 0)[1], r.stage(a.stage) if a.stage else r.stages[-1])
+    return stage_encoder(start_model(r, '')[1], r.stage(a.stage) if a.stage else r.stages[-1])
 
 @command('check', 'look at every sample of a data set before training does', _check_args)
 def _check(a):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARKER', 'LOCK', 'BEAT', 'PATIENCE', 'REQUEUE', 'STOP_SIGNALS', 'checksum', 'mark_complete', 'read_marker',
-           'check_complete', 'checkpoints', 'find_checkpoint', 'publish', 'remove', 'FolderLock', 'Stopped',
-           'asked_to_stop', 'stop_if_asked', 'stop_on_signal', 'shield_worker']
+           'check_complete', 'numbered_checkpoints', 'checkpoints', 'find_checkpoint', 'publish', 'remove',
+           'FolderLock', 'Stopped', 'asked_to_stop', 'stop_if_asked', 'stop_on_signal', 'shield_worker']
 
 # %% ../nbs/05_durable.ipynb #14eee9cf
 import json, os, re, shutil, signal, socket, sys, threading, time, uuid
@@ -114,15 +114,23 @@ def _complete(path, checksums=False):
         print(f"passed over: {e}", file=sys.stderr)
         return False
 
-def _numbered(out):
-    "The folders `checkpoint-N`, by number"
-    return sorted((o for o in Path(out).glob('checkpoint-*') if _step(o) is not None), key=_step)
+def _age(path):
+    "What orders checkpoints: when their run began, then their step"
+    try: began = read_marker(path).get('began')
+    except (OSError, ValueError): began = None
+    return began if isinstance(began, (int, float)) else 0, _step(path)
+
+def numbered_checkpoints(
+    out,          # Folder of a run
+) -> list[Path]:  # Oldest first; those of a run that began later are newer, whatever their step
+    "The folders `checkpoint-N` in `out`, of which nothing is looked at but the marker"
+    return sorted((o for o in Path(out).glob('checkpoint-*') if _step(o) is not None and (o/MARKER).is_file()), key=_age)
 
 def checkpoints(
     out,          # Folder of a run
 ) -> list[Path]:  # Oldest first
     "The folders `checkpoint-N` in `out` that are complete"
-    return [o for o in _numbered(out) if _complete(o)]
+    return [o for o in numbered_checkpoints(out) if _complete(o)]
 
 # %% ../nbs/05_durable.ipynb #669e6a86
 def find_checkpoint(
@@ -130,38 +138,52 @@ def find_checkpoint(
     resume=None,  # A checkpoint; `True`: the newest complete one; 'auto': the same, if there is one
 ) -> Path|None:   # `None`: begin at the beginning
     "The checkpoint to resume from"
-    if resume not in (None, False, True, 'auto'): return Path(resume)
-    newest = reversed(_numbered(out)) if resume else []
+    if resume not in (None, False, True, 'auto'):
+        check_complete(resume, checksums=True)
+        return Path(resume)
+    newest = reversed(numbered_checkpoints(out)) if resume else []
     found = next((o for o in newest if _complete(o, checksums=True)), None)
     if resume is True and found is None:
         raise FileNotFoundError(f"no checkpoint in {str(out)!r} to resume from; set trainer.save_steps")
     return found
 
 # %% ../nbs/05_durable.ipynb #ce8b4071
-def _delete_listed(folder):
-    "Delete what the marker of a replaced folder lists, and the folder, if nothing else is in it"
-    try: listed = [*read_marker(folder)['files'], MARKER]
-    except (OSError, ValueError): listed = []
-    for name in listed: (folder/name).unlink(missing_ok=True)
-    below = [o for o in folder.rglob('*') if o.is_dir()]
-    for o in [*sorted(below, reverse=True), folder]:
-        if not any(o.iterdir()): o.rmdir()
-    if folder.exists(): print(f"kept: what {str(folder)!r} holds was not written by this library", file=sys.stderr)
+def _files(folder): return {o.relative_to(folder).as_posix() for o in folder.rglob('*') if o.is_file()} - {MARKER}
+
+def _listed(folder):
+    "The files that a marker lists; none, where there is no marker"
+    try: return set(read_marker(folder)['files'])
+    except (OSError, ValueError): return set()
+
+def _replace_files(staging, final):
+    "Move the files of a finished folder into one that holds others, too"
+    stale,new = _listed(final), _files(staging)
+    for name in [MARKER]*(staging/MARKER).exists() + sorted(new):
+        (final/name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staging/name, final/name)
+    for name in stale - new: (final/name).unlink(missing_ok=True)
+    shutil.rmtree(staging)
+
+def _swap(staging, final):
+    "Put a finished folder in the place of another one"
+    old = staging.with_name(f'{staging.name}.{uuid.uuid4().hex}')
+    os.rename(final, old)
+    try: os.rename(staging, final)
+    except OSError:
+        os.rename(old, final)   # nothing was replaced
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 def publish(
     staging,  # A finished folder
-    final,    # Its name from now on; what was there is replaced
+    final,    # Its name from now on; files there that its marker lists are replaced
 ) -> Path:    # `final`
-    "Give a finished folder its name, in one step"
+    "Give a finished folder its name"
     staging,final = Path(staging), Path(final)
-    old = final.with_name(f'{final.name}.old-{uuid.uuid4().hex[:8]}')
-    if final.exists(): os.rename(final, old)
-    try: os.rename(staging, final)
-    except OSError:
-        if old.exists(): os.rename(old, final)   # nothing was replaced
-        raise
+    if not final.exists(): os.rename(staging, final)
+    elif _files(final) - _listed(final): _replace_files(staging, final)
+    else: _swap(staging, final)
     _sync(final.parent)
-    if old.exists(): _delete_listed(old)
     return final
 
 # %% ../nbs/05_durable.ipynb #ec28f291

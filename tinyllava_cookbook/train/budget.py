@@ -28,8 +28,9 @@ from ..model.vision import MoFConfig, _two, checkpoint_path, input_size, n_layer
 from ..model.vlm import LOGITS_AT_ONCE, VLMConfig, VLMForConditionalGeneration
 from .recipes import ADAPTERS, PARTS, Recipe, Stage, Table, batch_sizes, recipe_names
 from .recipes import recipe as find_recipe
-from .trainer import PARALLEL, _float_weights, _rows, flop_rates, peak_tflops, train_stage
-from .tuning import _blocks, _linears, _prefix, _towers, learnable, reachable
+from .stages import float_weights, train_stage
+from .trainer import PARALLEL, flop_rates, peak_tflops, stage_rows
+from .tuning import _blocks, _linears, SUBMODULES, _towers, learnable, reachable
 
 # %% ../../nbs/38_train.budget.ipynb #7266dd9c
 @dataclass
@@ -531,7 +532,7 @@ def forecast_peak(
 ) -> Memory:        # At the worst batch
     "The forecast for the same"
     with torch.device('meta'): s = mark(VLMForConditionalGeneration(copy.deepcopy(config)), stage)
-    _float_weights(s, z.compute < z.stream)
+    float_weights(s, z.compute < z.stream)
     return max((memory(s, stage, o, z, accumulate) for o in loads), key=lambda o: o.total)
 
 # %% ../../nbs/38_train.budget.ipynb #a2793162
@@ -624,7 +625,7 @@ _USUAL = dict(llava_v1=('llava-595k', 'llava-158k'), llava_next=('llava-558k', '
 
 def _own_data(stage):
     "The corpus of a stage whose files are here"
-    rows = _rows(stage)
+    rows = stage_rows(stage)
     some = [read_sample(rows[i], i) for i in range(0, len(rows), max(1, len(rows)//256))]
     size = lambda o,who: sum(len(m['content']) for m in o.messages if m['role'] in who)/4
     text = [size(o, ('system', 'user', 'assistant')) for o in some]

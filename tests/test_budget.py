@@ -7,19 +7,20 @@ from torch import nn
 from tinyllava_cookbook import cli
 from tinyllava_cookbook.ingredients import tiny_checkpoint, tiny_llms
 from tinyllava_cookbook.model.vlm import VLMConfig, VLMForConditionalGeneration, compose
-from tinyllava_cookbook.train import budget as B
+from tinyllava_cookbook.model.architecture import part_config
+from tinyllava_cookbook.train import activations as A, budget as B, memory as M
 from tinyllava_cookbook.train.recipes import Recipe, Stage, Tune, recipe, recipe_names
 from tinyllava_cookbook.train.tuning import apply_tune
 
 ALL = dict(vision='full', connector='full', llm='full')
 
 @pytest.fixture(scope='module')
-def base(): return B.shell(recipe('tinyllava_base'))
+def base(): return A.recipe_model(recipe('tinyllava_base'))
 
 # ---------------------------------------------------------------------------------------------------- parts
 
 def test_tracker_counts_known_allocations():
-    with B.LiveMemory() as m:
+    with M.LiveMemory() as m:
         x = torch.zeros(256, 256, requires_grad=True)      # 256 KiB
         y = (x*2).exp()                                    # the product goes, the exponential is kept
         assert m.now == 2*2**18 and m.peak == 3*2**18
@@ -32,7 +33,7 @@ def test_tracker_against_the_allocator():
     "Within two per cent of what the profiler saw PyTorch's allocator give out"
     code = """import sys, torch
 from torch.profiler import profile, ProfilerActivity
-from tinyllava_cookbook.train.budget import LiveMemory
+from tinyllava_cookbook.train.memory import LiveMemory
 def run():
     torch.manual_seed(0)
     m = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.GELU()) for _ in range(6)])
@@ -56,14 +57,14 @@ def test_adapters_are_as_large_as_pefts(tmp_path, mode, r):
     with torch.device('meta'): shell = VLMForConditionalGeneration(copy.deepcopy(model.config))
     stage = Stage('x', tune=dict(connector='full', llm=dict(mode=mode, r=r), vision=dict(mode=mode, r=r, targets=['q_proj', 'fc1'])))
     apply_tune(model, stage)
-    assert B._learned(B.mark(shell, stage)) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert A.n_trainable(A.annotate(shell, stage)) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 def test_full_and_partial_learn_as_apply_tune_says(tmp_path):
     for tune in (ALL, dict(connector='full'), dict(llm=Tune('partial', from_layer=1), vision=Tune('partial', from_layer=1))):
         model = compose(*(tiny_checkpoint(o, tmp_path/o) for o in ('dinov2', 'phi')))[0]
         with torch.device('meta'): shell = VLMForConditionalGeneration(copy.deepcopy(model.config))
         apply_tune(model, Stage('x', tune=tune))
-        B.mark(shell, Stage('x', tune=tune))
+        A.annotate(shell, Stage('x', tune=tune))
         assert [p.requires_grad for p in shell.parameters()] == [p.requires_grad for p in model.parameters()]
 
 # ---------------------------------------------------------------------------------------------------- states
@@ -74,11 +75,11 @@ def test_states_equal_deepspeeds_own_estimates(base, world):
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero3
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero2
     stage = Stage('all', tune=ALL)
-    B.mark(base, stage)
+    A.annotate(base, stage)
     for p in base.parameters(): p.requires_grad_(True)   # DeepSpeed's know of no frozen weights
     n = sum(p.numel() for p in base.parameters())
     def gpu(parallel):
-        o = B.states(base, stage, parallel, world)
+        o = M.states(base, stage, parallel, world)
         return o['weights'] + o['gradients'] + o['optimizer'] + o['buckets'], o['host']
     host, want = zero2(n, world, 1, cpu_offload=False)
     assert gpu('zero2')[0] == pytest.approx(want, rel=1e-6)
@@ -99,7 +100,7 @@ def test_weights_are_in_the_precision_that_the_trainer_gives_them(tmp_path):
     stage = Stage('x', tune=dict(connector='full'))
     apply_tune(model, stage)
     float_weights(model, True)
-    assert B.states(B.mark(shell, stage), stage)['weights'] == sum(p.numel()*p.element_size() for p in model.parameters())
+    assert M.states(A.annotate(shell, stage), stage)['weights'] == sum(p.numel()*p.element_size() for p in model.parameters())
 
 # ---------------------------------------------------------------------------------------------------- activations
 
@@ -140,7 +141,7 @@ def test_a_block_keeps_what_autograd_saves(tmp_path, family, learn):
         finally: m.get_decoder().layers = layers
         return k.bytes
     real = (kept(2) - kept(1))/n
-    said = B.layer_bytes(m.get_decoder().layers[1], config, B.Numbers(), length=n)[0]
+    said = A.block_bytes(m.get_decoder().layers[1], config, A.ElementBytes(), length=n)[0]
     assert said/real == pytest.approx(1, abs=.1), (said, real)
 
 # ---------------------------------------------------------------------------------------------------- time
@@ -149,13 +150,13 @@ def test_operations_agree_with_the_trainer(base):
     "One pass over a sample costs what the trainer's log would count"
     from tinyllava_cookbook.train.trainer import flop_rates
     stage, c = Stage('x', tune=dict(connector='full', llm='full')), B.Corpus(10, 100, 40, 1., 200, 'x')
-    B.mark(base, stage)
+    A.annotate(base, stage)
     rate, tokens = flop_rates(base), 100 + 729
     assert B.sample_flops(base, stage, c) == pytest.approx(
         tokens*rate['tokens'] + 40*rate['learned'] + rate['images'] + tokens**2*rate['squares'])
     lora = Stage('x', tune=dict(llm='lora'))
     plain = Stage('x', tune=dict(connector='full'))
-    assert 1 < B.sample_flops(B.mark(base, lora), lora, c)/B.sample_flops(B.mark(base, plain), plain, c) < 1.2
+    assert 1 < B.sample_flops(A.annotate(base, lora), lora, c)/B.sample_flops(A.annotate(base, plain), plain, c) < 1.2
 
 def test_more_gpus_less_of_everything():
     r = recipe('tinyllava_base')
@@ -175,19 +176,19 @@ def test_unknown_parts_say_what_is_known(tmp_path):
     r = Recipe('mine', 'google/siglip-so400m-patch14-384', 'acme/llm', stages=[Stage('s', tune=dict(connector='full'))])
     with pytest.raises(KeyError, match="no architecture 'acme/llm': not among .*microsoft/phi-2.*config.json"): B.budget(r)
     (tmp_path/'empty').mkdir()
-    with pytest.raises(FileNotFoundError, match='has no config.json'): B.part_config(tmp_path/'empty')
+    with pytest.raises(FileNotFoundError, match='has no config.json'): part_config(tmp_path/'empty')
     folder = tiny_checkpoint('phi', tmp_path/'phi')
-    assert B.part_config(folder).model_type == 'phi'
+    assert part_config(folder).model_type == 'phi'
 
 def test_two_towers():
     r = Recipe('two', 'openai/clip-vit-large-patch14-336 + facebook/dinov2-large', 'microsoft/phi-2', connector='mof_mlp',
                model=dict(mix='concat'), stages=[Stage('s', tune=ALL, pack=4096, global_batch_size=128)])
-    m = B.shell(r)
-    B.mark(m, r.stage('s'))
-    kept = {p: sum(o.kept for o in B.pieces(m, B.Load(1, 4096, 100, 3)) if o.part == p) for p in ('vision', 'llm')}
-    alone = B.shell(dataclasses.replace(r, vision='openai/clip-vit-large-patch14-336', connector='mlp2x_gelu', model={}))
-    B.mark(alone, r.stage('s'))
-    one = sum(o.kept for o in B.pieces(alone, B.Load(1, 4096, 100, 3)) if o.part == 'vision')
+    m = A.recipe_model(r)
+    A.annotate(m, r.stage('s'))
+    kept = {p: sum(o.saved for o in A.segments(m, A.MicroBatch(1, 4096, 100, 3)) if o.part == p) for p in ('vision', 'llm')}
+    alone = A.recipe_model(dataclasses.replace(r, vision='openai/clip-vit-large-patch14-336', connector='mlp2x_gelu', model={}))
+    A.annotate(alone, r.stage('s'))
+    one = sum(o.saved for o in A.segments(alone, A.MicroBatch(1, 4096, 100, 3)) if o.part == 'vision')
     assert 1.7*one < kept['vision'] < 2.3*one and m.config.image_seq_length == 2*576
 
 # ---------------------------------------------------------------------------------------------------- measured
@@ -207,8 +208,8 @@ def measured(root, stage, vision='siglip', llm='llama', **kw):
     model, processor = compose(tiny_checkpoint(vision, root/'eye', image_size=48, **eye),
         tiny_checkpoint(llm, root/'llm', hidden_size=160, intermediate_size=448, num_hidden_layers=3), image_mode='squash', **kw)
     config, ds = copy.deepcopy(model.config), stage_dataset(processor, stage, root/'data.json')
-    got = B.measured_peak(model, processor, stage, [ds[i] for i in range(8)], root/'out')
-    return got['bytes'], B.forecast_peak(config, stage, got['loads'], accumulate=len(got['loads'])//2).total
+    got = M.measured_peak(model, processor, stage, [ds[i] for i in range(8)], root/'out')
+    return got['bytes'], M.forecast_peak(config, stage, got['batches'], accumulate=len(got['batches'])//2).total
 
 BOTH = dict(connector='full', llm='full')
 TRAINED = {
@@ -236,11 +237,11 @@ def test_forecast_within_ten_per_cent_of_measured(tmp_path, name):
 @pytest.mark.parametrize('name', ['stage 1', 'all', 'checkpointed', 'lora'])
 def test_forecast_under_autocast(tmp_path, monkeypatch, name):
     "As on a GPU: 16-bit products over float32 weights, with their copies; dropout as the CPU does it"
-    plain, forecast = VLMForConditionalGeneration.forward, B.forecast_peak
+    plain, forecast = VLMForConditionalGeneration.forward, M.forecast_peak
     def forward(self, *a, **kw):
         with torch.autocast('cpu', torch.bfloat16): return plain(self, *a, **kw)
     monkeypatch.setattr(VLMForConditionalGeneration, 'forward', forward)
-    monkeypatch.setattr(B, 'forecast_peak', lambda c, s, loads, accumulate: forecast(c, s, loads, B.Numbers(2, 4, 4), accumulate))
+    monkeypatch.setattr(M, 'forecast_peak', lambda c, s, loads, accumulate: forecast(c, s, loads, A.ElementBytes(2, 4, 4), accumulate))
     stage, parts = TRAINED[name]
     got, said = measured(tmp_path, Stage('tiny', **(dict(global_batch_size=8, max_steps=2, max_length=384) | stage)), **parts)
     assert said/got == pytest.approx(1, abs=.1), f'{name}: measured {got/2**20:.1f} MiB, forecast {said/2**20:.1f} MiB'
@@ -264,7 +265,7 @@ def test_command(capsys):
     d = json.loads(out)
     assert (code, err, out.count('\n')) == (0, '', 1)
     assert d['fits'] and d['gpus'] == '4xA100-40G' and [s['stage'] for s in d['stages']] == ['pretrain', 'finetune']
-    assert d['cost'] == pytest.approx(4*d['hours']) and set(d['stages'][0]['memory']['parts']) == set(B.KINDS)
+    assert d['cost'] == pytest.approx(4*d['hours']) and set(d['stages'][0]['memory']['parts']) == set(M.KINDS)
     code, out, err = run(capsys, 'budget', 'llava_v15', '--gpus', 'RTX3090', '--stage', 'finetune', '--set', 'finetune.tune.llm=qlora')
     assert (code, err) == (0, '') and 'finetune' in out and 'pretrain' not in out
 

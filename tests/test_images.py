@@ -99,7 +99,10 @@ def test_palette_with_transparency(tmp_path):
     got = load_image(tmp_path/'a.png')
     assert got.getpixel((0, 0)) == (255, 255, 255) and got.getpixel((1, 0)) == (255, 0, 0)
 
-def test_urls():
+def test_urls(monkeypatch):
+    "With this machine allowed, which it never is but here"
+    from tinyllava_cookbook import sources
+    fetch = sources.fetch
     buffer = io.BytesIO(); Image.new('RGB', (5, 4), 'red').save(buffer, 'PNG')
     class Site(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -109,10 +112,11 @@ def test_urls():
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Site)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f'http://127.0.0.1:{server.server_port}'
+    monkeypatch.setattr(sources, 'fetch', lambda url, timeout: fetch(url, timeout, allowed=lambda address: address == '127.0.0.1'))
     try:
-        assert load_image(f'{url}/a').size == (5, 4)
-        with pytest.raises(ValueError, match=f'{url}/half'): load_image(f'{url}/half')
-        with pytest.raises(ConnectionError, match='HTTP 500'): load_image(f'{url}/no')
+        assert load_image(f'{url}/a', remote=True).size == (5, 4) and image_size(f'{url}/a', remote=True) == (4, 5)
+        with pytest.raises(ValueError, match=f'{url}/half'): load_image(f'{url}/half', remote=True)
+        with pytest.raises(ConnectionError, match='HTTP 500'): load_image(f'{url}/no', remote=True)
     finally: server.shutdown(); server.server_close()
 
 @pytest.mark.parametrize('size', [(1, 1), (1, 300), (300, 1), (31, 33)])

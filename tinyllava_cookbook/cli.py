@@ -82,6 +82,8 @@ def _train_args(p):
     p.add_argument('--start', metavar='DIR', help='model to start from (default: what the stage before saved)')
     p.add_argument('--resume', metavar='auto|DIR',
                    help='auto: leave out what is finished, go on from the newest whole checkpoint; or a checkpoint')
+    p.add_argument('--accept', metavar='NAME', action='append', default=[],
+                   help='resume although this is not what the run began with: data, images, start or template (repeatable)')
     p.add_argument('--parallel', metavar='NAME', default='ddp',
                    help='ddp, zero1, zero2, zero3, zero1-offload ..., fsdp (default: %(default)s)')
     p.add_argument('--eval-data', metavar='FILE', help='its loss is measured every STAGE.trainer.eval_steps')
@@ -108,7 +110,7 @@ def _stage_data(given, stages, names):
 def _train_words(a, out):
     "The command as it would be typed"
     options = {'--out': [out], '--set': a.changes, '--data': a.data, '--images': [a.images], '--start': [a.start],
-        '--resume': [a.resume], '--parallel': [a.parallel], '--eval-data': [a.eval_data], '--report-to': a.report_to,
+        '--resume': [a.resume], '--accept': a.accept, '--parallel': [a.parallel], '--eval-data': [a.eval_data], '--report-to': a.report_to,
         '--ask-every': [a.ask_every and str(a.ask_every)], '--device': [a.device]}
     given = [w for k,vs in options.items() for v in vs if v and (k, v) not in _usual for w in (k, v)]
     return ['tinyllava', 'train', a.recipe, *a.stages, *given]
@@ -132,6 +134,7 @@ def _train(a):
         from tinyllava_cookbook.train.stages import train_recipe
         _quiet()
         given = {k:getattr(a, k) for k in ('images', 'start', 'resume', 'parallel', 'device', 'eval_data', 'ask_every')}
+        if a.accept: given['accept'] = a.accept
         try: train_recipe(r, out, data=data, stages=todo, **given)
         except Stopped as e:
             print(f'tinyllava train: {e}', file=sys.stderr)
@@ -334,7 +337,7 @@ def _chat_args(p):
 def _chat(a):
     from tinyllava_cookbook.data.images import load_image
     from tinyllava_cookbook.infer.generate import ChatSession
-    image = a.image and load_image(a.image)   # a wrong path is found before the weights are loaded
+    image = a.image and load_image(a.image, remote=True)   # a wrong path is found before the weights are loaded
     session = ChatSession(*_load(a), image=image, max_new_tokens=a.max_new_tokens)
     _say(session, a.question) if a.question else _converse(session)
 
@@ -352,7 +355,7 @@ def _turn(session, line):
     from tinyllava_cookbook.data.images import load_image
     word,_,rest = line.partition(' ')
     if word in ('/quit', '/exit'): return False
-    elif word=='/image': session.new(load_image(rest.strip()))
+    elif word=='/image': session.new(load_image(rest.strip(), remote=True))
     elif word=='/new': session.new(session.image)
     elif word.startswith('/'): print(f"no {word!r} here: {_chat_help}")
     elif line: _say(session, line)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'IMAGE_TOKEN', 'SHORT', 'LETTER', 'UnknownName', 'Registry', 'seed_everything', 'pick_device', 'pick_dtype',
-           'replacing', 'read_json', 'write_json', 'write_lines', 'cache_dir', 'package_data', 'Table', 'quiet',
-           'versions']
+           'replacing', 'read_json', 'to_json', 'write_json', 'write_lines', 'cache_dir', 'package_data', 'Table',
+           'quiet', 'versions']
 
 # %% ../nbs/00_core.ipynb #f1f55919
 import difflib, html, json, os, random, tempfile, uuid
@@ -138,6 +138,16 @@ def read_json(
     except UnicodeDecodeError as e:
         raise ValueError(f"{str(path)!r} is not UTF-8: byte {e.start} is 0x{e.object[e.start]:02x}") from None
 
+def to_json(
+    obj:Any,              # Anything JSON can hold
+    indent:int|None=None, # Spaces per level; `None`: one line
+) -> str:                 # Can be written in UTF-8
+    "JSON as one reads it; escaped where a text holds half a character (a lone surrogate), which no file can hold"
+    text = json.dumps(obj, indent=indent, ensure_ascii=False)
+    try: text.encode()
+    except UnicodeEncodeError: return json.dumps(obj, indent=indent)
+    return text
+
 def write_json(
     path,          # Where to; folders are made
     obj:Any,       # Anything JSON can hold
@@ -145,7 +155,7 @@ def write_json(
 ) -> Path:         # The path
     "Write JSON in one step: the file is either the old one or all of the new one"
     path = Path(path)
-    text = json.dumps(obj, indent=indent, ensure_ascii=False)   # fails before anything is touched
+    text = to_json(obj, indent)   # fails before anything is touched
     with replacing(path) as part: part.write_text(text + '\n', encoding='utf-8')
     return path
 
@@ -156,7 +166,7 @@ def write_lines(
 ) -> Path:  # The path
     "Write JSON lines, in one step too"
     with replacing(path) as part, part.open('w', encoding='utf-8', newline='\n') as f:
-        f.writelines(json.dumps(r, ensure_ascii=False) + '\n' for r in rows)
+        f.writelines(to_json(r) + '\n' for r in rows)
     return Path(path)
 
 # %% ../nbs/00_core.ipynb #028b9c47

@@ -43,7 +43,7 @@ def measure(name, root, data, a):
     import torch
     from tinyllava_cookbook.ingredients import tiny_checkpoint
     from tinyllava_cookbook.model.vlm import compose
-    from tinyllava_cookbook.train import budget as B
+    from tinyllava_cookbook.train import activations as A, budget as B, memory as M
     from tinyllava_cookbook.train.recipes import Stage
     from tinyllava_cookbook.train.trainer import stage_dataset
     family, shape, how = CASES[name]
@@ -55,9 +55,9 @@ def measure(name, root, data, a):
     model, processor = compose(tiny_checkpoint('siglip', work/'eye', **eye), tiny_checkpoint(family, work/'llm', **shape), image_mode='squash')
     stage = Stage('bench', **(dict(global_batch_size=16, max_steps=a.steps, max_length=512 if a.tiny else 2048) | how))
     config, ds = copy.deepcopy(model.config), stage_dataset(processor, stage, data)
-    got = B.measured_peak(model, processor, stage, [ds[i] for i in range(len(ds))], work/'run', a.device)
+    got = M.measured_peak(model, processor, stage, [ds[i] for i in range(len(ds))], work/'run', a.device)
     cuda = a.device != 'cpu'
-    said = B.forecast_peak(config, stage, got['loads'], B.numbers('ddp') if cuda else B.Numbers(), len(got['loads'])//a.steps)
+    said = M.forecast_peak(config, stage, got['batches'], B.element_bytes('ddp') if cuda else A.ElementBytes(), len(got['batches'])//a.steps)
     log = got['result'].log[min(2, a.steps - 1):]   # the first steps warm up
     speed = [o['tflops'] for o in log]
     mfu = [o['mfu'] for o in log if o.get('mfu')]

@@ -19,8 +19,9 @@ from datasets import Dataset, load_dataset, load_from_disk
 from datasets.table import MemoryMappedTable
 from ..core import IGNORE, IMAGE_TOKEN, Registry, cache_dir, replacing
 from .images import (IMAGE_MODES, anyres_n_tokens, image_size, load_image, pinpoints,
-                                            prepare, target_size)
+                                            prepare, sample_aspect, target_size)
 from .templates import ChatTemplate, chat_template, read_messages
+from ..sources import is_remote
 
 # %% ../../nbs/13_data.datasets.ipynb #2c6dcafe
 @dataclass
@@ -73,7 +74,7 @@ def _name(record, index):
 def _locate(image, folder):
     "A path below `folder`; what HF stores as bytes, URLs and PIL images as they are"
     if isinstance(image, dict): return image.get('bytes') or image.get('path')
-    here = isinstance(image, (str, Path)) and not str(image).startswith(('http://', 'https://'))
+    here = isinstance(image, (str, Path)) and not is_remote(image)
     if not here or folder is None: return image
     if not isinstance(folder, dict): return os.path.join(folder, image)
     first, _, rest = str(image).partition('/')
@@ -421,7 +422,7 @@ class Encoder:
         with naming(f"sample {sample.id!r}"):
             ids, labels, k = self.tokens(sample)
             out = dict(input_ids=torch.tensor(ids), labels=torch.tensor(labels))
-            images = [load_image(o) for o in sample.images[:k]]
+            images = [load_image(o, max_aspect=sample_aspect()) for o in sample.images[:k]]
             tiles = [prepare(o, self.image_processor, self.image_mode)[0] for o in images]
         if tiles: out['pixel_values'] = torch.cat(tiles)
         if tiles and self.patch_grid: out['image_sizes'] = torch.tensor([o.size[::-1] for o in images])
@@ -449,7 +450,8 @@ def image_counts(
     "How many tokens each image takes; only 'anyres' has to ask for their sizes"
     if encoder.patch_grid is None: return [encoder.image_seq_length] * len(images)
     canvases, tile = pinpoints(encoder.image_processor), target_size(encoder.image_processor)
-    return [anyres_n_tokens(image_size(o), encoder.patch_grid, canvases, tile) for o in images]
+    sizes = [image_size(o, max_aspect=sample_aspect()) for o in images]
+    return [anyres_n_tokens(o, encoder.patch_grid, canvases, tile) for o in sizes]
 
 # %% ../../nbs/13_data.datasets.ipynb #ec6e927b
 BAD = ValueError, TypeError, LookupError, OSError   # What a sample can be guilty of

@@ -19,7 +19,7 @@ from PIL import Image
 from ..core import IGNORE, IMAGE_TOKEN, replacing, write_json
 from .batches import look_at_all
 from .datasets import FORMATS, Encoder, Sample, _guess, image_counts, read_records, read_sample
-from .images import image_size, load_image
+from .images import image_size, load_image, sample_aspect
 from .templates import show_mask
 
 # %% ../../nbs/16_data.preflight.ipynb #fceecbfa
@@ -48,17 +48,19 @@ class Fault(NamedTuple):
 # %% ../../nbs/16_data.preflight.ipynb #70d95b97
 def image_fault(
     source,              # A path or URL
-    max_aspect:float=20, # Longest side over shortest
+    max_aspect:float|None=None, # Longest side over shortest; `None`: as in training
 ) -> tuple[str,str]|None:# Kind and detail; `None` for a good one
     "What is wrong with a picture"
-    try: w, h = load_image(source).size
+    max_aspect = max_aspect or sample_aspect()
+    try: load_image(source, max_aspect=max_aspect)
     except (FileNotFoundError, PermissionError, ConnectionError, TimeoutError) as e: return 'missing-image', str(e)
-    except (ValueError, TypeError, OSError) as e: return _why(source), str(e)
-    if max(w, h) > max_aspect * min(w, h): return 'absurd-aspect', f'{w}x{h} pixels: {str(source)!r}'
+    except (ValueError, TypeError, OSError) as e: return _why(source, max_aspect), str(e)
 
-def _why(source) -> str:
-    try: image_size(source)     # asks the header alone
-    except Exception as e: return 'huge-image' if 'over the limit' in str(e) else 'undecodable-image'
+def _why(source, max_aspect) -> str:
+    try: image_size(source, max_aspect=max_aspect)     # asks the header alone
+    except Exception as e:
+        if 'over the limit' in str(e): return 'huge-image'
+        return 'absurd-aspect' if 'one side is over' in str(e) else 'undecodable-image'
     return 'truncated-image'
 
 # %% ../../nbs/16_data.preflight.ipynb #09eddeea
@@ -105,7 +107,7 @@ class _Text:
     encoder:Encoder|None
     limits:tuple
     folder:object
-    max_aspect:float
+    max_aspect:float|None
 
     def __call__(self, row, i) -> tuple:
         "Plain values, cheap to send: id, hash, fault, count, paths, and a fault or `None` for each picture in the row"
@@ -134,7 +136,7 @@ class _Text:
 @dataclass
 class _Picture:
     "Looks at pictures"
-    max_aspect:float
+    max_aspect:float|None
     def __call__(self, path, i): return image_fault(path, self.max_aspect)
 
 # %% ../../nbs/16_data.preflight.ipynb #760d615f
@@ -351,7 +353,7 @@ def preflight(
     recipe=None,            # An `Encoder`, or what has a method `encoder`; `None`: tokens are not counted
     allow=(),               # Kinds of `FAULTS` that are fine with you
     format:str='auto',      # A key of `FORMATS`
-    max_aspect:float=20,    # Longest side over shortest
+    max_aspect:float|None=None, # Longest side over shortest; `None`: as in training
     workers:int|None=None,  # Processes; `None`: one per core, if there is work for them
     progress:bool=True,     # Show bars?
     fix=None,               # File for the samples without fault

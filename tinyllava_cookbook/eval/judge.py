@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Callable
 
 from ..core import read_json, write_json, write_lines
-from ..data.instruct import Asker, Cache, Endpoint, Estimate, Request, estimate, run_jobs
+from ..data.instruct import Asker, Cache, Endpoint, Estimate, Request, estimate, run_jobs, without_key
 from .choice import mmbench, mmbench_gold, mmbench_infer, mmbench_passes
 from .records import Score, find, match, read_answers, said
 from .scoring import llavabench, llavaw_parse, mmvet
@@ -141,7 +141,20 @@ LLAVAW_JUDGE = Endpoint('gpt-4-0314', price=(30, 60))
 MMBENCH_JUDGE = Endpoint('gpt-3.5-turbo-0125', price=(.5, 1.5))
 
 # %% ../../nbs/55_eval.judge.ipynb #0d0c6385
-def _asker(out, endpoint, budget): return Asker(endpoint, Cache(Path(out).with_suffix('.replies.jsonl')), budget)
+def _asker(out, endpoint, budget, *inputs):
+    "Asks through a cache beside `out`, which must not be a file that is read"
+    cache = Path(out).with_suffix('.replies.jsonl')
+    for path in inputs:
+        if {Path(out).resolve(), cache.resolve()} & {Path(path).resolve()}:
+            raise ValueError(f"the grades would be written over {str(path)!r}; take another file for `out`")
+    return Asker(endpoint, Cache(cache), budget)
+
+def _texts(where, record, *names):
+    "The texts of a question; an error names what lacks"
+    for name in names:
+        if not isinstance(record, dict) or not isinstance(record.get(name), str):
+            raise ValueError(f"{where}: {name!r} is no text; is it the benchmark's own file?")
+    return [record[name] for name in names]
 
 def _one(tag, messages, max_tokens, temperature):
     "A request whose reply is its own, even if the same is asked again"
@@ -180,15 +193,16 @@ def judge_mmvet(
     data = _subset(every, subset)
     rows, rest = _by_vet_id(read_answers(answers), every), every.keys() - data.keys()
     by, _ = match([r for r in rows if r['question_id'] not in rest], list(data))
-    asker = _asker(out, endpoint, budget)
-    args = {f'{k} run {j}': (v['question'], v['answer'], said(by[k])) for j in range(1, runs+1) for k,v in data.items()}
+    asker = _asker(out, endpoint, budget, answers, path)
+    ask = {k: (*_texts(f'{path}, question {k!r}', v, 'question', 'answer'), said(by[k])) for k,v in data.items()}
+    args = {f'{k} run {j}': ask[k] for j in range(1, runs+1) for k in data}
     todo = estimate([_one(f'{t} try 1', mmvet_request(*a), 3, 0.) for t,a in args.items()], endpoint, asker.cache)
     if dry_run: return todo
     jobs = {t: lambda t=t, a=a: _grade(asker, t, a) for t,a in args.items()}
     done = run_jobs(jobs, asker, todo, workers, progress=progress, unit='grade')
     of = lambda k: zip(*(done[f'{k} run {j}'] for j in range(1, runs+1)))
     grades = {k: dict(zip(('model','content','score'), ([endpoint.model]*runs, *map(list, of(k))))) for k in data}
-    write_json(out, grades, indent=4)
+    write_json(out, without_key(grades, endpoint), indent=4)
     return _signed(mmvet(path, [dict(question_id=k, **g) for k,g in grades.items()], subset=list(data)), endpoint)
 
 # %% ../../nbs/55_eval.judge.ipynb #3e74a6e8
@@ -202,10 +216,11 @@ def _bench_questions(place):
     "Question records with caption and GPT-4's answer, by id"
     source = 'huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild'
     at = lambda name: read_answers(find(place, name, source=source))
-    captions, out = {o['image']: o['caption'] for o in at('context.jsonl')}, {}
+    captions, out = {o.get('image'): o.get('caption') for o in at('context.jsonl')}, {}
     gpt4 = {str(o['question_id']): o for o in at('answers_gpt4.jsonl')}
     for q in at('questions.jsonl'):
         k = str(q['question_id'])
+        _texts(f'question {k!r}', q, 'image', 'text', 'category')
         if q['category'] not in ('conv','detail','complex'):
             raise ValueError(f"question {k!r}: category {q['category']!r} is not one of conv, detail, complex")
         if k not in gpt4 or q['image'] not in captions:
@@ -226,14 +241,14 @@ def judge_llavabench(
     "Have LLaVA-Bench's answers reviewed, and score them"
     asked = _bench_questions(annotations)
     by, _ = match(read_answers(answers), list(asked), asked={k: q['text'] for k,q in asked.items()})
-    asker = _asker(out, endpoint, budget)
+    asker = _asker(out, endpoint, budget, answers)
     ask = [_one(k, llavaw_request(q['caption'], q['text'], said(q['gpt4']), said(by[k])), 1024, .2)
            for k,q in asked.items()]
     todo = estimate(ask, endpoint, asker.cache)
     if dry_run: return todo
     done = run_jobs({r.tag: lambda r=r: asker.ask(r) for r in ask}, asker, todo, workers, progress=progress,
                     unit='review')
-    rows = [_review(i, q, by[k], done[k]) for i,(k,q) in enumerate(asked.items(), 1)]
+    rows = [without_key(_review(i, q, by[k], done[k]), endpoint) for i,(k,q) in enumerate(asked.items(), 1)]
     write_lines(out, rows)
     return _signed(llavabench(None, rows), endpoint)
 
@@ -269,7 +284,7 @@ def judge_mmbench(
     dry_run:bool=False,              # Only say the price?
 ) -> Score|Estimate:                 # The official score, or with `dry_run` the price
     "Have the answers read that no rule can read, and score MMBench"
-    gold, rows, asker = mmbench_gold(annotations), read_answers(answers), _asker(out, endpoint, budget)
+    gold, rows, asker = mmbench_gold(annotations), read_answers(answers), _asker(out, endpoint, budget, answers)
     rows = [{k: v for k,v in r.items() if k not in ('choice', 'reply')} for r in rows]
     ask = {i: of for i,of in mmbench_passes(gold, rows)[0].items() if _undecided(of)}
     first = [_one(f"{o['index']} try 1", mmbench_request(g['question'], g['options'], o['text'].strip()), 2048, 0.)
@@ -278,6 +293,6 @@ def judge_mmbench(
     if dry_run: return todo
     jobs = {str(i): lambda of=of: _match_passes(asker, gold, of) for i,of in ask.items()}
     done = run_jobs(jobs, asker, todo, workers, progress=progress, unit='question')
-    found = {str(i): dict(choice=c, reply=t) for some in done.values() for i,(c,t) in some.items()}
+    found = {str(i): dict(choice=c, reply=endpoint.hide(t)) for some in done.values() for i,(c,t) in some.items()}
     write_lines(out, [r | found.get(str(r['question_id']), {}) for r in rows])
     return _signed(mmbench(annotations, read_answers(out)), endpoint)

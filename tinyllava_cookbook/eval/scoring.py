@@ -179,12 +179,22 @@ def pope(
                    yes_ratio=mean(o['parsed']=='yes' for o in items))
     return Score('pope', 'f1', metrics, tables, items, problems, cols=('parsed','answer'), stat=pope_mean_f1)
 
-# %% ../../nbs/53_eval.scoring.ipynb #5412f6ca
+# %% ../../nbs/53_eval.scoring.ipynb #e26c50b3
 def _grades(i, r):
-    g = r.get('score')
-    if g is None: raise ValueError(f"question {i!r} has no grade ('score'); have a judge grade the answers first")
-    return [float(o) for o in (g if isinstance(g, list) else [g])]
+    "Grades of all runs, as numbers"
+    found = r.get('score')
+    if found is None: raise ValueError(f"question {i!r} has no grade ('score'); have a judge grade the answers first")
+    grades = found if isinstance(found, list) else [found]
+    try: numbers = [float(o) for o in grades]
+    except (TypeError, ValueError): numbers = []
+    if not numbers: raise ValueError(f"question {i!r}: its grade is {found!r}; a grade is a number, or a list of them")
+    return numbers
 
+def _odd(grades, least, most):
+    "How many grades no rule of the benchmark allows (NaN among them); they are averaged in, as officially"
+    return sum(not least <= g <= most for g in grades)
+
+# %% ../../nbs/53_eval.scoring.ipynb #5412f6ca
 def _mmvet_runs(items, n):
     "Per run: mean grade of each capability, each set and all, in percent"
     groups = dict(capability={}, integration={}, total={})
@@ -210,6 +220,7 @@ def mmvet(
     by, problems = match([r for r in rows if r['question_id'] not in rest], keep, partial)
     grades = {k: _grades(k, r) for k,r in by.items() if k in data}
     runs = {len(g) for g in grades.values()}
+    problems['odd_grades'] = sum(_odd(g, 0, 1) for g in grades.values())
     if len(runs)>1: raise ValueError(f"some answers have {min(runs)} grades, others {max(runs)}; finish the run")
     items = []
     for k in [k for k in by if k in data] + [k for k in keep if k not in by]:
@@ -238,7 +249,7 @@ def llavaw_parse(
     try: return [float(p) for p in parts] if len(parts)==2 else [-1, -1]
     except ValueError: return [-1, -1]
 
-# %% ../../nbs/53_eval.scoring.ipynb #4fdd4c36
+# %% ../../nbs/53_eval.scoring.ipynb #512740d1
 def _relative(items):
     "Official numbers of a group of reviews"
     a, b = mean(o['gpt4'] for o in items), mean(o['model'] for o in items)
@@ -253,6 +264,14 @@ def relative_score(
     "The model's grades over GPT-4's, of resampled reviews"
     return 100*(weights @ [r[2] for r in rows])/(weights @ [r[1] for r in rows])
 
+# %% ../../nbs/53_eval.scoring.ipynb #4fdd4c36
+def _pair(i, review):
+    "The grades of a review: GPT-4's, the model's"
+    pair = review['tuple'] if 'tuple' in review else llavaw_parse(said(review, 'content'))
+    number = lambda o: isinstance(o, (int, float)) and not isinstance(o, bool)
+    if isinstance(pair, (list, tuple)) and len(pair)==2 and all(map(number, pair)): return pair
+    raise ValueError(f"question {i!r}: its grades are {pair!r}; a review has two numbers")
+
 def llavabench(
     annotations,         # `questions.jsonl` or its folder; `None`: take the reviews as complete
     answers:list[dict],  # Reviews: `question_id`, `category`, and `tuple` or `content`
@@ -266,10 +285,12 @@ def llavabench(
     for i,r in by.items():
         if asked and i not in asked: continue
         if 'tuple' not in r and 'content' not in r: raise ValueError(f"question {i!r} has no review; see eval.judge")
-        a, b = r['tuple'] if 'tuple' in r else llavaw_parse(r['content'])
+        a, b = _pair(i, r)
         kind = r.get('category') or f'llava_bench_{asked.get(i, "")}'
         items.append(dict(id=i, score=b/10, gpt4=a, model=b, text=r.get('content'), kind=kind))
-    problems['unread'] = sum((o['gpt4'], o['model'])==(-1, -1) for o in items)
+    unread = [(o['gpt4'], o['model'])==(-1, -1) for o in items]
+    problems['unread'] = sum(unread)
+    problems['odd_grades'] = sum(_odd((o['gpt4'], o['model']), 1, 10) for o,u in zip(items, unread) if not u)
     tables = {'all': _relative(items)}
     for k in sorted({o['kind'] for o in items}): tables[k] = _relative([o for o in items if o['kind']==k])
     metrics = {k: tables['all'][k] for k in ('relative','gpt4','model','relative_unrounded')}

@@ -200,11 +200,11 @@ class ChatSession:
         "Forget the conversation, and look at `image`"
         self.image, self.shown = image, []
         self.messages = [] if self.system is None else [dict(role='system', content=self.system)]
-        self._next = [load_image(o) for o in _as_list(image)]
+        self._next = [load_image(o, remote=True) for o in _as_list(image)]
 
     def stream(self, text:str, image=None):
         "Ask; yields the answer in pieces and remembers it"
-        new = self._next + [load_image(o) for o in _as_list(image)]
+        new = self._next + [load_image(o, remote=True) for o in _as_list(image)]
         turns, images = self.messages+[user_turn(text, len(new))], self.shown+new
         said, ids = [], prompt_ids(self.processor, turns, images)
         for piece in _stream(self.model, self.processor, ids, images, **self.kw):

@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..core import versions, write_json
+from ..data.images import load_image
 from ..eval.benchmarks import Item, evaluate, load_pope, load_questions
 from ..microworld import ASK, write_world
 from .bake import bake as bake_ingredients
@@ -136,7 +137,7 @@ def sample_answers(
         for r in list(some.values())[:n]:
             text = html.escape(r['prompt']).replace('\n', '<br>')
             gold = '' if r['correct'] else f'<br>truth: {html.escape(r["answer"])}'
-            image = Image.open(pictures[r['question_id']]).resize((128,128), Image.Resampling.NEAREST)
+            image = load_image(pictures[r['question_id']]).resize((128,128), Image.Resampling.NEAREST)
             said = f'{text}<br><b>{html.escape(r["text"])}</b>{gold}'
             cards.append(f'<figure class={title}>{_png(image)}<figcaption>{said}</figcaption></figure>')
     return ''.join(cards)

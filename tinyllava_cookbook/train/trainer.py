@@ -460,7 +460,7 @@ def check_same_plan(
     for k in [*accept, *['samples']*('data' in accept)]:
         if k in other: print(f"{where}: accepted that {other.pop(k)}", file=sys.stderr)
     if not other: return
-    hint = ''.join(f", or accept {k!r} if that is meant" for k in ACCEPT if k in other)
+    hint = ''.join(f", or accept {k!r} if that is meant (--accept {k})" for k in ACCEPT if k in other)
     raise ValueError(f"{str(where)!r} is of another run: {'; '.join(other.values())}. "
                      f"Change it back, or start elsewhere{hint}")
 

@@ -156,7 +156,7 @@ def answer_attention(
     max_new_tokens:int=32, # Longest answer, in tokens
 ) -> AnswerAttention:      # Maps per layer, head and token
     "Attention of each answer token, by one more pass over prompt and answer"
-    messages, img = [user_turn(question, 1)], load_image(image)
+    messages, img = [user_turn(question, 1)], load_image(image, remote=True)
     prompt = prompt_ids(processor, messages)
     new = _answer_tokens(model, processor, messages, prompt, [img], answer, max_new_tokens)
     if not new: raise ValueError(f"the answer to {question!r} is empty; give one as `answer`")

@@ -8,7 +8,7 @@ __all__ = ['MARKER', 'LOCK', 'BEAT', 'PATIENCE', 'REQUEUE', 'STOP_SIGNALS', 'che
            'FolderLock', 'Stopped', 'asked_to_stop', 'stop_if_asked', 'stop_on_signal', 'shield_worker']
 
 # %% ../nbs/05_durable.ipynb #14eee9cf
-import json, os, re, shutil, signal, socket, sys, threading, time, uuid
+import json, math, os, re, shutil, signal, socket, sys, threading, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -115,16 +115,18 @@ def _complete(path, checksums=False):
         return False
 
 def _age(path):
-    "What orders checkpoints: when their run began, then their step"
+    "What orders checkpoints: when their run began, then their step; those with a damaged marker come last"
     try: began = read_marker(path).get('began')
-    except (OSError, ValueError): began = None
+    except (OSError, ValueError): return math.inf, _step(path)
     return began if isinstance(began, (int, float)) else 0, _step(path)
 
 def numbered_checkpoints(
-    out,          # Folder of a run
-) -> list[Path]:  # Oldest first; those of a run that began later are newer, whatever their step
-    "The folders `checkpoint-N` in `out`, of which nothing is looked at but the marker"
-    return sorted((o for o in Path(out).glob('checkpoint-*') if _step(o) is not None and (o/MARKER).is_file()), key=_age)
+    out,                 # Folder of a run
+    damaged:bool=False,  # Those whose marker cannot be read, too: last
+) -> list[Path]:         # Oldest first; those of a run that began later are newer, whatever their step
+    "The folders `checkpoint-N` in `out` that have a marker; nothing else of them is looked at"
+    ages = {o: _age(o) for o in Path(out).glob('checkpoint-*') if _step(o) is not None and (o/MARKER).is_file()}
+    return [o for o in sorted(ages, key=ages.get) if damaged or ages[o][0] < math.inf]
 
 def checkpoints(
     out,          # Folder of a run
@@ -141,7 +143,7 @@ def find_checkpoint(
     if resume not in (None, False, True, 'auto'):
         check_complete(resume, checksums=True)
         return Path(resume)
-    newest = reversed(numbered_checkpoints(out)) if resume else []
+    newest = reversed(numbered_checkpoints(out, damaged=True)) if resume else []
     found = next((o for o in newest if _complete(o, checksums=True)), None)
     if resume is True and found is None:
         raise FileNotFoundError(f"no checkpoint in {str(out)!r} to resume from; set trainer.save_steps")

@@ -83,7 +83,8 @@ def _train_args(p):
     p.add_argument('--resume', metavar='auto|DIR',
                    help='auto: leave out what is finished, go on from the newest whole checkpoint; or a checkpoint')
     p.add_argument('--accept', metavar='NAME', action='append', default=[],
-                   help='resume although this is not what the run began with: data, images, start or template (repeatable)')
+                   help='resume although this differs from what the run began with: data, images, start or '
+                        'template (repeatable)')
     p.add_argument('--parallel', metavar='NAME', default='ddp',
                    help='ddp, zero1, zero2, zero3, zero1-offload ..., fsdp (default: %(default)s)')
     p.add_argument('--eval-data', metavar='FILE', help='its loss is measured every STAGE.trainer.eval_steps')
@@ -110,7 +111,8 @@ def _stage_data(given, stages, names):
 def _train_words(a, out):
     "The command as it would be typed"
     options = {'--out': [out], '--set': a.changes, '--data': a.data, '--images': [a.images], '--start': [a.start],
-        '--resume': [a.resume], '--accept': a.accept, '--parallel': [a.parallel], '--eval-data': [a.eval_data], '--report-to': a.report_to,
+        '--resume': [a.resume], '--accept': a.accept, '--parallel': [a.parallel], '--eval-data': [a.eval_data],
+        '--report-to': a.report_to,
         '--ask-every': [a.ask_every and str(a.ask_every)], '--device': [a.device]}
     given = [w for k,vs in options.items() for v in vs if v and (k, v) not in _usual for w in (k, v)]
     return ['tinyllava', 'train', a.recipe, *a.stages, *given]

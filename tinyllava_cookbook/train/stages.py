@@ -121,8 +121,8 @@ def model_identity(
     return dict(id=digest.hexdigest(), about=f"{sum(p.numel() for p in model.parameters()):,} weights")
 
 # %% ../../nbs/36_train.stages.ipynb #b1645101
-_SETTINGS = ('config.json', 'preprocessor_config.json', 'processor_config.json', 'tokenizer.json', 'tokenizer_config.json',
-             'chat_template.jinja', 'adapter_config.json')   # files that shape what a model computes
+_SETTINGS = ('config.json', 'preprocessor_config.json', 'processor_config.json', 'tokenizer.json',
+             'tokenizer_config.json', 'chat_template.jinja', 'adapter_config.json')   # shape what a model computes
 
 def _tensors_of_file(file):
     "Name, shape and some rows of each tensor of a file"
@@ -195,6 +195,7 @@ def float_weights(
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()
 
+# %% ../../nbs/36_train.stages.ipynb #bebe2897
 def _sharded(trainer): return trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
 
 def _write_finished(trainer, staging, state, recipe):
@@ -236,6 +237,7 @@ def _stopped(trainer, out):
 
 def _finish(trainer, result, out, final, recipe, origin):
     "Save the model, the log, and last that the stage is over"
+    trainer.model.eval()
     trainer.check_finite()
     if trainer.lock is not None: trainer.lock.check()
     if final: save_finished(trainer, final, recipe)
@@ -309,7 +311,7 @@ def train_stage(
     seed:int=0,          # Of the order of the data and of dropout
     callbacks=(),        # `TrainerCallback`s
     progress=True,       # Show a bar or a curve
-    resume=None,         # A checkpoint folder; `True`: the newest complete one in `out`; 'auto': the same, if there is one
+    resume=None,         # A checkpoint folder; `True`: the newest complete one in `out`; 'auto': the same, if any
     device:str='auto',   # 'auto', 'cpu', 'cuda'
     parallel:str='ddp',  # One of `PARALLEL`
     eval_data=None,      # Like `data`: its loss is measured every `trainer.eval_steps`
@@ -321,12 +323,11 @@ def train_stage(
 ) -> StageResult:        # Log, time and steps
     "Train one stage; after a signal it saves, and the process ends with code 85"
     with stop_on_signal(), _locked(out) as lock:
-        trainer,table = _trainer(model, processor, stage, Path(out), data, images, seed, callbacks, progress, device,
-                                 parallel, eval_data, ask_every, accept=accept, lock=lock)
+        trainer,table = _trainer(model, processor, stage, Path(out), data, images, seed, callbacks, progress,
+                                 device, parallel, eval_data, ask_every, accept=accept, lock=lock)
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=resume)
         result = _result(trainer, time.perf_counter() - start, table)
-        model.eval()
         _stopped(trainer, Path(out))
         _finish(trainer, result, Path(out), final, recipe, origin)
     return result
@@ -436,6 +437,7 @@ class _Run:
             self.recipe.seed, final=stage_weights(self.recipe, self.out, name), recipe=to_dict(self.recipe),
             origin=origin, **self.options, **kwargs)
 
+# %% ../../nbs/36_train.stages.ipynb #5ac15b41
 def train_recipe(
     recipe,               # A `Recipe`, or the name of one
     out,                  # Folder: `<stage>/` for each stage, `model/` for the finished one
@@ -459,6 +461,6 @@ def train_recipe(
             run = _Run(r, out, start, todo[0], dict(kwargs, resume=resume, parallel=parallel, accept=accept))
             for name in todo:
                 if name not in results: results[name] = run.train(name, rows[name], images)
-                if parallel != 'ddp': run.model = None   # wrapped, sharded, perhaps rounded: the next one opens the folder
+                if parallel != 'ddp': run.model = None   # wrapped, sharded: the next stage opens the folder
             run.open(run.names.index(todo[-1]) + 1)
     return run.model, run.processor, results

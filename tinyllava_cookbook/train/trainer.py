@@ -123,7 +123,7 @@ def join_processes(
     device:str='auto',     # 'auto', 'cpu', 'cuda'
     timeout:float=1800.,   # Seconds that a collective may take later, while one process prepares data, say
 ):
-    "Join the processes of a launcher; where one is missing, an error after `RENDEZVOUS` seconds instead of half an hour"
+    "Join the processes of a launcher; where one is missing, an error after `RENDEZVOUS` seconds"
     rank,world = rank_and_world()
     if world == 1 or dist.is_initialized(): return
     limit = timedelta(seconds=float(os.environ.get('TINYLLAVA_RENDEZVOUS', RENDEZVOUS)))
@@ -211,6 +211,7 @@ def stage_rows(
     keep = 'keep' if stage.on_bad_sample == 'substitute' else 'raise'
     return read_mixture(data, images or stage.images, stage.share, on_bad_sample=keep)
 
+# %% ../../nbs/34_train.trainer.ipynb #55dc56d9
 def stage_encoder(
     processor,    # Of the model
     stage:Stage,  # Gives template, image mode and length
@@ -281,6 +282,7 @@ class Remembering(Dataset):
         if self.left > 0: self.kept[i] = o
         return o
 
+# %% ../../nbs/34_train.trainer.ipynb #5e62b6c0
 def replaced_samples(
     ds,          # From `stage_dataset`, or a `Remembering` of it
 ) -> list[str]:  # Sorted
@@ -525,8 +527,8 @@ class _Strict(Trainer):
 
     def plan(self):
         "What has to be the same to resume this run"
-        a = self.args
-        return run_plan(self.stage, seed=a.seed, samples=len(self.train_dataset), processes=a.world_size, **self.identity)
+        a,samples = self.args, len(self.train_dataset)
+        return run_plan(self.stage, seed=a.seed, samples=samples, processes=a.world_size, **self.identity)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -551,6 +553,9 @@ class _Resumed(_Strict):
 
     def _run_epoch(self, **kwargs):   # a run that was over goes no step further
         if self.state.global_step < self.state.max_steps: super()._run_epoch(**kwargs)
+
+    def floating_point_ops(self, inputs): return 0   # the default walks over all parameters at every step
+    def _get_learning_rate(self): return super()._get_learning_rate()*self.stage.lr/self.first_lr   # the stage's own
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled: return super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -600,6 +605,9 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
 # %% ../../nbs/34_train.trainer.ipynb #8fe2c55d
+class _Loader(DataLoader):
+    def set_epoch(self, epoch): self.batch_sampler.set_epoch(epoch)   # the trainer calls this
+
 class _Evaluated(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval'):
         "Loss per supervised token, over all processes"
@@ -620,9 +628,6 @@ class _Evaluated(Trainer):
         return metrics
 
 # %% ../../nbs/34_train.trainer.ipynb #abb926d5
-class _Loader(DataLoader):
-    def set_epoch(self, epoch): self.batch_sampler.set_epoch(epoch)   # the trainer calls this
-
 class VLMTrainer(_Metered, _Finite, _Evaluated, _Resumed):
     "The Hugging Face trainer with a fixed data order, learning rates per part, a fuller log and strict resume"
     def __init__(self,
@@ -667,8 +672,7 @@ class VLMTrainer(_Metered, _Finite, _Evaluated, _Resumed):
             self.optimizer,self.first_lr = cls(groups, **kwargs), groups[0]['lr']
         return self.optimizer
 
-    def floating_point_ops(self, inputs): return 0   # the default walks over all parameters at every step
-    def _get_learning_rate(self): return super()._get_learning_rate()*self.stage.lr/self.first_lr   # the stage's own
+
 
 # %% ../../nbs/34_train.trainer.ipynb #c0edbd2d
 def plot_log(

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+LARGER, COMPACT = ROOT.parent/'shared', ROOT/'tests/reference'
 for k,v in dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', TOKENIZERS_PARALLELISM='false', MPLBACKEND='agg',
                 OMP_NUM_THREADS='1', DS_ACCELERATOR='cpu').items(): os.environ.setdefault(k, v)
 
@@ -25,9 +26,17 @@ def root():
 @pytest.fixture(scope='session')
 def shared():
     "Folder `shared` beside the checkout: reference answers and photographs too large or not ours to commit"
-    path = ROOT.parent/'shared'
-    if not path.is_dir(): pytest.skip('no folder `shared` beside the checkout: its reference files are needed here')
-    return path
+    if not LARGER.is_dir(): pytest.skip('no folder `shared` beside the checkout: its reference files are needed here')
+    return LARGER
+
+def references():
+    "Folder with `goldens`: the larger set where it is beside the checkout, else the compact one, as with REFERENCE=compact"
+    return LARGER if LARGER.is_dir() and os.environ.get('REFERENCE') != 'compact' else COMPACT
+
+@pytest.fixture(scope='session')
+def reference():
+    "Folder with `goldens`, wherever the project was cloned; what only the larger set has is for a test to skip"
+    return references()
 
 @pytest.fixture(autouse=True)
 def seeds():

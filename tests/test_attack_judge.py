@@ -3,8 +3,9 @@ import http.server, json, math, threading, time
 import pytest
 pytest.importorskip('openai')
 from tinyllava_cookbook import cli
-from tinyllava_cookbook.data.instruct import Asker, Cache, Endpoint, EndpointError, Request, complete, read_reply
+from tinyllava_cookbook.endpoint import Endpoint, EndpointError, complete, read_reply
 from tinyllava_cookbook.eval import judge as J, scoring as S
+from tinyllava_cookbook.paid_requests import Asker, Cache, Request
 
 GOOD = dict(choices=[dict(message=dict(role='assistant', content='0.5'))], usage=dict(prompt_tokens=100, completion_tokens=3))
 

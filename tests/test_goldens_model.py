@@ -8,7 +8,7 @@ from transformers.utils import logging
 from tinyllava_cookbook.core import IGNORE
 from tinyllava_cookbook.model.connectors import peer_weights
 from tinyllava_cookbook.model.vision import vision_features
-from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.model.processor import compose
 
 logging.disable_progress_bar()
 KW = dict(resampler=dict(n_queries=8, depth=2), qformer=dict(n_queries=8, depth=2, d=64, heads=4, d_ff=128))
@@ -18,6 +18,11 @@ FOLDERS = ['gemma__siglip__mlp2x_gelu', 'phi__siglip__mlp2x_gelu', 'qwen2__clip_
     'qwen2__mof__mof_mlp', 'qwen2__siglip__linear', 'qwen2__siglip__mlp2x_gelu', 'qwen2__siglip__mlp2x_gelu__leftpad',
     'qwen2__siglip__mlp2x_gelu__trunc64', 'qwen2__siglip__qformer', 'qwen2__siglip__resampler', 'stablelm__siglip__mlp2x_gelu',
     'tinyllama__siglip__mlp2x_gelu', 'qwen2__dinov2__mlp2x_gelu']
+
+@pytest.fixture(scope='module')
+def shared(reference):
+    "The compact reference will do where the larger one is not at hand"
+    return reference
 
 def model_of(shared, name):
     "Our model from their components and connector weights; their SigLIP lost its first patch, their Gemma scaled features"

@@ -1,4 +1,4 @@
-"Ids and labels against those of TinyLLaVA Factory, on every file of `shared/goldens/templates`."
+"Ids and labels against those of TinyLLaVA Factory, on every file of `goldens/templates`."
 import json
 import pytest
 
@@ -6,6 +6,11 @@ pytest.importorskip('transformers')
 from test_templates import IMAGE, TOKENIZERS, answers, is_llama, learned, load
 from tinyllava_cookbook.core import IGNORE
 from tinyllava_cookbook.data.templates import chat_template, read_messages
+
+@pytest.fixture(scope='module')
+def shared(reference):
+    "The compact reference will do where the larger one is not at hand"
+    return reference
 
 PEER = ['pretrain', 'llama', 'phi', 'qwen2_base', 'qwen2_instruct', 'gemma']
 CHAT = PEER[1:]

@@ -5,8 +5,8 @@ reader, template, encoder, collator and trainer. Taken over from the golden: the
 (connector, LoRA factors) and the order of its sampler. Nothing else is adapted: with one micro batch per step, its mean over the
 supervised tokens of a micro batch is ours over the global batch. Its losses are rounded to four decimals."""
 import json
-from pathlib import Path
 import pytest
+from conftest import references
 
 torch = pytest.importorskip('torch')
 import numpy as np
@@ -15,23 +15,24 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 from tinyllava_cookbook.model.adapters import plain_name
 from tinyllava_cookbook.model.checkpoints import load
-from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.model.processor import compose
+from tinyllava_cookbook.model.vlm import current_name
 from tinyllava_cookbook.train.recipes import Stage, Tune
 from tinyllava_cookbook.train.trainer import EpochBatches, stage_dataset
 from tinyllava_cookbook.train.stages import train_stage
 from tinyllava_cookbook.train.tuning import reachable
 
 logging.disable_progress_bar()
-FOUND = sorted(p.stem for p in (Path(__file__).resolve().parents[2]/'shared/goldens/train').glob('*.json') if p.stem != 'sampler')
+FOUND = sorted(p.stem for p in (references()/'goldens/train').glob('*.json') if p.stem != 'sampler')
 
-@pytest.fixture(params=FOUND or ['pretrain'])
-def golden(request, shared):
+@pytest.fixture(params=FOUND)
+def golden(request, reference):
     "What the peer's run logged, and its arguments"
-    file = shared/'goldens/train'/f'{request.param}.json'
+    file = reference/'goldens/train'/f'{request.param}.json'
     g = json.loads(file.read_text())
     words = [o for a in g['argv'] for o in a.split('=', 1)]
     weights = file.with_suffix('.safetensors')
-    return g | dict(name=request.param, args=dict(zip(words[::2], words[1::2])), dir=shared/'goldens',
+    return g | dict(name=request.param, args=dict(zip(words[::2], words[1::2])), dir=reference/'goldens',
                     weights=load_file(weights) if weights.exists() else {})
 
 def ours(name):
@@ -39,7 +40,7 @@ def ours(name):
     name = name.removeprefix('base_model.model.')
     for a,b in (('vision_tower._vision_tower.vision_model.', 'vision_tower.'), ('connector._connector.', 'connector.layers.')):
         name = name.replace(a, b)
-    return name
+    return current_name(name)
 
 def start(g):
     "The model that the run began with"

@@ -5,9 +5,10 @@ import pytest
 
 pytest.importorskip('torch'); pytest.importorskip('openai')
 from PIL import Image
-from tinyllava_cookbook.data.datasets import read_llava
-from tinyllava_cookbook.data.instruct import (Cache, Endpoint, EndpointError, Picture, Request, ask_all, complete, estimate,
-                                              instruct, kinds, prompt, read_coco, read_turns, requests_for)
+from tinyllava_cookbook.data.records import read_llava
+from tinyllava_cookbook.data.instruct import Picture, instruct, kinds, prompt, read_coco, read_turns, requests_for
+from tinyllava_cookbook.endpoint import Endpoint, EndpointError, complete
+from tinyllava_cookbook.paid_requests import Cache, Request, ask_all, estimate
 
 KEY = 'sk-secret-1234567890'
 GOOD = json.dumps(dict(turns=[dict(question='What is it?', answer='A cat.'), dict(question='Where?', answer='On a mat.')]))
@@ -106,7 +107,8 @@ def test_answers_that_cannot_be_used_are_repaired_or_rejected(local, world):
 
 CODE = '''
 import signal, sys
-from tinyllava_cookbook.data.instruct import Endpoint, Picture, instruct
+from tinyllava_cookbook.data.instruct import Picture, instruct
+from tinyllava_cookbook.endpoint import Endpoint
 signal.signal(signal.SIGINT, signal.default_int_handler)     # a job in the background starts deaf to it
 ps = [Picture(f'p{i}', f'{i}.png', [f'A cat on mat {i}.']) for i in range(12)]
 print(instruct(ps, Endpoint('m', sys.argv[1], pause=.01), sys.argv[2], workers=int(sys.argv[3]), progress=False))

@@ -3,7 +3,7 @@ import http.server, json, math, re, threading
 from collections import defaultdict
 import pytest
 pytest.importorskip('openai')
-from tinyllava_cookbook.data.instruct import Endpoint, EndpointError
+from tinyllava_cookbook.endpoint import Endpoint, EndpointError
 from tinyllava_cookbook.eval import judge as J, scoring as S
 
 def rows_of(path): return [json.loads(l) for l in path.read_text(encoding='utf-8').splitlines()]

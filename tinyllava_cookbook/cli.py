@@ -38,6 +38,10 @@ def command(
     return add
 
 # %% ../nbs/90_cli.ipynb #76d31118
+def _trust_args(p):
+    p.add_argument('--trust-remote-code', action='store_true',
+                   help='run the code that comes with a language model which transformers does not know')
+
 def _positive(s):
     if not s.isdigit() or int(s)<1: raise argparse.ArgumentTypeError(f"{s!r} is not a whole number above 0")
     return int(s)
@@ -93,6 +97,7 @@ def _train_args(p):
     p.add_argument('--report-to', metavar='NAME', action='append', default=[],
                    help='wandb, tensorboard, trackio ... (repeatable)')
     p.add_argument('--device', default='auto', help='auto, cpu or cuda (default: %(default)s)')
+    _trust_args(p)
     p.add_argument('--dry-run', action='store_true', help='print the stages and batch sizes, then stop')
 
 # %% ../nbs/90_cli.ipynb #c3fea535
@@ -115,6 +120,7 @@ def _train_words(a, out):
         '--report-to': a.report_to,
         '--ask-every': [a.ask_every and str(a.ask_every)], '--device': [a.device]}
     given = [w for k,vs in options.items() for v in vs if v and (k, v) not in _usual for w in (k, v)]
+    given += ['--trust-remote-code']*a.trust_remote_code
     return ['tinyllava', 'train', a.recipe, *a.stages, *given]
 
 _usual = ('--parallel', 'ddp'), ('--device', 'auto')
@@ -137,6 +143,7 @@ def _train(a):
         _quiet()
         given = {k:getattr(a, k) for k in ('images', 'start', 'resume', 'parallel', 'device', 'eval_data', 'ask_every')}
         if a.accept: given['accept'] = a.accept
+        if a.trust_remote_code: given['trust_remote_code'] = True
         try: train_recipe(r, out, data=data, stages=todo, **given)
         except Stopped as e:
             print(f'tinyllava train: {e}', file=sys.stderr)
@@ -277,18 +284,20 @@ def _check_args(p):
     p.add_argument('--workers', type=int, metavar='N', help='processes (default: one for each core)')
     p.add_argument('--fix', metavar='FILE', help='write the samples without fault')
     p.add_argument('--out', metavar='DIR', help='gets report.json, a table and pictures')
+    _trust_args(p)
     p.add_argument('--json', action='store_true', help='print the report as one JSON object')
 
 def _encoder_of(a):
     "What turns a sample into tokens, as the recipe's stage would"
     if not a.recipe: return None
-    from tinyllava_cookbook.model.vlm import VLMProcessor
-    if (Path(a.recipe)/'processor_config.json').exists(): return VLMProcessor.from_pretrained(a.recipe).encoder()
+    from tinyllava_cookbook.model.checkpoints import load_processor
+    if (Path(a.recipe)/'processor_config.json').exists(): return load_processor(a.recipe).encoder()
     from tinyllava_cookbook.train.recipes import recipe
     from tinyllava_cookbook.train.stages import start_model
     from tinyllava_cookbook.train.trainer import stage_encoder
     r = recipe(a.recipe)
-    return stage_encoder(start_model(r, '')[1], r.stage(a.stage) if a.stage else r.stages[-1])
+    _,processor = start_model(r, '', trust_remote_code=a.trust_remote_code)
+    return stage_encoder(processor, r.stage(a.stage) if a.stage else r.stages[-1])
 
 @command('check', 'look at every sample of a data set before training does', _check_args)
 def _check(a):
@@ -315,6 +324,7 @@ def _bench(a):
 def _model_args(p, required=True):
     p.add_argument('--model', required=required, metavar='DIR', help='folder of a trained model')
     p.add_argument('--device', default='auto', help='auto, cpu or cuda (default: %(default)s)')
+    _trust_args(p)
 
 def _quiet():
     "Progress bars of loading and saving say nothing here"
@@ -326,7 +336,7 @@ def _load(a):
     from tinyllava_cookbook.model.checkpoints import load
     _quiet()
     device = pick_device(a.device)
-    return load(a.model, device=device, dtype=pick_dtype(device))
+    return load(a.model, device=device, dtype=pick_dtype(device), trust_remote_code=a.trust_remote_code)
 
 def _chat_args(p):
     _model_args(p)
@@ -387,7 +397,9 @@ def _eval_args(p):
                    help='another split than the usual one, e.g. vqav2=test-dev (repeatable)')
     p.add_argument('--graded', metavar='BENCH=FILE', action='append', default=[],
                    help='what `tinyllava judge` wrote, e.g. mmvet=grades.json (repeatable)')
-    p.add_argument('--out', metavar='DIR', help='gets answers, scores.json and index.html; needed for --bench')
+    p.add_argument('--out', metavar='DIR', help='gets the answers as they come, so that a killed run can go on; with '
+                   '--bench, where it is needed, scores.json and index.html too')
+    p.add_argument('--anew', action='store_true', help='ask everything again; answers in --out are kept in old-1, ...')
     p.add_argument('--images', metavar='DIR', help='folder of the pictures; needed for --pope')
     p.add_argument('--short', action=argparse.BooleanOptionalAction,
                    help="append LLaVA-1.5's request for a single word or phrase (default: for POPE only)")
@@ -396,6 +408,7 @@ def _eval_args(p):
                    help='questions at a time (default: %(default)s)')
     p.add_argument('--limit', type=_positive, metavar='N', help='only the first N questions')
     p.add_argument('--answers', metavar='FILE', help='write every question with its answer, as JSON lines')
+    p.add_argument('--allow-partial', action='store_true', help='go on where the files of a benchmark lack questions')
     p.add_argument('--json', action='store_true', help='print the scores as one JSON object')
 
 def _items(a):
@@ -408,21 +421,34 @@ def _items(a):
 # %% ../nbs/90_cli.ipynb #263dc330
 @command('eval', 'ask a trained model the questions of benchmarks, or of a file, and score it', _eval_args)
 def _eval(a):
-    from tinyllava_cookbook.eval.benchmarks import evaluate, score_table
+    from tinyllava_cookbook.eval.benchmarks import score_table
     a.model = a.model or a.folder
     if not a.model: raise Usage("name the model: tinyllava eval MODEL ...")
     if a.bench: return _eval_benches(a)
     if a.splits or a.graded: raise Usage("--split and --graded belong to --bench")
     items = _items(a)     # wrong files are found before the weights are loaded
     model,processor = _load(a)
-    how = dict(batch_size=a.batch_size, score='pope' if a.pope else 'exact', progress=sys.stderr.isatty())
-    res = evaluate(model, processor, items, **how)
-    blind = evaluate(model, processor, items, blind=True, **how) if a.blind else None
-    if a.answers: write_lines(a.answers, res['answers'])
+    res, blind = _eval_questions(a, model, processor, items)
+    if res is None: return                        # other processes are not done yet: the last one reports
     if not a.json: return print(score_table(res, blind))
     brief = lambda r: {k:v for k,v in r.items() if k!='answers'}
     print(json.dumps(brief(res) | (dict(without_image=brief(blind)) if blind else {})))
 
+def _eval_questions(a, model, processor, items):
+    "Scores with the images and, with --blind, without; answers are written as they come"
+    import shutil
+    from tinyllava_cookbook.eval.run import answer_and_score
+    folder = Path(a.out) if a.out else Path(f'{a.answers}.run') if a.answers else None
+    how = dict(batch_size=a.batch_size, score='pope' if a.pope else 'exact', progress=sys.stderr.isatty(),
+               model_id=Path(a.model).name, anew=a.anew)
+    res = answer_and_score(model, processor, items, folder, **how)
+    blind = answer_and_score(model, processor, items, folder and folder/'blind', blind=True, **how) if a.blind else None
+    if res is None or a.blind and blind is None: return None, None
+    if a.answers: write_lines(a.answers, res['answers'])
+    if a.answers and not a.out: shutil.rmtree(folder)      # all of it is in that file now
+    return res, blind
+
+# %% ../nbs/90_cli.ipynb #46c88c46
 def _pairs(texts, option):
     "A dict of NAME=VALUE words"
     if odd := [o for o in texts if '=' not in o]: raise Usage(f"{option} {odd[0]!r} is not NAME=VALUE")
@@ -432,8 +458,9 @@ def _eval_benches(a):
     from tinyllava_cookbook.eval.run import load_all, results_table, run_eval
     if not a.data or not a.out: raise Usage("--bench needs --data DIR, the benchmarks' files, and --out DIR")
     splits, graded = _pairs(a.splits, '--split'), _pairs(a.graded, '--graded')
-    items = load_all(a.bench.split(','), a.data, splits, graded)  # wrong files are found before the weights are loaded
-    how = dict(batch_size=a.batch_size, limit=a.limit, blind=a.blind, model_id=Path(a.model).name, splits=splits)
+    items = load_all(a.bench.split(','), a.data, splits, graded, a.allow_partial)  # before the weights are loaded
+    how = dict(batch_size=a.batch_size, limit=a.limit, blind=a.blind, model_id=Path(a.model).name, splits=splits,
+               anew=a.anew, allow_partial=a.allow_partial)
     results = run_eval(*_load(a), items, a.data, a.out, graded=graded, progress=sys.stderr.isatty(), **how)
     if results is None: return                    # other processes are not done yet: the last one reports
     print((Path(a.out)/'scores.json').read_text() if a.json else results_table(results, splits))
@@ -444,7 +471,8 @@ def _score_args(p):
                    help='vqav2, gqa, textvqa, scienceqa, pope, mme, mmvet, mmmu, mmbench, llavabench')
     p.add_argument('--annotations', metavar='PATH', help="the benchmark's own files")
     p.add_argument('--answers', metavar='FILE', required=True, help='JSON lines with question_id and text')
-    p.add_argument('--partial', action='store_true', help='score the answers that are there, and count the others')
+    p.add_argument('--partial', '--allow-partial', action='store_true',
+                   help='score what is there, where answers or files of the benchmark are missing, and count the rest')
     p.add_argument('--set', metavar='NAME=VALUE', action='append', default=[], dest='options',
                    help='an option of the scorer, e.g. split=test (repeatable)')
     p.add_argument('--json', action='store_true', help='print the scores as one JSON object')
@@ -460,6 +488,11 @@ def _score(a):
     options = {k: _value(v) for k,v in _pairs(a.options, '--set').items()}
     s = score_file(a.bench, a.annotations, a.answers, **(dict(partial=True) if a.partial else {}) | options)
     print(json.dumps(s.to_dict()) if a.json else s)
+    lacks = s.problems.get('incomplete', [])
+    if not lacks or a.partial: return 0
+    print(f"tinyllava score: {a.bench} is incomplete: {'; '.join(lacks)}. The number above is not the benchmark's; "
+          "--allow-partial takes it as it is", file=sys.stderr)
+    return 1
 
 # %% ../nbs/90_cli.ipynb #0042c5e3
 JUDGES = dict(mmvet='MMVET_JUDGE', llavabench='LLAVAW_JUDGE', mmbench='MMBENCH_JUDGE') # Those of the published numbers
@@ -531,6 +564,7 @@ def _convert_args(p):
     p.add_argument('--set', metavar='FIELD=VALUE', action='append', default=[], dest='fields',
                    help='a field of the configuration that the folder leaves open, e.g. template=phi (repeatable)')
     p.add_argument('--scores', metavar='FILE', help='scores.json of an evaluation, for the model card')
+    _trust_args(p)
     p.add_argument('--push', metavar='OWNER/NAME', help='upload the result to the Hub')
     p.add_argument('--public', action='store_true', help='with --push: for everybody to see')
 
@@ -543,7 +577,7 @@ def _convert(a):
     fields = {k: _value(v) for k,v in _pairs(a.fields, '--set').items()}
     _quiet()
     out = convert_folder(a.path, a.out, a.to, a.dtype, scores=read_json(a.scores) if a.scores else None, llm=a.llm,
-        vision=a.vision, config=fields or None)
+        vision=a.vision, config=fields or None, trust_remote_code=a.trust_remote_code)
     print(out)
     if a.push: print(push_to_hub(out, a.push, private=not a.public))
 
@@ -552,8 +586,7 @@ def _compose_args(p):
     p.add_argument('--vision', required=True, metavar='DIR', help='vision encoder: a folder, or a name on the Hub')
     p.add_argument('--llm', required=True, metavar='DIR', help='language model: a folder, or a name on the Hub')
     p.add_argument('--tokenizer', metavar='DIR', help='where the tokenizer is, if not with the language model')
-    p.add_argument('--trust-remote-code', action='store_true',
-                   help="run the code that comes with a language model which transformers does not know")
+    _trust_args(p)
     p.add_argument('--connector', default='mlp2x_gelu', metavar='NAME', help='what joins them (default: %(default)s)')
     p.add_argument('out', metavar='OUT', help='folder to write')
     p.add_argument('--to', default='ours', choices=['ours', 'llava'], help='what to write (default: %(default)s)')

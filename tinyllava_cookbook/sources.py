@@ -40,6 +40,7 @@ def _mode_of(path:str, what:str) -> int:
     except ValueError as e:   # a null byte, or a character that no file name holds
         raise ValueError(f"no {what} {path!r}: {e}") from None
 
+# %% ../nbs/09_sources.ipynb #34f5c3db
 def open_regular(
     path,                     # Where it is; a leading `~` stands for the home folder
     what:str='regular file',  # What it should be, for errors
@@ -66,6 +67,7 @@ def _carried(ip):
     if ip in _NAT64: return ipaddress.ip_address(int(ip) & 0xffffffff)
     return ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
 
+# %% ../nbs/09_sources.ipynb #490202a5
 def is_public(
     address:str,   # Of IPv4 or IPv6
 ) -> bool:         # False for private, loopback, link-local, multicast and reserved ones
@@ -90,6 +92,7 @@ def _resolve(host:str, port:int, seconds:float) -> list:
     if isinstance(found[0], Exception): raise found[0]
     return found[0]
 
+# %% ../nbs/09_sources.ipynb #b39f25ee
 def _connect(host:str, port:int, end:float, allowed:Callable) -> socket.socket:
     "A socket connected to one of the allowed addresses of `host`"
     known = _resolve(host, port, end - time.monotonic())
@@ -156,6 +159,7 @@ def _body(response, url:str, end:float) -> bytes:
     if response.length: raise ConnectionError(f"broke off after {size} bytes, {response.length} are missing")
     return b''.join(parts)
 
+# %% ../nbs/09_sources.ipynb #01ea34c4
 def _get(url:str, end:float, allowed:Callable) -> tuple[str, bytes]:
     "One request: the address that it redirects to, or '' and the body"
     with _until(end) as sockets:
@@ -168,7 +172,7 @@ def _get(url:str, end:float, allowed:Callable) -> tuple[str, bytes]:
         kind = FileNotFoundError if response.status in (404, 410) else ConnectionError
         raise kind(f"HTTP {response.status} {response.reason}")
 
-# %% ../nbs/09_sources.ipynb #01ea34c4
+# %% ../nbs/09_sources.ipynb #60e0e77c
 def short(
     url:str,   # Any address
 ) -> str:      # At most 100 characters, quoted
@@ -182,6 +186,7 @@ def _follow(url:str, end:float, allowed:Callable) -> bytes:
         if not url: return body
     raise ConnectionError(f"more than {_MAX_REDIRECTS} redirects")
 
+# %% ../nbs/09_sources.ipynb #ad7491b5
 def fetch(
     url:str,                     # An http or https address
     timeout:float=20,            # Seconds for everything, redirects included
@@ -222,6 +227,7 @@ def remote_allowed(
     if remote is not None: return remote
     return os.environ.get('TINYLLAVA_REMOTE_IMAGES', '').lower() in ('1', 'true', 'yes')
 
+# %% ../nbs/09_sources.ipynb #9ebaa4b7
 def read_remote(
     url:str,                 # For which `is_remote` is true
     timeout:float=20,        # Seconds for everything

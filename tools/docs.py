@@ -2,13 +2,14 @@
 """Render the notebooks as a site into _docs/: nbdev processes them (show_doc, hidden cells), this turns Quarto's dialect
 into MyST, Sphinx builds the pages. Nothing is executed but imports and exported cells; outputs are the saved ones.
 Works offline and needs no Quarto. Usage: python tools/docs.py [--no-proc]"""
-import argparse, json, re, shutil, subprocess, sys
+import argparse, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 ROOT = Path(__file__).resolve().parents[1]
 PROC, SITE = ROOT/'_proc', ROOT/'_docs'
-SRC = PROC/'sphinx'
+WORK = PROC/'_sphinx' # all that is ours: Quarto, which may render the same folder, leaves out names with an underscore
+SRC = WORK/'source'
 DIRECTIVE = re.compile(r'^\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*)$')
 CALLOUT = re.compile(r'^:::\s*\{\.callout-(\w+)([^}]*)\}\s*\n(.*?)\n:::\s*$', re.S|re.M)
 
@@ -16,22 +17,11 @@ def join(text):
     "Notebook text, stored as one string or a list of lines, as one string"
     return text if isinstance(text, str) else ''.join(text)
 
-def process_one(job):
-    "Process one notebook, in a worker; where an inherited annotation names what its module lacks, show it as text"
-    import inspect, warnings, fastcore.docments, nbdev.serve_drv
-    warnings.filterwarnings('ignore', 'Found cells containing imports') # nb_lint says so, and allows hidden set-up
-    def signature(sym, eval_str=False):
-        try: return inspect.signature(sym, eval_str=eval_str)
-        except NameError: return inspect.signature(sym)
-    fastcore.docments.signature = signature
-    nbdev.serve_drv.main(job)
-
 def process():
     "Let nbdev write `_proc` (its own command would download Quarto)"
-    import nbdev.doclinks, nbdev.serve, nbdev.serve_drv
-    from docs import process_one as worker # by its module: a notebook run in a worker takes the place of __main__
+    import nbdev.doclinks, nbdev.serve
+    os.environ['PYTHONWARNINGS'] = 'ignore:Found cells containing imports' # nb_lint says so, and allows hidden set-up
     nbdev.doclinks._build_modidx()
-    nbdev.serve_drv.main = worker
     nbdev.serve.proc_nbs(n_workers=2, force=True)
 
 def settings():
@@ -79,18 +69,14 @@ def split(source):
     opts = {m[1]: m[2].strip().strip('"') for m in found if m}
     return opts, '\n'.join(l for l,m in zip(source.splitlines(), found) if not m).strip()
 
-def signature(cell):
-    "The text that `show_doc` put out: no rule above it, the heading before the link to the source"
-    texts = [join(o['data'].get('text/markdown', '')) for o in cell.get('outputs', []) if 'data' in o]
-    text = re.sub(r'^---\n+', '', '\n\n'.join(texts))
-    # nbdev links names even inside the code of the signature; there it is only noise.
-    text = re.sub(r'```python\n.*?\n```', lambda m: re.sub(r'\[(`[^`]+`)\]\([^)]+\)', r'\1', m[0]), text, flags=re.S)
-    return re.sub(r'\A(\[source\]\(\S+\)[^\n]*)\n+(#+ [^\n]*\n)', r'\2\n\1\n', text)
+def entry(cell):
+    "The text that `show_doc` put out (see nbs/91_site.ipynb)"
+    return '\n\n'.join(join(o['data'].get('text/markdown', '')) for o in cell.get('outputs', []) if 'data' in o)
 
 def code_cell(cell, git):
     "A code cell for MyST-NB, or a markdown cell where `show_doc` wrote one"
     opts, body = split(join(cell['source']))
-    if body.startswith('show_doc('): return dict(cell_type='markdown', source=markdown(signature(cell), git))
+    if body.startswith('show_doc('): return dict(cell_type='markdown', source=markdown(entry(cell), git))
     tags = ['remove-input'] if opts.get('echo') == 'false' or 'hide_input' in opts or not body else []
     if opts.get('code-fold') == 'true': tags.append('hide-input')
     if opts.get('include') == 'false': tags.append('remove-cell')
@@ -164,9 +150,9 @@ def prepare(src=SRC):
 
 def build(src=SRC, site=SITE):
     "Run Sphinx; a warning is an error"
-    html = PROC/'html' # built here first: Sphinx keeps working files beside, and a failed build leaves the old site
+    html = WORK/'html' # built here first: Sphinx keeps working files beside, and a failed build leaves the old site
     shutil.rmtree(html, ignore_errors=True)
-    cmd = [sys.executable, '-m', 'sphinx', '-b', 'html', '-q', '-W', '--keep-going', '-d', PROC/'doctrees', src, html]
+    cmd = [sys.executable, '-m', 'sphinx', '-b', 'html', '-q', '-W', '--keep-going', '-d', WORK/'doctrees', src, html]
     if subprocess.run(cmd).returncode: raise SystemExit('the site was not built: see the warnings above')
     (html/'.nojekyll').touch()
     shutil.rmtree(site, ignore_errors=True)

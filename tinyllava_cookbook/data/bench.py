@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import CLIPImageProcessorPil
 from ..core import IMAGE_TOKEN, read_json, versions, write_json
 from .batches import PadCollator
-from .datasets import Encoder, VLMDataset, read_data, read_llava
+from .datasets import Encoder, VLMDataset
+from .records import read_data, read_llava
 from .images import load_image, prepare
 from ..ingredients import tiny_tokenizer
 
@@ -86,7 +87,7 @@ def bench_data(
             start, used = time.perf_counter(), _used()
             batches = DataLoader(ds, batch_size, collate_fn=PadCollator(0), num_workers=w)
             seen = sum(len(b['input_ids']) for b in batches)
-            took, used = time.perf_counter() - start, _used() - used
+            took, used = time.perf_counter() - start, max(_used() - used, .01)   # at least a tick of that clock
             rows.append(dict(workers=w, samples=seen, samples_s=round(seen/took, 1), cpu_ms=round(1000*used/seen, 2),
                              per_core=round(seen/used, 1)))
     return rows

@@ -33,6 +33,7 @@ def _plain(text, where:str) -> str:
 def _text(content, where:str) -> str:
     "Plain text of a message; `{'type': 'image'}` entries become `<image>`"
     if not isinstance(content, (list, tuple)): return _plain(content, where)
+    if not content: raise ValueError(f"{where} has no text, but an empty list; give it a string or leave it out")
     out = []
     for i, p in enumerate(content):
         kind = p.get('type') if isinstance(p, dict) else None

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Callable
 
 from ..core import read_json, write_json, write_lines
-from ..data.instruct import Asker, Cache, Endpoint, Estimate, Request, estimate, run_jobs, without_key
+from ..endpoint import Endpoint, without_key
+from ..paid_requests import Asker, Cache, Estimate, Request, estimate, run_jobs
 from .choice import mmbench, mmbench_gold, mmbench_infer, mmbench_passes
 from .records import Score, find, match, read_answers, said
 from .scoring import llavabench, llavaw_parse, mmvet

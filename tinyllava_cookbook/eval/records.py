@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ID_KEYS', 'read_table', 'read_tabbed', 'read_answers', 'read_jsonl', 'said', 'match', 'place', 'mean_of_scores',
-           'Score', 'compare', 'find', 'mean', 'table']
+           'problem_words', 'Score', 'compare', 'find', 'mean', 'table']
 
 # %% ../../nbs/50_eval.records.ipynb #79fdbf3c
-import csv, json, math, sys
+import csv, io, json, math, sys
 from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,6 +21,16 @@ def _load(where, text):
     try: return json.loads(text)
     except json.JSONDecodeError as e:
         raise ValueError(f"{where}: not JSON ({e.msg} at column {e.colno})") from None
+    except (ValueError, RecursionError) as e:      # a number of thousands of digits, brackets without end
+        raise ValueError(f"{where}: not JSON that can be read ({str(e).split(';')[0][:80]})") from None
+
+def _read(path):
+    "The text of a file"
+    try: return Path(path).read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError as e:
+        line = e.object[:e.start].count(b'\n') + 1
+        byte = e.object[e.start]
+        raise ValueError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from None
 
 def _object(where, o):
     if not isinstance(o, dict): raise ValueError(f"{where}: {str(o)[:40]!r} is not a JSON object")
@@ -54,8 +64,10 @@ def read_table(
     "Read a table"
     csv.field_size_limit(sys.maxsize)
     tab = '\t' if Path(path).suffix=='.tsv' else ','
-    with Path(path).open(encoding='utf-8-sig', newline='') as f:
-        return [{k: v for k,v in row.items() if k not in skip} for row in csv.DictReader(f, delimiter=tab)]
+    rows = list(csv.DictReader(io.StringIO(_read(path), newline=''), delimiter=tab))
+    if odd := next((i for i,row in enumerate(rows, 1) if None in row), None):
+        raise ValueError(f"{path}, row {odd}: more cells than the header has columns")
+    return [{k: v for k,v in row.items() if k not in skip} for row in rows]
 
 def read_tabbed(
     folder,         # Holds one `.txt` per subtask: image, question, right answer and, in results, the model's answer
@@ -63,7 +75,7 @@ def read_tabbed(
     "Read MME's folders of tab-separated lines"
     rows = []
     for path in sorted(Path(folder).glob('*.txt')):
-        for i,line in enumerate(path.read_text(encoding='utf-8-sig').splitlines(), 1):
+        for i,line in enumerate(_read(path).split('\n'), 1):
             if not line.strip(): continue
             parts = line.split('\t')
             if len(parts) not in (3, 4):
@@ -84,12 +96,12 @@ def read_answers(
     if path.suffix in ('.tsv', '.csv'):
         rows = [_record(f'{path}, row {i}', o) for i,o in enumerate(read_table(path), 1)]
     else:
-        text = path.read_text(encoding='utf-8-sig')
+        text = _read(path)
         if text.lstrip()[:1]=='[':
             rows = [_record(f'{path}, record {i}', o) for i,o in enumerate(_load(path, text), 1)]
         elif path.suffix=='.json' and text.strip():
             try: o = json.loads(text)       # one object, or lines under a name that says otherwise
-            except json.JSONDecodeError: o = None
+            except (ValueError, RecursionError): o = None
             rows = _records(path, text) if o is None or 'question_id' in o else _by_id(path, o)
         else: rows = _records(path, text)
     if not rows: raise ValueError(f"{str(path)!r} is empty; there is nothing to score")
@@ -104,10 +116,10 @@ def read_jsonl(
     "Read and check a JSON-lines file; errors name the line"
     path, seen, rows = Path(path), {}, []
     if not path.is_file(): raise FileNotFoundError(f"no file {str(path)!r}; give the path of a JSON-lines file")
-    for where,o in _lines(path, path.read_text(encoding='utf-8-sig')):
+    for where,o in _lines(path, _read(path)):
         for k in needs:
             if k not in _object(where, o): raise ValueError(f"{where}: no {k!r}; it has {sorted(o)}")
-        first = seen.setdefault(o[unique], where) if unique else where
+        first = seen.setdefault(str(o[unique]), where) if unique else where     # 4 and "4" are one id
         if first!=where: raise ValueError(f"{where}: {unique} {o[unique]!r} is already on {first.split(', ')[-1]}")
         rows.append(o)
     if not rows: raise ValueError(f"{path} is empty; it needs one JSON object per line")
@@ -200,13 +212,22 @@ def _ends(values, level):
     if not 0<level<1: raise ValueError(f"level {level!r} is not between 0 and 1; use 0.95 for a 95 % interval")
     return tuple(float(o) for o in np.quantile(values, [(1-level)/2, (1+level)/2]))
 
-# %% ../../nbs/50_eval.records.ipynb #bd1e225a
+# %% ../../nbs/50_eval.records.ipynb #025895e1
 def _plain(o):
     "JSON without NaN"
     if isinstance(o, dict): return {k: _plain(v) for k,v in o.items()}
     if isinstance(o, (list,tuple)): return [_plain(v) for v in o]
     return None if isinstance(o, float) and not math.isfinite(o) else o
 
+def problem_words(
+    problems:dict,  # Of a `Score`
+) -> str:           # '' where all is well
+    "What did not match and what is absent, in words for a line or a table"
+    words = [f'{v} {k}' for k,v in problems.items() if isinstance(v, int) and v]
+    if absent := problems.get('absent_subtasks'): words.append(f"{len(absent)} absent_subtasks: {', '.join(absent)}")
+    return ', '.join([*words, *(f'INCOMPLETE: {o}' for o in problems.get('incomplete', []))])
+
+# %% ../../nbs/50_eval.records.ipynb #bd1e225a
 @dataclass(repr=False)
 class Score:
     "The score of one set of answers to one benchmark"
@@ -227,7 +248,7 @@ class Score:
 
     def __repr__(self):
         lo, hi = self.interval()
-        wrong = ', '.join(f'{v} {k}' for k,v in self.problems.items() if v and isinstance(v, int))
+        wrong = problem_words(self.problems)
         return (f'{self.bench}: {self.main} {self.value:.4g}, 95 % interval {lo:.4g} to {hi:.4g}, '
                 f'{self.n:,} questions' + (f' ({wrong})' if wrong else ''))
 

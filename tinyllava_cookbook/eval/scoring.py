@@ -173,6 +173,8 @@ def pope(
         read = pope_answer(text) if i in by else {'yes': 'no'}.get(o['label'], 'yes')
         items.append(dict(id=i, stratum=c, kind=c, score=float(read==o['label']), text=text, parsed=read,
                           answer=o['label']))
+    absent = [c for c in POPE_CATEGORIES if c not in labels]
+    if absent: problems['incomplete'] = [f"{len(absent)} of 3 categories are absent: {', '.join(absent)}"]
     of = lambda c: [o for o in items if o['kind']==c]
     tables = {c: pope_scores([o['parsed'] for o in of(c)], [o['answer'] for o in of(c)], eps) for c in labels}
     metrics = dict(f1=sum(o['f1'] for o in tables.values())/len(tables), accuracy=mean(o['score'] for o in items),

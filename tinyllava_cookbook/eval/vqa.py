@@ -228,6 +228,7 @@ def gqa(
     by |= {str(r['question_id']): r for r in answers if str(r['question_id']) in rest}
     preds = {k: r['prediction'] if 'prediction' in r else gqa_normalize(said(r)) for k,r in by.items()}
     items = [_gqa_item(k, questions[k], preds.get(k), choices) for k in ids]
+    problems['without_choices'] = sum(k not in choices for k in ids)
     return Score('gqa', 'accuracy', *_gqa_metrics(items, questions, preds), items, problems, 100.)
 
 def _gqa_metrics(items, questions, preds):

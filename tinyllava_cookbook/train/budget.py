@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from ..core import Registry, Table
-from ..data.datasets import read_sample
+from ..data.records import read_sample
 from .activations import (ElementBytes, MicroBatch, adapter_size, annotate, recipe_model,
                                                   with_mode)
 from .memory import Memory, memory

@@ -24,18 +24,21 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from xxhash import xxh3_128
 
 from ..core import pick_device, read_json, seed_everything, write_json
-from ..data.datasets import Sample, VLMDataset, read_sample
+from ..data.datasets import VLMDataset
+from ..data.records import Sample, read_sample
 from tinyllava_cookbook.durable import (FolderLock, Stopped, checksum, mark_complete, publish, stop_if_asked,
     stop_on_signal)
 from ..ingredients import ingredient
 from ..model.checkpoints import load, save
-from ..model.vlm import VLMConfig, compose
+from ..model.processor import compose
+from ..model.vlm import VLMConfig
 from .recipes import Recipe, Stage, check_names, to_dict
 from .recipes import recipe as find_recipe
 from .trainer import (DONE, Remembering, SampleAnswers, StopSignal, VLMTrainer, check_same_plan,
     join_processes, pack_sizes, parallel_args, progress_callback, rank_and_world, replaced_samples, run_plan,
     stage_dataset, stage_packs, stage_rows, training_args)
-from .tuning import SUBMODULES, apply_tune, check_tune
+from .tuning import PART_MODULES, apply_tune, check_tune
+from ..trust import vouched
 
 # %% ../../nbs/36_train.stages.ipynb #a96c0f0b
 _LOOKED_AT = 256   # Images, and rows that are no Arrow table, that are read for an identity
@@ -201,7 +204,8 @@ def _sharded(trainer): return trainer.is_deepspeed_enabled or trainer.is_fsdp_en
 def _write_finished(trainer, staging, state, recipe):
     "The model, and its adapters both merged and beside it"
     if trainer.args.should_save and adapted(trainer.model):
-        also = [SUBMODULES[p] for p,o in trainer.stage.tune.items() if o.mode in ('full', 'partial')]
+        whole = [p for p,o in trainer.stage.tune.items() if o.mode in ('full', 'partial')]
+        also = [n for p in whole for n in PART_MODULES[p]]
         save_adapters(trainer.model, staging/'adapter', also, state)
         if state: state = merged_state(trainer.model, state)
     if _sharded(trainer): trainer.model.save_pretrained = partial(trainer.model.save_pretrained, state_dict=state)
@@ -289,7 +293,7 @@ def _trainer(model, processor, stage, out, data=None, images=None, seed=0, callb
     dataset = stage_dataset(processor, stage, data, images)
     held = None if eval_data is None else stage_dataset(processor, stage, eval_data, images)
     packs = stage_packs(stage, dataset, device, seed)
-    args = _arguments(model, stage, out, device, seed, parallel, pack_sizes(stage, packs, len(dataset)))
+    args = _arguments(model, stage, out, device, seed, parallel, pack_sizes(stage, packs, packs and packs.samples))
     identity = _identities(model, dataset, parallel)
     seed_everything(seed)
     table = apply_tune(model, stage)
@@ -354,14 +358,16 @@ def start_model(
     out,            # Folder of its run
     number:int=0,   # Of the stage, from 0
     folder=None,    # Of a model to start from instead
+    trust_remote_code:bool=False, # May code in the LLM's folder run, where `transformers` has none?
 ) -> tuple:         # Model and processor
     "The model that a stage starts from"
     unset_hf_deepspeed_config()   # ZeRO-3 of a stage before would load slices only
     folder = _source(recipe, out, number, folder)
-    trust = recipe.model.get('trust_remote_code', False)
-    if folder: return load(folder, device='cpu', dtype=torch.float32, trust_remote_code=trust)
+    more = vouched(recipe.model, trust_remote_code, f'recipe {recipe.name!r}')
+    if folder: return load(folder, device='cpu', dtype=torch.float32, trust_remote_code=trust_remote_code)
     return compose(_checkpoint(recipe.vision), _checkpoint(recipe.llm), connector=recipe.connector,
-                   template=recipe.template, image_mode=recipe.image_mode, seed=recipe.seed, **recipe.model)
+                   template=recipe.template, image_mode=recipe.image_mode, seed=recipe.seed,
+                   trust_remote_code=trust_remote_code, **more)
 
 # %% ../../nbs/36_train.stages.ipynb #d5a4d455
 def _parts_identity(recipe):
@@ -419,13 +425,15 @@ def _results(r, out, todo, rows, start, accept):
 # %% ../../nbs/36_train.stages.ipynb #d2aa2028
 class _Run:
     "The stages of a recipe in one folder, one after the other"
-    def __init__(self, recipe, out, start, first, options):
-        self.recipe,self.out,self.start,self.first,self.options = recipe, out, start, first, options
+    def __init__(self, recipe, out, start, first, trusted, options):
+        self.recipe,self.out,self.start,self.first = recipe, out, start, first
+        self.trusted,self.options = trusted, options
         self.names = [s.name for s in recipe.stages]
         self.model = self.processor = None
 
     def open(self, number, folder=None):
-        if self.model is None: self.model,self.processor = start_model(self.recipe, self.out, number, folder)
+        if self.model is not None: return
+        self.model,self.processor = start_model(self.recipe, self.out, number, folder, self.trusted)
 
     def train(self, name, data, images, **kwargs):
         number,folder = self.names.index(name), self.start if name == self.first else None
@@ -448,6 +456,7 @@ def train_recipe(
     parallel:str='ddp',   # One of `PARALLEL`
     start=None,           # Folder of a model that the first of them starts from instead
     accept=(),            # What may differ from the run that is resumed: some of `ACCEPT`
+    trust_remote_code:bool=False, # May code in the LLM's folder run, where `transformers` has none?
     **kwargs,             # Passed to `train_stage`: `progress`, `callbacks`, `device`, `eval_data`, `ask_every`
 ) -> tuple:               # Model, processor and a dict of `StageResult`s
     "Run the stages of a recipe in order"
@@ -458,7 +467,8 @@ def train_recipe(
         with _locked(out):
             join_processes(kwargs.get('device', 'auto'))
             results = _results(r, out, todo, rows, start, accept) if resume else {}
-            run = _Run(r, out, start, todo[0], dict(kwargs, resume=resume, parallel=parallel, accept=accept))
+            options = dict(kwargs, resume=resume, parallel=parallel, accept=accept)
+            run = _Run(r, out, start, todo[0], trust_remote_code, options)
             for name in todo:
                 if name not in results: results[name] = run.train(name, rows[name], images)
                 if parallel != 'ddp': run.model = None   # wrapped, sharded: the next stage opens the folder

@@ -18,20 +18,22 @@ import atexit, dataclasses, importlib.util, json, math, os, shutil, sys, time
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from logging import getLogger
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ..core import pick_device, replacing
-from ..data.batches import PackCollator, PackSampler, PadCollator, lengths
-from ..data.datasets import Encoder, VLMDataset, read_mixture
+from tinyllava_cookbook.data.batches import (BatchLoader, PackCollator, PackSampler, PadCollator, lengths,
+    naming_hangs)
+from ..data.datasets import Encoder, VLMDataset, leave_out, read_mixture
 from ..data.templates import chat_template
 from ..durable import (asked_to_stop, find_checkpoint, mark_complete, numbered_checkpoints, publish,
     read_marker, remove, shield_worker, stop_on_signal)
@@ -257,15 +259,24 @@ def stage_packs(
         bad = 'skip' if stage.on_bad_sample == 'substitute' else 'raise'   # what cannot be measured is not planned
         raw = isinstance(dataset, VLMDataset)
         n = lengths(dataset.ds, dataset.encoder, on_bad_sample=bad) if raw else lengths(dataset)
+    if raw: leave_out(dataset, n.bad)
     return PackSampler(n, stage.pack, world, rank, seed)
+
+_log = getLogger(__name__)
 
 def pack_sizes(
     stage:Stage,  # Gives the global batch
     packs,        # From `stage_packs`
-    samples:int,  # In the dataset
+    samples,      # In the rows of `packs`
 ) -> tuple|None:  # As from `batch_sizes`; `None` where the stage pads
     "One row per device and pass, and as many passes as the global batch takes on average"
-    return packs and (1, max(1, round(stage.global_batch_size*len(packs)/samples)))
+    if packs is None: return None
+    steps = max(1, round(stage.global_batch_size*len(packs)/samples))
+    mean = steps*samples/len(packs)
+    if abs(mean/stage.global_batch_size - 1) > .1:
+        _log.warning("stage %r: a step takes %.1f samples in rows of %d tokens; global_batch_size is %d",
+                     stage.name, mean, stage.pack, stage.global_batch_size)
+    return 1, steps
 
 # %% ../../nbs/34_train.trainer.ipynb #ba5fb1a7
 class Remembering(Dataset):
@@ -315,7 +326,7 @@ def flop_rates(
     c,live = model.config,reachable(model)
     words,head = (o().weight for o in (model.get_input_embeddings, model.get_output_embeddings))
     body = [p for p in model.get_decoder().parameters() if p is not words]
-    eyes = [p for n,p in model.vision_tower.named_parameters() if f'vision_tower.{n}' in live]
+    eyes = [p for n,p in model.vision_tower.named_parameters() if f'model.vision_tower.{n}' in live]
     sees = any(p.requires_grad for p in eyes)
     below = sees or words.requires_grad or any(p.requires_grad for p in model.connector.parameters())
     t,v,patches = c.text_config, c.vision_config, math.prod(patch_grid(c.vision_config))
@@ -341,7 +352,8 @@ class _Metered(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         since,start = dict(self._since), time.perf_counter()
         if since['time'] is None: since['time'] = start
-        batches,n = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with naming_hangs(self.train_dataset):
+            batches,n = super().get_batch_samples(epoch_iterator, num_batches, device)
         since['wait'] += time.perf_counter() - start
         for b in batches:
             for k,v in batch_counts(b).items(): since[k] = since.get(k, 0) + v
@@ -605,9 +617,6 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
 # %% ../../nbs/34_train.trainer.ipynb #8fe2c55d
-class _Loader(DataLoader):
-    def set_epoch(self, epoch): self.batch_sampler.set_epoch(epoch)   # the trainer calls this
-
 class _Evaluated(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval'):
         "Loss per supervised token, over all processes"
@@ -618,7 +627,8 @@ class _Evaluated(Trainer):
             mine = range(i, min(i + size, len(ds)))   # nothing left for this process: it computes along, uncounted
             batch = self._prepare_inputs(self.data_collator([ds[j] for j in mine or [0]]))
             n = (batch['labels'][:, 1:] >= 0).sum()
-            with torch.no_grad(): sums += torch.stack([model(**batch).loss.float()*n, n])*bool(mine)
+            with torch.no_grad(): loss = model(**batch, return_logits=False).loss
+            sums += torch.stack([loss.float()*n, n])*bool(mine)
         if a.world_size > 1: dist.all_reduce(sums)
         if not sums[1]: raise ValueError("the evaluation data holds no supervised tokens: there is no loss to measure")
         metrics = {f'{metric_key_prefix}_loss': float(sums[0]/sums[1])}
@@ -658,10 +668,9 @@ class VLMTrainer(_Metered, _Finite, _Evaluated, _Resumed):
             batches = EpochBatches(len(self.train_dataset), a.per_device_train_batch_size,
                                    a.gradient_accumulation_steps, a.world_size, a.process_index, a.seed,
                                    getattr(self.train_dataset, 'epoch', None))
-        return _Loader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator,
-                       num_workers=a.dataloader_num_workers, pin_memory=a.dataloader_pin_memory,
-                       worker_init_fn=shield_worker, persistent_workers=a.dataloader_persistent_workers,
-                       prefetch_factor=a.dataloader_prefetch_factor)
+        names = 'num_workers', 'pin_memory', 'persistent_workers', 'prefetch_factor'
+        return BatchLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator,
+                           worker_init_fn=shield_worker, **{o: getattr(a, f'dataloader_{o}') for o in names})
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:

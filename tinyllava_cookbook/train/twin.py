@@ -12,7 +12,7 @@ from pathlib import Path
 from ..ingredients import tiny_checkpoint
 from ..microworld import write_world
 from ..model.checkpoints import save
-from ..model.vlm import compose
+from ..model.processor import compose
 from .recipes import Recipe, Stage, recipe
 
 # %% ../../nbs/68_train.twin.ipynb #324f0568
@@ -71,7 +71,7 @@ def tiny_twin(
 
 def _small_model(model):
     "Settings of the model that depend on its size"
-    return dict(model)
+    return {k: v for k,v in model.items() if k != 'trust_remote_code'}
 
 def _start_model(r, path):
     "A model to go on from, as the one that the recipe names"

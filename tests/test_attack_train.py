@@ -13,7 +13,7 @@ from tinyllava_cookbook.durable import (LOCK, MARKER, REQUEUE, FolderLock, check
     mark_complete, publish)
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load
-from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Recipe, Stage, to_dict
 from tinyllava_cookbook.train.stages import train_recipe, train_stage
 from tinyllava_cookbook.train.trainer import keep_lines_before, stage_dataset
@@ -139,7 +139,7 @@ def test_nothing_that_is_not_finite_is_saved(job, tmp_path, after, steps):
     d,r = job
     st = Stage('ft', tune=dict(connector='full'), lr=1e-3, global_batch_size=4, max_steps=4, trainer=dict(logging_steps=100, save_steps=steps))
     model,processor = compose(d/'siglip', d/'llama', template='llama')
-    with pytest.raises(FloatingPointError, match="at step . of stage 'ft'.*tensors are not finite: connector"):
+    with pytest.raises(FloatingPointError, match="at step . of stage 'ft'.*tensors are not finite: model.connector"):
         train_stage(model, processor, st, tmp_path, d/'data/data.json', progress=False, device='cpu', final=tmp_path/'model',
                     callbacks=[Poison(4, after)])
     assert not (tmp_path/'model').exists() and not (tmp_path/'done.json').exists()

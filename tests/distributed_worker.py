@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 from tinyllava_cookbook.core import write_json
 from tinyllava_cookbook.data.batches import PadCollator
-from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Stage
 from tinyllava_cookbook.train.trainer import _parallel, _save_whole, _units, stage_dataset, train_stage
 from tinyllava_cookbook.train.tuning import apply_tune

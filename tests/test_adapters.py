@@ -12,7 +12,7 @@ from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.microworld import write_world
 from tinyllava_cookbook.model.adapters import adapted, restore
 from tinyllava_cookbook.model.checkpoints import load
-from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import ADAPTERS, PARTS, Recipe, Stage, Tune
 from tinyllava_cookbook.train.trainer import train_recipe, train_stage
 from tinyllava_cookbook.train.tuning import apply_tune, learnable
@@ -168,7 +168,7 @@ def test_gradient_checkpointing_changes_nothing(parts, world, tmp_path):
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
-from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Stage, Tune
 from tinyllava_cookbook.train.trainer import train_stage
 siglip, llm, data, out, parallel, mode = sys.argv[1:]

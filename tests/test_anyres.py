@@ -12,7 +12,7 @@ from tinyllava_cookbook.data.images import image_size
 from tinyllava_cookbook.infer.generate import answers
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load, save
-from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.model.processor import compose
 
 logging.disable_progress_bar()
 
@@ -38,7 +38,7 @@ def next_of(model):
         image_grid_pinpoints=c.image_grid_pinpoints, tie_word_embeddings=c.tie_word_embeddings)
     hf = LlavaNextForConditionalGeneration(cfg).eval()
     hf.model.vision_tower.load_state_dict(model.vision_tower.state_dict())
-    hf.model.language_model.load_state_dict(model.language_model.model.state_dict())
+    hf.model.language_model.load_state_dict(model.language_model.state_dict())
     hf.lm_head.load_state_dict(model.get_output_embeddings().state_dict())
     proj,ours = hf.model.multi_modal_projector, model.connector
     for a,b in ((proj.linear_1, ours.layers[0]), (proj.linear_2, ours.layers[2])): a.load_state_dict(b.state_dict())
@@ -66,7 +66,7 @@ def test_equals_llava_next(parts, vision, llm):
 def test_counts_agree(pair, tmp_path):
     "Processor, encoder and model count the same tokens for 300 sizes; a file's size is read without decoding it"
     model,proc = pair
-    from tinyllava_cookbook.model.vlm import image_layout
+    from tinyllava_cookbook.model.connectors import image_layout
     rng = random.Random(1)
     sizes = [(rng.randint(1, 2000), rng.randint(1, 2000)) for _ in range(300)]
     assert [proc.n_tokens(o) for o in sizes] == [m for _,m in image_layout(model.config, sizes)]
@@ -125,7 +125,7 @@ def test_packed_equals_padded(pair, tmp_path):
     (a,ga),(b,gb),(c,gc) = grads(packed), grads(padded), grads(*(PadCollator(0)([s]) for s in samples))
     model.eval()
     assert a == pytest.approx(b, rel=1e-5) and a == pytest.approx(c, rel=1e-5)
-    assert ga['connector.image_newline'].abs().sum() > 0
+    assert ga['model.connector.image_newline'].abs().sum() > 0
     for k in gb:
         torch.testing.assert_close(ga[k], gb[k], rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(ga[k], gc[k], rtol=1e-3, atol=1e-5)

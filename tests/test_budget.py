@@ -6,7 +6,8 @@ torch = pytest.importorskip('torch')
 from torch import nn
 from tinyllava_cookbook import cli
 from tinyllava_cookbook.ingredients import tiny_checkpoint, tiny_llms
-from tinyllava_cookbook.model.vlm import VLMConfig, VLMForConditionalGeneration, compose
+from tinyllava_cookbook.model.processor import compose
+from tinyllava_cookbook.model.vlm import VLMConfig, VLMForConditionalGeneration
 from tinyllava_cookbook.model.architecture import part_config
 from tinyllava_cookbook.train import activations as A, budget as B, memory as M
 from tinyllava_cookbook.train.recipes import Recipe, Stage, Tune, recipe, recipe_names
@@ -86,7 +87,7 @@ def test_states_equal_deepspeeds_own_estimates(base, world):
     host, want = zero2(n, world, 1, cpu_offload=True)
     assert gpu('zero2-offload')[0] == pytest.approx(want, rel=1e-6)
     if world <= 4: assert gpu('zero2-offload')[1] == pytest.approx(host, rel=1e-6)
-    largest = max(base.get_output_embeddings().weight.numel(), sum(p.numel() for p in base.language_model.model.layers[0].parameters()))
+    largest = max(base.get_output_embeddings().weight.numel(), sum(p.numel() for p in base.language_model.layers[0].parameters()))
     host, want, _ = zero3(n, largest, world, 1, cpu_offload=False, cpu_offload_params=False)
     assert gpu('zero3')[0] == pytest.approx(want + 2*n/world, rel=1e-6)   # DeepSpeed leaves 16-bit gradients out here
     host, want, _ = zero3(n, largest, world, 1, cpu_offload=True, cpu_offload_params=True)

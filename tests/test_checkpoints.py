@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load, save
-from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.model.processor import compose
 
 logging.disable_progress_bar()
 
@@ -36,7 +36,7 @@ def test_round_trip(parts, tmp_path, llm, dtype):
 
 def test_names_in_file_are_names_in_memory(parts, tmp_path):
     "A trainer that loads the file by name finds every tensor, but for tied ones"
-    for llm,tied in (('llama', set()), ('qwen2', {'language_model.lm_head.weight'})):
+    for llm,tied in (('llama', set()), ('qwen2', {'lm_head.weight'})):
         model,proc = compose(parts['siglip'], parts[llm])
         save(model, proc, tmp_path/llm)
         fresh,_ = compose(parts['siglip'], parts[llm], seed=1)
@@ -130,9 +130,9 @@ def test_quantized(tmp_path, name):
     few,p = load(save(model, proc, tmp_path/'m'), 'cpu', dtype='float32', quantization=name)
     names = {n for n,m in few.named_modules() if isinstance(m, kind)}
     assert names == {n for n,m in model.named_modules() if isinstance(m, torch.nn.Linear)
-                     and n.startswith('language_model.model.layers.')}
+                     and n.startswith('model.language_model.layers.')}
     for k,v in model.state_dict().items():
-        if k.startswith(('vision_tower.', 'connector.', 'language_model.lm_head')): assert torch.equal(v, few.state_dict()[k]), k
+        if k.startswith(('model.vision_tower.', 'model.connector.', 'lm_head')): assert torch.equal(v, few.state_dict()[k]), k
     q = p(text='a red circle', return_tensors='pt')
     with torch.no_grad(): a,b = model(**q).logits, few(**q).logits
     assert torch.nn.functional.cosine_similarity(a.flatten(), b.float().flatten(), 0) > .97

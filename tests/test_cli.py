@@ -16,7 +16,7 @@ def home(tmp_path_factory):
     from tinyllava_cookbook.ingredients import tiny_checkpoint
     from tinyllava_cookbook.microworld import write_world
     from tinyllava_cookbook.model.checkpoints import save
-    from tinyllava_cookbook.model.vlm import compose
+    from tinyllava_cookbook.model.processor import compose
     root = tmp_path_factory.mktemp('größe 1')
     write_world(root/'world', 3, split='test')
     save(*compose(*(tiny_checkpoint(o, root/o) for o in ('siglip', 'llama'))), root/'my model')

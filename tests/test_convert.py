@@ -15,7 +15,8 @@ from tinyllava_cookbook.model.export import (compose_folder, convert_folder, lla
     to_llama_cpp, to_llava, vllm_problems)
 from tinyllava_cookbook.model.llms import add_image_token, load_llm
 from tinyllava_cookbook.model.vision import load_strict, load_vision
-from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.model.processor import compose
+from tinyllava_cookbook.model.vlm import causal_lm, flat_name
 
 logging.disable_progress_bar()
 PROMPT = 'USER: <image>\nWhat is it? ASSISTANT:'
@@ -232,7 +233,7 @@ def bench(model, dir, vision, arch, weights=True, cut=True, words={}):
     "A folder as TinyLLaVABench wrote it"
     c,state = model.config, {}
     last = f'vision_tower.encoder.layers.{c.vision_config.num_hidden_layers-1}.'
-    for k,v in model.state_dict().items():
+    for k,v in ((flat_name(k), v) for k,v in model.state_dict().items()):
         if k.startswith('vision_tower.') and (not weights or cut and k.startswith((last, 'vision_tower.head.'))): continue
         if k == 'language_model.lm_head.bias': continue
         state[rename(k, bench_names(c.connector), back=True)] = v.contiguous()
@@ -333,7 +334,7 @@ def test_lora_is_merged(parts, tmp_path, image):
     "A model trained with adapters is exported with them inside"
     from tinyllava_cookbook.model.adapters import adapted, add_adapters, merge_adapters
     model,proc = compose(parts['clip'], parts['llama'])
-    add_adapters(model, ['language_model.model.layers.0.self_attn.q_proj', 'language_model.model.layers.1.mlp.up_proj'], r=4)
+    add_adapters(model, ['model.language_model.layers.0.self_attn.q_proj', 'model.language_model.layers.1.mlp.up_proj'], r=4)
     for m in adapted(model).values(): torch.nn.init.normal_(m.lora_B['default'].weight)
     q = proc(images=image, text=PROMPT, return_tensors='pt')
     with torch.no_grad(): want = model.eval()(**q).logits
@@ -401,7 +402,7 @@ def test_llama_cpp(parts, tmp_path, image, v, cls):
     eye,lm = load_strict(cls, d/'vision'), load_strict(AutoModelForCausalLM, d/'llm')
     px = proc.pixels(image)
     for a,b in zip(eye.state_dict().items(), model.vision_tower.state_dict().items()): assert a[0] == b[0] and torch.equal(a[1], b[1])
-    for k,w in lm.state_dict().items(): assert torch.equal(w, model.language_model.state_dict()[k]), k
+    for k,w in lm.state_dict().items(): assert torch.equal(w, causal_lm(model).state_dict()[k]), k
     w = torch.load(d/'llava.projector', weights_only=True)
     x = eye(px, output_hidden_states=True).hidden_states[-2][:, int(v == 'clip'):]
     x = torch.nn.functional.gelu(x @ w['model.mm_projector.0.weight'].T + w['model.mm_projector.0.bias'])

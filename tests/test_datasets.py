@@ -409,7 +409,7 @@ def test_a_mixture_as_a_recipe_names_it(world, tok):
 
 def tiny_model(folder):
     from tinyllava_cookbook.ingredients import tiny_checkpoint
-    from tinyllava_cookbook.model.vlm import compose
+    from tinyllava_cookbook.model.processor import compose
     return compose(*(tiny_checkpoint(o, folder/o) for o in ('siglip', 'llama')), template='llama')
 
 @pytest.mark.parametrize('pack', [None, 256])

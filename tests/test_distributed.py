@@ -11,7 +11,7 @@ from tinyllava_cookbook.core import read_json, write_json
 from tinyllava_cookbook.data.batches import PadCollator
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load
-from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Stage
 from tinyllava_cookbook.train.trainer import EpochBatches, _parallel, _units, stage_dataset, train_stage
 from tinyllava_cookbook.train.tuning import apply_tune

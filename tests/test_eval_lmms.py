@@ -15,7 +15,7 @@ def home(tmp_path_factory):
     "A tiny random model in a folder"
     from tinyllava_cookbook.ingredients import tiny_checkpoint
     from tinyllava_cookbook.model.checkpoints import save
-    from tinyllava_cookbook.model.vlm import compose
+    from tinyllava_cookbook.model.processor import compose
     root = tmp_path_factory.mktemp('lmms')
     save(*compose(*(tiny_checkpoint(o, root/o) for o in ('siglip', 'llama'))), root/'model')
     return root/'model'
@@ -143,7 +143,7 @@ def test_the_likeliest_answer_is_known_as_such(adapter, home, docs):
         (new if out.dim()==2 else new[0, -len(want)-1:-1])[range(len(want)), want] = 9
         return new
     sure = lambda t: adapter.answer_loss(lm.model, lm.processor, ask, images, t)
-    hook = lm.model.language_model.lm_head.register_forward_hook(logits)
+    hook = lm.model.lm_head.register_forward_hook(logits)
     try: said, other = sure('yes'), sure('yet')
     finally: hook.remove()
     assert said[0] < .5 and len(lm.processor.encoder()(adapter.Sample('x', [*ask, dict(role='assistant', content='yet')], images))['labels']) == len(row['labels'])

@@ -8,7 +8,7 @@ from transformers.utils import logging
 from tinyllava_cookbook.core import IGNORE
 from tinyllava_cookbook.model.connectors import peer_weights
 from tinyllava_cookbook.model.vision import vision_features
-from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.model.processor import compose
 
 logging.disable_progress_bar()
 KW = dict(resampler=dict(n_queries=8, depth=2), qformer=dict(n_queries=8, depth=2, d=64, heads=4, d_ff=128))

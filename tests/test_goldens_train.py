@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 from tinyllava_cookbook.model.adapters import plain_name
 from tinyllava_cookbook.model.checkpoints import load
-from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.model.processor import compose
+from tinyllava_cookbook.model.vlm import current_name
 from tinyllava_cookbook.train.recipes import Stage, Tune
 from tinyllava_cookbook.train.trainer import EpochBatches, stage_dataset, train_stage
 from tinyllava_cookbook.train.tuning import reachable
@@ -38,7 +39,7 @@ def ours(name):
     name = name.removeprefix('base_model.model.')
     for a,b in (('vision_tower._vision_tower.vision_model.', 'vision_tower.'), ('connector._connector.', 'connector.layers.')):
         name = name.replace(a, b)
-    return name
+    return current_name(name)
 
 def start(g):
     "The model that the run began with"

@@ -6,7 +6,7 @@ from tinyllava_cookbook.data.templates import chat_template
 from tinyllava_cookbook.infer import generate as G
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import save
-from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.viz.attention import answer_attention, show_attention
 
 FAMILIES = dict(llama='llama', phi='phi', qwen2='chatml')

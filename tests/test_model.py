@@ -8,7 +8,7 @@ from PIL import Image
 from transformers.utils import logging
 from tinyllava_cookbook.core import IGNORE
 from tinyllava_cookbook.ingredients import tiny_checkpoint
-from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.model.processor import compose
 
 logging.disable_progress_bar()
 VISIONS,LLMS = ('clip', 'siglip'), ('llama', 'phi', 'qwen2')

@@ -173,7 +173,7 @@ NO_SDPA = {'gemma2'}     # caps the scores before the softmax, which sdpa cannot
 def make(tmp_path_factory):
     "Tiny random models, one per LLM family; in double precision, so that 'equal' can be meant"
     from tinyllava_cookbook.ingredients import tiny_checkpoint
-    from tinyllava_cookbook.model.vlm import compose
+    from tinyllava_cookbook.model.processor import compose
     root, made = tmp_path_factory.mktemp('packing'), {}
     def model(family='llama', attention='sdpa'):
         if family not in made:

@@ -174,7 +174,7 @@ def test_files_that_cannot_be_checked(world, encoder, tmp_path):
 def test_a_processor_will_do(world, tmp_path):
     "What the trainer encodes with: a composed model's processor"
     from tinyllava_cookbook.ingredients import tiny_checkpoint
-    from tinyllava_cookbook.model.vlm import compose
+    from tinyllava_cookbook.model.processor import compose
     folder, rows = world
     _, processor = compose(*(tiny_checkpoint(o, tmp_path/o) for o in ('siglip', 'llama')))
     r = preflight(rows[:30], folder/'images', processor, progress=False)

@@ -11,7 +11,8 @@ from tinyllava_cookbook.model import vlm
 from tinyllava_cookbook.model.connectors import connectors
 from tinyllava_cookbook.model.llms import llm_families, load_llm
 from tinyllava_cookbook.model.vision import load_vision, vision_families
-from tinyllava_cookbook.model.vlm import VLMForConditionalGeneration, compose
+from tinyllava_cookbook.model.processor import compose
+from tinyllava_cookbook.model.vlm import VLMForConditionalGeneration
 
 logging.disable_progress_bar()
 LLMS = [*tiny_llms, 'openelm']

@@ -129,7 +129,7 @@ def test_make_help_names_every_target():
 def test_top_level_holds_what_it_should():
     "Notebooks, library, launchers, tests, tools, and the files that packaging and hosts look for"
     allowed = set('''nbs tinyllava_cookbook slurm tests tools .ci .github settings.ini setup.py pyproject.toml constraints.txt MANIFEST.in
-        Makefile README.md CONTRIBUTING.md CHANGELOG.md LICENSE .gitignore .gitattributes .gitconfig'''.split())
+        Makefile README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md LICENSE .gitignore .gitattributes .gitconfig'''.split())
     assert {p.relative_to(ROOT).parts[0] for p in tracked()} <= allowed
 
 def test_shell_scripts_parse():

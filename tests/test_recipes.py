@@ -27,7 +27,7 @@ def test_twin_trains_and_changes_exactly_what_it_means_to(name, tmp_path):
         want = set().union(*(learnable(before, p, t) for p,t in s.tune.items()))
         old,new = before.state_dict(), after.state_dict()
         assert list(old) == list(new) and not any(map(is_quantized, after.modules()))
-        if r.stage(s.name).image_mode != 'anyres': want -= {'connector.image_newline'}   # ends rows of tiles
+        if r.stage(s.name).image_mode != 'anyres': want -= {'model.connector.image_newline'}   # ends rows of tiles
         params = {n for n,_ in before.named_parameters()}                # tied weights under one name
         assert {n for n in params if not torch.equal(old[n], new[n])} == want and want
         assert all(torch.equal(old[n], new[n]) for n in set(old) - params - {k for k in old if k.endswith('lm_head.weight')})

@@ -9,7 +9,7 @@ from transformers.utils import logging
 from tinyllava_cookbook.core import read_json, write_json
 from tinyllava_cookbook.durable import MARKER, REQUEUE, check_complete, checkpoints
 from tinyllava_cookbook.ingredients import tiny_checkpoint
-from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Recipe, Stage, recipe, to_dict
 from tinyllava_cookbook.train.trainer import stage_dataset, train_recipe, train_stage
 

@@ -9,7 +9,7 @@ from transformers.utils import logging
 from tinyllava_cookbook.core import read_json, write_json
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load
-from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Recipe, Stage, Tune, batch_sizes, from_dict, override, recipe, recipes, to_dict
 from tinyllava_cookbook.train.trainer import EpochBatches, TrainBar, stage_dataset, train_recipe, train_stage, training_args
 from tinyllava_cookbook.train.tuning import apply_tune, learnable, param_groups, reachable
@@ -169,10 +169,10 @@ def test_resume_takes_whole_checkpoints_only(parts, encoded, tmp_path):
     assert {'model.safetensors', 'processor_config.json', 'optimizer.pt'} <= {o.name for o in at.iterdir()}
     load(at, 'cpu')   # a checkpoint is a model folder too
     w = load_file(at/'model.safetensors')
-    gone = w.pop('connector.layers.0.weight')
+    gone = w.pop('model.connector.layers.0.weight')
     save_file(w, at/'model.safetensors', metadata=dict(format='pt'))
     with pytest.raises(ValueError, match='model.safetensors has '): train(parts, st, tmp_path, encoded, resume=at)
-    save_file({**w, 'connector.layers.0.weight':gone, 'connector.layers.9.weight':gone.clone()}, at/'model.safetensors',
+    save_file({**w, 'model.connector.layers.0.weight':gone, 'model.connector.layers.9.weight':gone.clone()}, at/'model.safetensors',
               metadata=dict(format='pt'))
     with pytest.raises(ValueError, match='model.safetensors has '): train(parts, st, tmp_path, encoded, resume=at)
     (at/'scheduler.pt').unlink()

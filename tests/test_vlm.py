@@ -9,7 +9,8 @@ from transformers.utils import logging
 from tinyllava_cookbook.core import IGNORE
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load, save
-from tinyllava_cookbook.model.vlm import VLMConfig, VLMForConditionalGeneration, compose
+from tinyllava_cookbook.model.processor import compose
+from tinyllava_cookbook.model.vlm import VLMConfig, VLMForConditionalGeneration
 
 logging.disable_progress_bar()
 SMALL = dict(resampler=dict(n_queries=3, depth=1), qformer=dict(n_queries=3, depth=2, d=24, heads=2, d_ff=48))

@@ -16,7 +16,7 @@ class _Content(dict):
     def _load(self, key=_OURS):
         if getattr(key, 'model_type', key) != _OURS: return
         if any(getattr(o, 'model_type', o) == _OURS for o in super().keys()): return
-        import tinyllava_cookbook.model.vlm   # registers
+        import tinyllava_cookbook.model.processor   # registers, and the model with it
     def __contains__(self, key): self._load(key); return super().__contains__(key)
     def __getitem__(self, key): self._load(key); return super().__getitem__(key)
     def values(self): self._load(); return super().values()

@@ -277,7 +277,7 @@ def _check_args(p):
 def _encoder_of(a):
     "What turns a sample into tokens, as the recipe's stage would"
     if not a.recipe: return None
-    from tinyllava_cookbook.model.vlm import VLMProcessor
+    from tinyllava_cookbook.model.processor import VLMProcessor
     if (Path(a.recipe)/'processor_config.json').exists(): return VLMProcessor.from_pretrained(a.recipe).encoder()
     from tinyllava_cookbook.train.recipes import recipe
     from tinyllava_cookbook.train.trainer import _start, stage_encoder

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LINK', 'NAME', 'comments', 'meaning', 'Parameter', 'as_written', 'type_as_written', 'returned', 'arguments', 'fields',
-           'parameters', 'call', 'words', 'code_html', 'row_html', 'table', 'exported', 'source_of', 'entry', 'Entry',
-           'link_names', 'page_names', 'AddLinks', 'colab_url', 'AddColab']
+           'parameters', 'call', 'words', 'code_html', 'row_html', 'table', 'exported', 'source_of', 'entry', 'address',
+           'Entry', 'link_names', 'page_names', 'AddLinks', 'colab_url', 'AddColab']
 
 # %% ../nbs/91_site.ipynb #3b999f47
 import ast, importlib, inspect, io, re, tokenize
@@ -205,6 +205,17 @@ def entry(
     if source: parts += [summary, f'{fence}python\n{source.rstrip()}\n{fence}', '</details>']
     return '\n\n'.join(o for o in parts if o)
 
+# %% ../nbs/91_site.ipynb #a0b1c2d2
+def address(
+    look,  # nbdev's index of names
+):         # Name → address of its documentation, or `None`
+    "A function that looks up where a name is documented"
+    def find(name):
+        url = look.doc(name)
+        page, mark, anchor = (url or '').partition('#')
+        return page + mark + anchor.partition('.')[0] if url else None
+    return find
+
 # %% ../nbs/91_site.ipynb #52dae991
 class Entry:
     "nbdev's renderer: what `show_doc` writes under a definition"
@@ -223,7 +234,7 @@ class Entry:
         here = exported(sym, modules)
         self.name = name or called or str(sym)
         url = look.code(f'{here.__module__}.{called}')
-        self.text = entry(self.name, source_of(here), inspect.getdoc(here) or '', url, title_level, look.doc)
+        self.text = entry(self.name, source_of(here), inspect.getdoc(here) or '', url, title_level, address(look))
 
     def _repr_markdown_(self): return self.text
     def __repr__(self): return self.text
@@ -274,7 +285,7 @@ class AddLinks:
     ):
         from nbdev.config import get_config
         from nbdev.doclinks import NbdevLookup
-        self.link = NbdevLookup().doc
+        self.link = address(NbdevLookup())
         self.known = page_names([o.source for o in nb.cells if o.cell_type == 'code'], get_config().lib_name)
 
     def __call__(self,

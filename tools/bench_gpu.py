@@ -42,7 +42,7 @@ def measure(name, root, data, a):
     "One row of the table"
     import torch
     from tinyllava_cookbook.ingredients import tiny_checkpoint
-    from tinyllava_cookbook.model.vlm import compose
+    from tinyllava_cookbook.model.processor import compose
     from tinyllava_cookbook.train import activations as A, budget as B, memory as M
     from tinyllava_cookbook.train.recipes import Stage
     from tinyllava_cookbook.train.trainer import stage_dataset

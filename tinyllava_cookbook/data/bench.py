@@ -86,7 +86,7 @@ def bench_data(
             start, used = time.perf_counter(), _used()
             batches = DataLoader(ds, batch_size, collate_fn=PadCollator(0), num_workers=w)
             seen = sum(len(b['input_ids']) for b in batches)
-            took, used = time.perf_counter() - start, _used() - used
+            took, used = time.perf_counter() - start, max(_used() - used, .01)   # at least a tick of that clock
             rows.append(dict(workers=w, samples=seen, samples_s=round(seen/took, 1), cpu_ms=round(1000*used/seen, 2),
                              per_core=round(seen/used, 1)))
     return rows

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .vlm import current_name
+
 # %% ../../nbs/28_model.adapters.ipynb #424f4b4d
 logging.getLogger('bitsandbytes').setLevel(logging.ERROR)   # silent about a kernel that is optional
 
@@ -170,7 +172,7 @@ def restore(
     path,             # A folder with `model*.safetensors`
 ) -> nn.Module:       # The same model
     "Read every tensor of a checkpoint into its place, or fail"
-    saved = {k:v for f in sorted(Path(path).glob('model*.safetensors')) for k,v in load_file(f).items()}
+    saved = {current_name(k):v for f in sorted(Path(path).glob('model*.safetensors')) for k,v in load_file(f).items()}
     mine = model.state_dict()
     here = {mine[k].data_ptr() for k in saved if k in mine}
     lost = [k for k,v in mine.items() if k not in saved and v.data_ptr() not in here]   # tied ones are there once

@@ -27,7 +27,8 @@ from tinyllava_cookbook.model.vision import (MoFConfig, _two, checkpoint_path, l
 from .connectors import peer_weights
 from .llms import (_TOKENIZER_FILES, default_template, family_of, llm_families,
     load_tokenizer, own_code, prove_llm, stop_ids)
-from .vlm import VLMConfig, VLMForConditionalGeneration, processor_for
+from .vlm import VLMConfig, VLMForConditionalGeneration, causal_lm, flat_name
+from .processor import processor_for
 
 # %% ../../nbs/26_model.checkpoints.ipynb #ff0a4496
 def save(
@@ -125,7 +126,7 @@ def rename(
 class Foreign:
     "A checkpoint of another layout, read but not yet built"
     config:dict                          # Fields of `VLMConfig`
-    state:dict[str,Tensor]               # Tensors under our names
+    state:dict[str,Tensor]               # Tensors under flat names
     names:tuple                          # Prefixes, theirs and ours
     image_processor:object               # Resizes and normalises
     tokenizer:object                     # Reads and writes text
@@ -407,7 +408,7 @@ def _add_image_token(f):
 def _prove(model):
     "An error if a language model without a family is not like most"
     if getattr(model.config.text_config, 'llm_family', None) != 'generic': return
-    packs = prove_llm(model.language_model, family_of(model.config.text_config).logits)
+    packs = prove_llm(causal_lm(model), family_of(model.config.text_config).logits)
     for o in model.config.text_config, model.language_model.config: o.llm_family = 'generic' + '_unpacked'*(not packs)
 
 def build(
@@ -417,7 +418,7 @@ def build(
 ) -> tuple:       # Model and processor
     "Model and processor from what was read"
     _add_image_token(f)
-    model = load_strict(VLMForConditionalGeneration, path, named=lambda k: rename(k, f.names, back=True),
+    model = load_strict(VLMForConditionalGeneration, path, named=lambda k: rename(flat_name(k), f.names, back=True),
         config=VLMConfig(**f.config), state_dict=f.state, **kwargs)
     model.config.name_or_path = str(path)
     _prove(model)
@@ -427,7 +428,7 @@ def build(
     return model, processor
 
 # %% ../../nbs/26_model.checkpoints.ipynb #fff9b6f0
-KEEP_PRECISE = ['vision_tower', 'connector', 'language_model.lm_head'] # Prefixes of what is never quantized
+KEEP_PRECISE = ['model.vision_tower', 'model.connector', 'lm_head'] # Prefixes of what is never quantized
 _BITS = {'4bit': dict(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True),
     '8bit': dict(load_in_8bit=True)}
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['connectors', 'Connector', 'Identity', 'Linear', 'MLP', 'AvgPool', 'PixelShuffle', 'PerceiverLayer', 'Resampler',
-           'QFormerLayer', 'QFormer', 'MoFMLP', 'connector', 'peer_weights']
+           'QFormerLayer', 'QFormer', 'MoFMLP', 'connector', 'peer_weights', 'new_connector', 'image_layout',
+           'tower_features', 'connect_features', 'image_features', 'blank_image']
 
 # %% ../../nbs/21_model.connectors.ipynb #055513c0
 import math, re
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Registry
+from ..data.images import anyres_n_tokens, best_canvas, join_tiles
+from .vision import input_size, vision_features
 
 # %% ../../nbs/21_model.connectors.ipynb #332d9efc
 class Connector(nn.Module):
@@ -303,3 +306,79 @@ def peer_weights(
         for old,new in _PEER: k = re.sub(old, new, k)
         out[k] = v[0] if k == 'queries' and v.dim() == 3 else v
     return out
+
+# %% ../../nbs/21_model.connectors.ipynb #e2eab3f7
+def new_connector(
+    config,            # Of the model that it is for: a `VLMConfig`
+) -> nn.Module:        # Maps (b, n, vision width) to (b, m, LLM width)
+    "The connector of a configuration, with new weights"
+    v,t = config.vision_config, config.text_config
+    kwargs = dict(config.connector_kwargs or {})
+    if config.connector == 'mof_mlp' and hasattr(v, 'both'): kwargs.setdefault('d_first', v.both[0].hidden_size)
+    conn = connector(config.connector, v.hidden_size, t.hidden_size, **kwargs)
+    if config.image_mode == 'anyres': conn.image_newline = nn.Parameter(torch.randn(t.hidden_size)/t.hidden_size**.5)
+    return conn
+
+# %% ../../nbs/21_model.connectors.ipynb #857b1360
+def image_layout(
+    config,                 # A `VLMConfig`: says how images become tokens
+    image_sizes:list,       # Height and width of each image
+) -> list[tuple]:           # Of each: rows and columns of tiles, besides the view of everything; and tokens
+    "How an 'anyres' model cuts each image up"
+    tile,points = input_size(config.vision_config), [tuple(o) for o in config.image_grid_pinpoints or ()]
+    if not points: raise ValueError(f"image_sizes go with image_mode 'anyres', this model's is {config.image_mode!r}")
+    def tiles(size): return tuple(o//t for o,t in zip(best_canvas(size, points), tile))
+    return [(tiles(o), anyres_n_tokens(o, config.image_token_grid, points, tile)) for o in map(tuple, image_sizes)]
+
+# %% ../../nbs/21_model.connectors.ipynb #040416eb
+def _join_images(config, x_tnd, image_sizes, newline):
+    "Tiles of all images to one sequence of features for each image"
+    sizes = image_sizes.tolist()
+    grids = [o for o,_ in image_layout(config, sizes)]
+    counts = [1 + math.prod(o) for o in grids]
+    if sum(counts) != len(x_tnd):
+        raise ValueError(f"{len(x_tnd)} tiles, but images of {sizes} have {sum(counts)}; let the processor make them")
+    each = zip(x_tnd.split(counts), sizes, grids)
+    return [join_tiles(x, size, config.image_token_grid, grid, newline) for x,size,grid in each]
+
+def tower_features(
+    model,                  # Gives vision tower and configuration
+    pixel_values:Tensor,    # (tiles, 3, h, w)
+) -> Tensor:                # (tiles, n, vision width)
+    "Features of the layer that the connector reads"
+    c,size,want = model.config, tuple(pixel_values.shape[-2:]), input_size(model.config.vision_config)
+    if size != want:
+        raise ValueError(f"images of {size} pixels, but the encoder is shown {want}; let the processor prepare them")
+    return vision_features(model.vision_tower, pixel_values.to(model.vision_tower.device), c.vision_feature_layer,
+        c.vision_feature_select, c.drop_first_patch)
+
+# %% ../../nbs/21_model.connectors.ipynb #549b3afb
+def connect_features(
+    model,                          # Gives connector and configuration
+    x_bnv:Tensor,                   # From `tower_features`
+    image_sizes:Tensor|None=None,   # (images, 2) heights and widths, for 'anyres'
+) -> Tensor|list[Tensor]:           # (images, image_seq_length, d), or for 'anyres' (tokens, d) of each image
+    "Vision features as the LLM reads them"
+    c,conn = model.config, model.connector
+    floats = (p.dtype for p in conn.parameters() if p.is_floating_point())   # 4-bit weights are bytes
+    x,newline = conn(x_bnv.to(next(floats, x_bnv.dtype))), getattr(conn, 'image_newline', None)
+    scale = c.text_config.hidden_size**.5 if c.scale_image_features else 1
+    if image_sizes is not None: return [o*scale for o in _join_images(c, x, image_sizes, newline)]
+    if newline is not None: x = x + 0*newline   # takes part, so no process waits for its gradient
+    return x*scale
+
+def image_features(
+    model,                          # Gives vision tower, connector and configuration
+    pixel_values:Tensor,            # (tiles, 3, h, w); one tile per image, unless the mode is 'anyres'
+    image_sizes:Tensor|None=None,   # (images, 2) heights and widths, for 'anyres'
+) -> Tensor:                        # (images, image_seq_length, d), or for 'anyres' (tokens, d)
+    "Images as the LLM reads them"
+    x = connect_features(model, tower_features(model, pixel_values), image_sizes)
+    return torch.cat(x) if isinstance(x, list) else x
+
+def blank_image(
+    model,        # Gives vision tower and configuration
+) -> Tensor:      # (1, 3, h, w) zeros
+    "An empty image for a batch without any"
+    v = model.config.vision_config
+    return torch.zeros(1, v.num_channels, *input_size(v), device=model.vision_tower.device)

@@ -17,15 +17,15 @@ from huggingface_hub import HfApi, save_torch_state_dict
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
-from transformers import (AutoProcessor, CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration,
+from transformers import (AutoModelForCausalLM, AutoProcessor, CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration,
     LlavaImageProcessorPil, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil,
     LlavaNextProcessor, LlavaProcessor)
 
 from ..core import quiet, read_json, write_json
 from ..data.images import pinpoints, prepare, target_size
 from .vision import load_strict, n_prefix, patch_grid
-from .llms import llm_logits
-from .vlm import compose
+from .vlm import causal_lm, flat_name
+from .processor import compose
 from .checkpoints import llava_names, load, rename, save, tower_prefix
 
 # %% ../../nbs/27_model.export.ipynb #d3707268
@@ -73,7 +73,7 @@ def _head_is_plain(model):
     if (b := getattr(head, 'bias', None)) is not None and b.any(): return False
     with torch.no_grad():
         h = 1e3*torch.randn(2, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(head.weight)
-        return torch.allclose(llm_logits(model.language_model, h), h @ head.weight.T, rtol=.02, atol=1)
+        return torch.allclose(model.output_head(h), h @ head.weight.T, rtol=.02, atol=1)
 
 def why_not_llava(
     model,       # A `VLMForConditionalGeneration`
@@ -110,7 +110,7 @@ def llava_hf_config(
     "The configuration as `transformers` writes it"
     c,(config,cls,_) = model.config, llava_kind(model.config)
     t = copy.deepcopy(c.text_config)
-    t.architectures = [type(model.language_model).__name__]
+    t.architectures = [AutoModelForCausalLM._model_mapping[type(t)].__name__]
     tiles = {'image_grid_pinpoints': c.image_grid_pinpoints} if config is LlavaNextConfig else {}
     return config(vision_config=copy.deepcopy(c.vision_config), text_config=t,
         image_token_index=c.image_token_id, projector_hidden_act='gelu',
@@ -124,7 +124,7 @@ def llava_hf_state(
 ) -> dict[str,Tensor]:      # Tensors under the names that `llava-hf` published
     "The tensors as `transformers` writes them"
     c,names = model.config, llava_names(tower_prefix(model.config.vision_config))
-    state = dict(model.state_dict())
+    state = {flat_name(k): v for k,v in model.state_dict().items()}
     state.pop('language_model.lm_head.bias', None)                       # zeros, or it would not fit
     if c.tie_word_embeddings: state.pop('language_model.lm_head.weight') # once is enough
     root = c.text_config.hidden_size**.5
@@ -150,6 +150,7 @@ def _sizes(folder):
     "Million parameters of each part"
     size = {}
     for k,shape in _tensors(folder).items():
+        k = flat_name(k)
         part = next(p for p,words in _PARTS.items() if k.startswith(words))
         size[part] = size.get(part, 0) + np.prod(shape)/1e6
     return size
@@ -354,7 +355,7 @@ def to_llama_cpp(
     if no: raise ValueError(f"cannot be exported to llama.cpp: {'; '.join(no)}")
     out,state = Path(out), llava_hf_state(model)
     part = lambda words: {k.removeprefix(words): v.contiguous().clone() for k,v in state.items() if k.startswith(words)}
-    model.language_model.save_pretrained(out/'llm')
+    causal_lm(model).save_pretrained(out/'llm')
     processor.tokenizer.save_pretrained(out/'llm')
     (out/'vision').mkdir()
     save_torch_state_dict(part('vision_tower.'), out/'vision')

@@ -8,7 +8,7 @@ __all__ = ['PARTS', 'ADAPTERS', 'MODES', 'SCHEDULES', 'OPTIMIZERS', 'recipes', '
            'tinyllava_base', 'show_recipe']
 
 # %% ../../nbs/30_train.recipes.ipynb #e1457a98
-import copy, dataclasses, difflib, html, importlib, json, math, os, types, typing
+import copy, dataclasses, difflib, html, importlib, inspect, json, math, os, types, typing
 from dataclasses import dataclass, field
 
 from ..core import Registry, Table, read_json
@@ -328,7 +328,9 @@ def recipe(
     if name not in recipes: recipe_names()
     odd = [o for o in given.split(',') if given and '=' not in o]
     _check(not odd, f"{odd} after {name!r} is not ARGUMENT=TEXT, e.g. micro:llm=micro-llama")
-    return recipes[name](**dict(o.split('=', 1) for o in given.split(',') if o), **kwargs)
+    kwargs |= dict(o.split('=', 1) for o in given.split(',') if o)
+    check_names(kwargs, list(inspect.signature(recipes[name]).parameters), f"argument of recipe {name!r}:")
+    return recipes[name](**kwargs)
 
 # %% ../../nbs/30_train.recipes.ipynb #782e47a6
 _align = dict(name='pretrain', template='pretrain', tune=dict(connector='full'))   # stage 1 of the LLaVA family

@@ -35,10 +35,10 @@ from ..durable import (Stopped, asked_to_stop, check_complete, checkpoints, find
 from ..ingredients import ingredient
 from ..model.checkpoints import load, save
 from ..model.vision import patch_grid
-from ..model.vlm import compose
+from ..model.processor import compose
 from .recipes import Recipe, Stage, check_names, batch_sizes, to_dict
 from .recipes import recipe as find_recipe
-from .tuning import _prefix, apply_tune, check_tune, param_groups, reachable
+from .tuning import PART_MODULES, apply_tune, check_tune, param_groups, reachable
 
 # %% ../../nbs/34_train.trainer.ipynb #9740cff2
 class EpochBatches:
@@ -262,7 +262,7 @@ def flop_rates(
     c,live = model.config,reachable(model)
     words,head = (o().weight for o in (model.get_input_embeddings, model.get_output_embeddings))
     body = [p for p in model.get_decoder().parameters() if p is not words]
-    eyes = [p for n,p in model.vision_tower.named_parameters() if f'vision_tower.{n}' in live]
+    eyes = [p for n,p in model.vision_tower.named_parameters() if f'model.vision_tower.{n}' in live]
     sees = any(p.requires_grad for p in eyes)
     below = sees or words.requires_grad or any(p.requires_grad for p in model.connector.parameters())
     t,v,patches = c.text_config, c.vision_config, math.prod(patch_grid(c.vision_config))
@@ -434,7 +434,8 @@ class _Evaluated(Trainer):
             mine = range(i, min(i + size, len(ds)))   # nothing left for this process: it computes along, uncounted
             batch = self._prepare_inputs(self.data_collator([ds[j] for j in mine or [0]]))
             n = (batch['labels'][:, 1:] >= 0).sum()
-            with torch.no_grad(): sums += torch.stack([model(**batch).loss.float()*n, n])*bool(mine)
+            with torch.no_grad(): loss = model(**batch, return_logits=False).loss
+            sums += torch.stack([loss.float()*n, n])*bool(mine)
         if a.world_size > 1: dist.all_reduce(sums)
         metrics = {f'{metric_key_prefix}_loss': float(sums[0]/sums[1])}
         self.log(metrics)
@@ -686,7 +687,7 @@ def _save_whole(trainer, path, recipe):
     whole = t.accelerator.get_state_dict(t.model_wrapped) if cut else None
     if whole: whole = {k:v for k,v in whole.items() if k not in t.model.all_tied_weights_keys}   # copies by now
     if t.args.should_save and adapted(t.model):
-        also = [_prefix[p] for p,o in t.stage.tune.items() if o.mode in ('full', 'partial')]
+        also = [n for p,o in t.stage.tune.items() if o.mode in ('full', 'partial') for n in PART_MODULES[p]]
         save_adapters(t.model, Path(path)/'adapter', also, whole)
         if cut: whole = merged_state(t.model, whole)
     if cut: t.model.save_pretrained = partial(t.model.save_pretrained, state_dict=whole)

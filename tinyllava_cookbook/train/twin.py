@@ -12,7 +12,7 @@ from pathlib import Path
 from ..ingredients import tiny_checkpoint
 from ..microworld import write_world
 from ..model.checkpoints import save
-from ..model.vlm import compose
+from ..model.processor import compose
 from .recipes import Recipe, Stage, recipe
 
 # %% ../../nbs/68_train.twin.ipynb #324f0568

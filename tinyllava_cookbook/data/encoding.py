@@ -8,6 +8,7 @@ __all__ = ['Spans', 'Part', 'images_apart', 'character_flags', 'supervised', 'Fa
 
 # %% ../../nbs/10_data.encoding.ipynb #bdeffdff
 import weakref
+from itertools import groupby
 from typing import Callable, NamedTuple
 
 from tokenizers import Tokenizer
@@ -63,6 +64,7 @@ class Facts(NamedTuple):
     control:dict[int, str]  # Added tokens, but for white space
     unknown:int|None        # Id of what it cannot write
     bare:Tokenizer          # The same without added tokens
+    written:dict[str, int]  # Control tokens of what templates write, looked up once
 
 # %% ../../nbs/10_data.encoding.ipynb #9f2b1a93
 def _without_added_tokens(tokenizer) -> Tokenizer:
@@ -82,7 +84,7 @@ def _look_up(tokenizer) -> Facts:
     first = tokenizer('').input_ids[:1]
     bos = first if first == [tokenizer.bos_token_id] else []
     mark = str(tokenizer.tokenize('a')[0]).startswith('▁')
-    return Facts(image_id, bos, mark, control, tokenizer.unk_token_id, _without_added_tokens(tokenizer))
+    return Facts(image_id, bos, mark, control, tokenizer.unk_token_id, _without_added_tokens(tokenizer), {})
 
 # %% ../../nbs/10_data.encoding.ipynb #55256872
 _known = weakref.WeakKeyDictionary()   # Tokenizer to its state and facts
@@ -136,7 +138,7 @@ class _Piece(NamedTuple):
     "A stretch that is tokenized by itself"
     at:int     # Where it begins in the joined text
     text:str   # Its characters
-    how:str    # 'run', 'image', or 'plain' for words that would be a control token
+    how:str    # 'run', 'image', 'plain' for words that would be a control token, 'cut' where borders must hold
 
 def _add(pieces:list[_Piece], text:str, how:str):
     "Append a piece, or let a run go on"
@@ -146,8 +148,8 @@ def _add(pieces:list[_Piece], text:str, how:str):
     else: pieces.append(_Piece(last.at + len(last.text), text, how))
 
 # %% ../../nbs/10_data.encoding.ipynb #ef32b2fa
-def _pieces(parts:list[Part], plain:Spans, image_known:bool) -> list[_Piece]:
-    "The joined text, cut only where it must be"
+def _pieces(parts:list[Part], plain:Spans, image_known:bool, run:str='run') -> list[_Piece]:
+    "The joined text, cut only where it must be; with `run` 'cut' between words and all else, too"
     out = []
     start = 0
     for p in parts:
@@ -155,17 +157,17 @@ def _pieces(parts:list[Part], plain:Spans, image_known:bool) -> list[_Piece]:
         end = start + len(p.text)
         inside = [(a - start, b - start) for a, b in plain if start <= a < end and p.kind == 'text']
         for a, b in inside:
-            _add(out, p.text[at:a], 'run')
+            _add(out, p.text[at:a], run)
             _add(out, p.text[a:b], 'plain')
             at = b
-        _add(out, p.text[at:], 'image' if p.kind == 'image' and not image_known else 'run')
+        _add(out, p.text[at:], 'image' if p.kind == 'image' and not image_known else run)
         start = end
     return out
 
 # %% ../../nbs/10_data.encoding.ipynb #80888067
 def _extra(how:str, before:str, text:str, mark:bool) -> str:
     "What goes in front of a piece: a newline in mid-line, or the space that Llama's add in any case"
-    if 'plain' in (how, before): return '\n'
+    if 'plain' in (how, before) or how == before == 'cut': return '\n'
     return ' ' if mark and before != 'run' and text.startswith((' ', '▁')) else ''
 
 # %% ../../nbs/10_data.encoding.ipynb #7b606ae8
@@ -207,6 +209,7 @@ def _plain_ids(facts:Facts, text:str, extra:str) -> tuple[list[int], Spans]:
 # %% ../../nbs/10_data.encoding.ipynb #565aea6b
 def _image_ids(image_id:int, text:str) -> tuple[list[int], Spans]: return [image_id], [(0, len(text))]
 
+# %% ../../nbs/10_data.encoding.ipynb #1f6742d0
 def _encode_pieces(pieces, tokenizer, facts:Facts, image_id:int|None, adds_bos:bool) -> tuple[list[int], Spans]:
     "Ids of pieces, and their spans in the joined text"
     ids = list(facts.bos) if adds_bos else []
@@ -238,6 +241,40 @@ def _check_images(parts:list[Part], image_id):
         raise ValueError(f"the tokenizer has no special token {IMAGE_TOKEN!r}; add it, or pass image_token_id")
 
 # %% ../../nbs/10_data.encoding.ipynb #ddc4c5e9
+def _written(parts:list[Part], tokenizer, facts:Facts) -> int:
+    "How many control tokens the template writes"
+    def apart(p): return p.kind == 'text' or p.kind == 'image' and facts.image_id is None
+    total = 0
+    for by_others, group in groupby(parts, apart):
+        text = ''.join(p.text for p in group)
+        if by_others: continue
+        if text not in facts.written:
+            found = zip(*_ids(tokenizer, text))
+            facts.written[text] = sum(_acts(facts, i, text[a:b].strip()) for i, (a, b) in found)
+        total += facts.written[text]
+    return total
+
+# %% ../../nbs/10_data.encoding.ipynb #74c19cb2
+def _present(text:str, words:bytes, ids:list[int], spans:Spans, facts:Facts) -> int:
+    "How many there are in the result"
+    inside = [(i, _trimmed(text, *span)) for i, span in zip(ids, spans) if i in facts.control and span[0] < span[1]]
+    return sum(_acts(facts, i, text[a:b]) and not any(words[a:b]) for i, (a, b) in inside)
+
+# %% ../../nbs/10_data.encoding.ipynb #f8788e93
+def _unforged(parts, tokenizer, image_id:int|None, adds_bos:bool, allowed:set, run:str) -> tuple[list[int], Spans]:
+    "Ids and spans without a control token on words"
+    facts = tokenizer_facts(tokenizer)
+    text = ''.join(p.text for p in parts)
+    words = character_flags(parts, lambda p: p.kind == 'text')
+    plain = []
+    while True:
+        pieces = _pieces(parts, plain, facts.image_id is not None, run)
+        ids, spans = _encode_pieces(pieces, tokenizer, facts, image_id, adds_bos)
+        forged = _forged(text, words, ids, spans, facts, allowed)
+        if not forged: return ids, spans
+        plain = sorted({*plain, *forged})
+
+# %% ../../nbs/10_data.encoding.ipynb #e54171e8
 def encode_parts(
     parts:list[Part],              # Of a prompt
     tokenizer,                     # A fast HF tokenizer
@@ -249,16 +286,14 @@ def encode_parts(
     facts = tokenizer_facts(tokenizer)
     image_id = facts.image_id if image_token_id is None else image_token_id
     _check_images(parts, image_id)
+    allowed = _allowed(vocabulary, parts, facts)
     text = ''.join(p.text for p in parts)
     words = character_flags(parts, lambda p: p.kind == 'text')
-    allowed = _allowed(vocabulary, parts, facts)
-    plain = []
-    forged = None
-    while forged != []:
-        pieces = _pieces(parts, plain, facts.image_id is not None)
-        ids, spans = _encode_pieces(pieces, tokenizer, facts, image_id, adds_bos)
-        forged = _forged(text, words, ids, spans, facts, allowed)
-        plain = sorted({*plain, *forged})
+    for run in ('run', 'cut'):
+        ids, spans = _unforged(parts, tokenizer, image_id, adds_bos, allowed, run)
+        if _present(text, words, ids, spans, facts) >= _written(parts, tokenizer, facts): break
+    else: raise ValueError("words beside a control token of the template take it away; a tokenizer with other flags "
+                           "(special=True) keeps them apart")
     if facts.image_id is not None: ids = [image_id if i == facts.image_id else i for i in ids]
     return ids, [_trimmed(text, *s) if i in facts.control else s for i, s in zip(ids, spans)]
 

@@ -20,7 +20,7 @@ from ..core import IGNORE, IMAGE_TOKEN, replacing, write_json
 from .batches import look_at_all
 from .datasets import FORMATS, Encoder, Sample, _guess, image_counts, read_records, read_sample
 from .images import image_size, load_image, sample_aspect
-from .templates import show_mask
+from .masks import show_mask
 
 # %% ../../nbs/16_data.preflight.ipynb #fceecbfa
 FAULTS = {   # Kind to what it means

@@ -6,7 +6,8 @@ import pytest
 torch = pytest.importorskip('torch')
 from PIL import Image
 from tinyllava_cookbook.core import IGNORE, read_json, write_json
-from tinyllava_cookbook.data.datasets import Encoder, VLMDataset, read_llava, read_sample
+from tinyllava_cookbook.data.datasets import Encoder, VLMDataset
+from tinyllava_cookbook.data.records import read_llava, read_sample
 from tinyllava_cookbook.data.preflight import FAULTS, count, preflight, report_dict, write_clean
 from tinyllava_cookbook.ingredients import tiny_tokenizer
 from tinyllava_cookbook.microworld import write_world

@@ -38,6 +38,10 @@ def command(
     return add
 
 # %% ../nbs/90_cli.ipynb #76d31118
+def _trust_args(p):
+    p.add_argument('--trust-remote-code', action='store_true',
+                   help='run the code that comes with a language model which transformers does not know')
+
 def _positive(s):
     if not s.isdigit() or int(s)<1: raise argparse.ArgumentTypeError(f"{s!r} is not a whole number above 0")
     return int(s)
@@ -90,6 +94,7 @@ def _train_args(p):
     p.add_argument('--report-to', metavar='NAME', action='append', default=[],
                    help='wandb, tensorboard, trackio ... (repeatable)')
     p.add_argument('--device', default='auto', help='auto, cpu or cuda (default: %(default)s)')
+    _trust_args(p)
     p.add_argument('--dry-run', action='store_true', help='print the stages and batch sizes, then stop')
 
 # %% ../nbs/90_cli.ipynb #c3fea535
@@ -111,6 +116,7 @@ def _train_words(a, out):
         '--resume': [a.resume], '--parallel': [a.parallel], '--eval-data': [a.eval_data], '--report-to': a.report_to,
         '--ask-every': [a.ask_every and str(a.ask_every)], '--device': [a.device]}
     given = [w for k,vs in options.items() for v in vs if v and (k, v) not in _usual for w in (k, v)]
+    given += ['--trust-remote-code']*a.trust_remote_code
     return ['tinyllava', 'train', a.recipe, *a.stages, *given]
 
 _usual = ('--parallel', 'ddp'), ('--device', 'auto')
@@ -132,6 +138,7 @@ def _train(a):
         from tinyllava_cookbook.train.trainer import train_recipe
         _quiet()
         given = {k:getattr(a, k) for k in ('images', 'start', 'resume', 'parallel', 'device', 'eval_data', 'ask_every')}
+        if a.trust_remote_code: given['trust_remote_code'] = True
         try: train_recipe(r, out, data=data, stages=todo, **given)
         except Stopped as e:
             print(f'tinyllava train: {e}', file=sys.stderr)
@@ -272,17 +279,19 @@ def _check_args(p):
     p.add_argument('--workers', type=int, metavar='N', help='processes (default: one for each core)')
     p.add_argument('--fix', metavar='FILE', help='write the samples without fault')
     p.add_argument('--out', metavar='DIR', help='gets report.json, a table and pictures')
+    _trust_args(p)
     p.add_argument('--json', action='store_true', help='print the report as one JSON object')
 
 def _encoder_of(a):
     "What turns a sample into tokens, as the recipe's stage would"
     if not a.recipe: return None
-    from tinyllava_cookbook.model.processor import VLMProcessor
-    if (Path(a.recipe)/'processor_config.json').exists(): return VLMProcessor.from_pretrained(a.recipe).encoder()
+    from tinyllava_cookbook.model.checkpoints import load_processor
+    if (Path(a.recipe)/'processor_config.json').exists(): return load_processor(a.recipe).encoder()
     from tinyllava_cookbook.train.recipes import recipe
     from tinyllava_cookbook.train.trainer import _start, stage_encoder
     r = recipe(a.recipe)
-    return stage_encoder(_start(r, None, 0)[1], r.stage(a.stage) if a.stage else r.stages[-1])
+    _,processor = _start(r, None, 0, trusted=a.trust_remote_code)
+    return stage_encoder(processor, r.stage(a.stage) if a.stage else r.stages[-1])
 
 @command('check', 'look at every sample of a data set before training does', _check_args)
 def _check(a):
@@ -309,6 +318,7 @@ def _bench(a):
 def _model_args(p, required=True):
     p.add_argument('--model', required=required, metavar='DIR', help='folder of a trained model')
     p.add_argument('--device', default='auto', help='auto, cpu or cuda (default: %(default)s)')
+    _trust_args(p)
 
 def _quiet():
     "Progress bars of loading and saving say nothing here"
@@ -320,7 +330,7 @@ def _load(a):
     from tinyllava_cookbook.model.checkpoints import load
     _quiet()
     device = pick_device(a.device)
-    return load(a.model, device=device, dtype=pick_dtype(device))
+    return load(a.model, device=device, dtype=pick_dtype(device), trust_remote_code=a.trust_remote_code)
 
 def _chat_args(p):
     _model_args(p)
@@ -548,6 +558,7 @@ def _convert_args(p):
     p.add_argument('--set', metavar='FIELD=VALUE', action='append', default=[], dest='fields',
                    help='a field of the configuration that the folder leaves open, e.g. template=phi (repeatable)')
     p.add_argument('--scores', metavar='FILE', help='scores.json of an evaluation, for the model card')
+    _trust_args(p)
     p.add_argument('--push', metavar='OWNER/NAME', help='upload the result to the Hub')
     p.add_argument('--public', action='store_true', help='with --push: for everybody to see')
 
@@ -560,7 +571,7 @@ def _convert(a):
     fields = {k: _value(v) for k,v in _pairs(a.fields, '--set').items()}
     _quiet()
     out = convert_folder(a.path, a.out, a.to, a.dtype, scores=read_json(a.scores) if a.scores else None, llm=a.llm,
-        vision=a.vision, config=fields or None)
+        vision=a.vision, config=fields or None, trust_remote_code=a.trust_remote_code)
     print(out)
     if a.push: print(push_to_hub(out, a.push, private=not a.public))
 
@@ -569,8 +580,7 @@ def _compose_args(p):
     p.add_argument('--vision', required=True, metavar='DIR', help='vision encoder: a folder, or a name on the Hub')
     p.add_argument('--llm', required=True, metavar='DIR', help='language model: a folder, or a name on the Hub')
     p.add_argument('--tokenizer', metavar='DIR', help='where the tokenizer is, if not with the language model')
-    p.add_argument('--trust-remote-code', action='store_true',
-                   help="run the code that comes with a language model which transformers does not know")
+    _trust_args(p)
     p.add_argument('--connector', default='mlp2x_gelu', metavar='NAME', help='what joins them (default: %(default)s)')
     p.add_argument('out', metavar='OUT', help='folder to write')
     p.add_argument('--to', default='ours', choices=['ours', 'llava'], help='what to write (default: %(default)s)')

@@ -32,6 +32,7 @@ def _plain(text, where:str) -> str:
 def _text(content, where:str) -> str:
     "Plain text of a message; `{'type': 'image'}` entries become `<image>`"
     if not isinstance(content, (list, tuple)): return _plain(content, where)
+    if not content: raise ValueError(f"{where} has no text, but an empty list; give it a string or leave it out")
     out = []
     for i, p in enumerate(content):
         kind = p.get('type') if isinstance(p, dict) else None
@@ -175,7 +176,7 @@ class ChatTemplate(_Rendering):
         return [*out, Part(self.begin)] if generate else out
 
 # %% ../../nbs/11_data.templates.ipynb #6145d187
-templates = Registry('template')   # Name to a template
+templates = Registry('template', 'templates')   # Name to a template
 VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 _vicuna = dict(system='{} ', default=VICUNA, user='USER: {} ', begin='ASSISTANT:', lead=' ')

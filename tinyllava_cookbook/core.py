@@ -71,14 +71,12 @@ class Registry:
         self.kind = kind
         self._variable = variable
         self._parts = {}
-
     def _find(self):
         "Import the modules that register something here, once; not in the middle of an import"
         if self._variable is None or _importing(): return
         variable = self._variable
         self._variable = None
         for name in registering_modules(variable): importlib.import_module(name)
-
     def register(self,
         name:str,       # The exact name
         obj:Any=None,   # The part; left out when used as a decorator
@@ -90,13 +88,11 @@ class Registry:
             raise ValueError(f"{self.kind} {name!r} is registered already; take another name or `remove` the old one")
         self._parts[name] = obj
         return obj
-
     def remove(self,
         name:str,  # The exact name
     ) -> Any:      # The part that was there
         "Take a part out again, to give its name to another"
         return self._parts.pop(name) if name in self else self[name]
-
     def names(self) -> list[str]:
         self._find()
         return sorted(self._parts)

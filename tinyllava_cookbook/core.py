@@ -46,6 +46,14 @@ def _importing() -> bool:
     modules = [module for name, module in sys.modules.items() if name.startswith('tinyllava_cookbook')]
     return any(getattr(getattr(module, '__spec__', None), '_initializing', False) for module in modules)
 
+# %% ../nbs/00_core.ipynb #4c8a457a
+def _find_parts(registry):
+    "Import the modules that register something there, once; not in the middle of an import"
+    if registry._variable is None or _importing(): return
+    variable = registry._variable
+    registry._variable = None
+    for name in registering_modules(variable): importlib.import_module(name)
+
 # %% ../nbs/00_core.ipynb #80897de2
 def _unknown(kind:str, name, names:list[str]) -> UnknownName:
     "The error for a name that is not there, with the nearest one"
@@ -71,12 +79,7 @@ class Registry:
         self.kind = kind
         self._variable = variable
         self._parts = {}
-    def _find(self):
-        "Import the modules that register something here, once; not in the middle of an import"
-        if self._variable is None or _importing(): return
-        variable = self._variable
-        self._variable = None
-        for name in registering_modules(variable): importlib.import_module(name)
+
     def register(self,
         name:str,       # The exact name
         obj:Any=None,   # The part; left out when used as a decorator
@@ -94,10 +97,10 @@ class Registry:
         "Take a part out again, to give its name to another"
         return self._parts.pop(name) if name in self else self[name]
     def names(self) -> list[str]:
-        self._find()
+        _find_parts(self)
         return sorted(self._parts)
     def __contains__(self, name) -> bool:
-        if name not in self._parts: self._find()
+        if name not in self._parts: _find_parts(self)
         return name in self._parts
     def __iter__(self): return iter(self.names())
     def __len__(self) -> int: return len(self.names())

@@ -111,6 +111,7 @@ def test_lengths_are_counted_once(source, monkeypatch):
     used.tokenizer(['a', 'b c d'], truncation=True, max_length=2)             # leaves its wish to cut in the tokenizer
     assert lengths(ds, used, progress=False).tokens.tolist() == first.tokens.tolist()
 
+@pytest.mark.slow
 def test_another_process_finds_them(source, tmp_path):
     "The hash depends on content, not on addresses or the order of sets"
     ds, encoder = source

@@ -32,7 +32,7 @@ def registering_modules(
 ) -> list[str]:    # Names of modules, sorted
     "The exported modules of the package whose source registers something there; none is imported"
     from tinyllava_cookbook._modidx import d as index
-    pattern = re.compile(rf'^[ \t]*@?{variable}\.register\(', re.MULTILINE)
+    pattern = re.compile(rf'^[ \t]*(@{variable}\(|@?{variable}\.register\()', re.MULTILINE)
     folder = Path(importlib.util.find_spec('tinyllava_cookbook').origin).parent
     found = []
     for name in sorted(index['syms']):

@@ -7,13 +7,14 @@ torch = pytest.importorskip('torch')
 from PIL import Image
 from safetensors.torch import load_file
 from transformers.utils import logging
+from tinyllava_cookbook.data.batches import EpochBatches
 from tinyllava_cookbook.core import read_json, write_json
 from tinyllava_cookbook.data.batches import PadCollator
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Stage
-from tinyllava_cookbook.train.trainer import EpochBatches, parallel_args, stage_dataset
+from tinyllava_cookbook.train.trainer import parallel_args, stage_dataset
 from tinyllava_cookbook.train.stages import fsdp_units, train_stage
 from tinyllava_cookbook.train.tuning import apply_tune
 

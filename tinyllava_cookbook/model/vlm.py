@@ -12,6 +12,7 @@ import math, re, shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal # PreTrainedConfig hands on annotations that name it, and tools look it up here
 
 import torch
 import torch.nn.functional as F

@@ -24,7 +24,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from xxhash import xxh3_128
 
 from ..core import pick_device, read_json, seed_everything, write_json
-from ..data.datasets import VLMDataset
+from ..data.datasets import CachedDataset, VLMDataset
 from ..data.records import Sample, read_sample
 from tinyllava_cookbook.durable import (FolderLock, Stopped, checksum, mark_complete, publish, stop_if_asked,
     stop_on_signal)
@@ -34,7 +34,7 @@ from ..model.processor import compose
 from ..model.vlm import VLMConfig
 from .recipes import Recipe, Stage, check_names, to_dict
 from .recipes import recipe as find_recipe
-from .trainer import (DONE, Remembering, SampleAnswers, StopSignal, VLMTrainer, check_same_plan,
+from .trainer import (DONE, SampleAnswers, StopSignal, VLMTrainer, check_same_plan,
     join_processes, pack_sizes, parallel_args, progress_callback, rank_and_world, replaced_samples, run_plan,
     stage_dataset, stage_packs, stage_rows, training_args)
 from .tuning import PART_MODULES, apply_tune, check_tune
@@ -300,7 +300,7 @@ def _trainer(model, processor, stage, out, data=None, images=None, seed=0, callb
     float_weights(model, not args.use_cpu and not args.fsdp)
     shown = [progress_callback(stage.name, table)] if progress else []
     if ask_every: shown.append(_asking(processor, stage, dataset, out, ask_every))
-    if not args.dataloader_num_workers: dataset = Remembering(dataset)
+    if not args.dataloader_num_workers: dataset = CachedDataset(dataset)
     callbacks = [*shown, *callbacks]
     return VLMTrainer(model, processor, stage, args, dataset, callbacks, packs, held, identity, **kwargs), table
 

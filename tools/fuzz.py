@@ -222,7 +222,7 @@ class Caches:
         self.folder,self.file = folder,folder/'world/instruct.json'
         os.environ['TINYLLAVA_CACHE'] = str(folder/'cache')
         from tinyllava_cookbook.train.recipes import recipe
-        from tinyllava_cookbook.model.vlm import compose
+        from tinyllava_cookbook.model.processor import compose
         from tinyllava_cookbook.ingredients import ingredient
         self.encoder = compose(ingredient('micro-siglip'), ingredient('micro-llama'), template='llama', image_mode='squash')[1].encoder()
         self.rows,self.lengths = self.read()
@@ -256,7 +256,7 @@ class Checkpoints:
     def __init__(self, folder):
         from tinyllava_cookbook.ingredients import tiny_checkpoint
         from tinyllava_cookbook.model.checkpoints import load, save
-        from tinyllava_cookbook.model.vlm import compose
+        from tinyllava_cookbook.model.processor import compose
         self.folder = folder
         parts = [tiny_checkpoint(o, folder/o) for o in ('siglip', 'llama')]
         save(*compose(*parts), folder/'model')

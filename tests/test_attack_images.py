@@ -110,7 +110,8 @@ def test_samples_fetch_nothing(site, monkeypatch):
 def test_training_and_check_fetch_nothing(site, tmp_path):
     "On the real way: reader, encoder, data set and check"
     from tinyllava_cookbook.core import write_json
-    from tinyllava_cookbook.data.datasets import VLMDataset, read_llava
+    from tinyllava_cookbook.data.datasets import VLMDataset
+    from tinyllava_cookbook.data.records import read_llava
     from tinyllava_cookbook.data.preflight import preflight
     data = base64.b64encode(png_header(4, 4)).decode()
     turns = [{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': 'Red.'}]

@@ -6,7 +6,8 @@ torch = pytest.importorskip('torch')
 from hypothesis import given, settings, strategies as st
 from tinyllava_cookbook.core import IGNORE, cache_dir
 from tinyllava_cookbook.data.batches import GroupedSampler, PadCollator, _key, lengths, padding_share
-from tinyllava_cookbook.data.datasets import Encoder, read_sample
+from tinyllava_cookbook.data.datasets import Encoder
+from tinyllava_cookbook.data.records import read_sample
 
 def sample(rng, image=True):
     n = rng.randint(1, 20)
@@ -75,7 +76,7 @@ def read_source(folder):
     "A file of conversations, read; and what makes encoders"
     import json
     from transformers import SiglipImageProcessorPil
-    from tinyllava_cookbook.data.datasets import read_llava
+    from tinyllava_cookbook.data.records import read_llava
     from tinyllava_cookbook.ingredients import tiny_tokenizer
     os.environ['TINYLLAVA_CACHE'] = str(folder/'cache')
     (folder/'data.json').write_text(json.dumps([talk(i) for i in range(700)]))
@@ -109,6 +110,7 @@ def test_lengths_are_counted_once(source, monkeypatch):
     used.tokenizer(['a', 'b c d'], truncation=True, max_length=2)             # leaves its wish to cut in the tokenizer
     assert lengths(ds, used, progress=False).tokens.tolist() == first.tokens.tolist()
 
+@pytest.mark.slow
 def test_another_process_finds_them(source, tmp_path):
     "The hash depends on content, not on addresses or the order of sets"
     ds, encoder = source

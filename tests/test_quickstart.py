@@ -73,6 +73,7 @@ def test_pipeline_after_one_import(run, pictures):
 import sys, tinyllava_cookbook
 from transformers import pipeline
 from transformers.utils import logging; logging.set_verbosity_error(); logging.disable_progress_bar()
+pytestmark = pytest.mark.slow
 p = pipeline("image-text-to-text", model=sys.argv[1])
 chat = [{"role": "user", "content": [{"type": "image", "url": sys.argv[2]}, {"type": "text", "text": "what shape is the red object?"}]}]
 print(p(text=chat, max_new_tokens=8, return_full_text=False)[0]["generated_text"])

@@ -45,6 +45,7 @@ def asked(
     qas = {kind: ASK[kind](scene, rng) for kind in POOLS}
     return {kind: qa for kind,qa in qas.items() if qa}
 
+# %% ../nbs/19_microbench.ipynb #dea8fb46
 def choice(
     scene:Scene,        # What to ask about
     rng:random.Random,  # Source of all choices
@@ -74,6 +75,7 @@ def _science_problem(view:View, c:Choice, hint:str) -> dict:
                 task='closed choice', grade=f'grade{3*len(view.scene.objs)}', subject=subject, topic=topic,
                 category=category, skill=skill, lecture='', solution=sentence(describe(view.scene)), split=view.split)
 
+# %% ../nbs/19_microbench.ipynb #bad7e161
 @BENCHMARKS.register('scienceqa')
 def write_scienceqa(
     folder:str|Path,      # The root of all benchmarks
@@ -123,6 +125,7 @@ def _mme_position(scene:Scene, rng:random.Random) -> list[str]:
     if a.cell[axis] > b.cell[axis]: words = words[::-1]
     return [f'Is the {a.name} {word} the {b.name}?' for word in words]
 
+# %% ../nbs/19_microbench.ipynb #2e93a7db
 def _mme_count(n:int) -> str:
     "Is the number of objects `n`?"
     number = SYNONYMS.get(str(n), 'five')
@@ -179,6 +182,7 @@ def either(
     "The answer, `<OR>` its synonym"
     return f'{answer}<OR>{SYNONYMS[answer]}' if answer in SYNONYMS else answer
 
+# %% ../nbs/19_microbench.ipynb #66e3beca
 def mmvet_items(
     scene:Scene,       # What to ask about
     rng:random.Random, # Source of all choices
@@ -215,6 +219,7 @@ def write_mmvet(
 # %% ../nbs/19_microbench.ipynb #417c48ed
 _SUBJECTS = dict(color='Art', shape='Design', count='Math', place='Geography', read='Literature')
 
+# %% ../nbs/19_microbench.ipynb #795a0c45
 def mmmu_record(
     view:View,         # What to ask about
     rng:random.Random, # Source of all choices
@@ -238,6 +243,7 @@ def _quoted(text:str) -> list[str]:
     "The strings in the text of a Python list"
     return re.findall("'([^']*)'", text)
 
+# %% ../nbs/19_microbench.ipynb #a8f87cdd
 def _mmmu_eval(record:dict) -> dict:
     "TinyLLaVA's form of a record, prompt included"
     index2ans = dict(zip('ABCD', _quoted(record['options'])))
@@ -249,6 +255,7 @@ def _mmmu_eval(record:dict) -> dict:
     return dict(id=record['id'], image=f"{record['id']}_1.png", prompt=prompt, question_type=record['question_type'],
                 answer=record['answer'], all_choices=list(index2ans), index2ans=index2ans)
 
+# %% ../nbs/19_microbench.ipynb #0b7695c7
 def _mmmu_truth(record:dict) -> dict:
     "The scorer's form of an answer"
     answer = record['answer']
@@ -265,6 +272,7 @@ def _mmmu_parquet(path:Path, records:list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_table(Dataset.from_list(records, features=Features(columns)).data.table, path)
 
+# %% ../nbs/19_microbench.ipynb #215baf2d
 def _mmmu_records(views:list[View], rng:random.Random, images:Path) -> dict[str,list[dict]]:
     "Subject -> records: two a view, one of them open; images are saved on the way"
     by_subject = {}
@@ -276,6 +284,7 @@ def _mmmu_records(views:list[View], rng:random.Random, images:Path) -> dict[str,
             save_view(view, images/f"{rows[-1]['id']}_1.png")
     return by_subject
 
+# %% ../nbs/19_microbench.ipynb #1310593d
 @BENCHMARKS.register('mmmu')
 def write_mmmu(
     folder:str|Path,      # The root of all benchmarks
@@ -297,6 +306,7 @@ def write_mmmu(
 MMBENCH_COLUMNS = ['index', 'hint', 'question', 'A', 'B', 'C', 'D', 'answer', 'category', 'image', 'source',
                    'l2-category', 'comment', 'split'] # Of the release of July 2023
 
+# %% ../nbs/19_microbench.ipynb #81f61056
 def circular(
     options:list[str], # As first shown
     answer:int,        # Index of the right one
@@ -324,6 +334,7 @@ def _mmb_choices(scene:Scene, rng:random.Random) -> list[Choice]:
     options = rng.sample([qa.answer, rng.choice(others)], 2)
     return [choice(scene, rng), Choice('relation', sentence(qa.question), options, options.index(qa.answer))]
 
+# %% ../nbs/19_microbench.ipynb #ff73da2a
 def _mmb_rows(view:View, c:Choice, index:int) -> list[dict]:
     "A row for each circular pass"
     buffer = io.BytesIO()

@@ -55,6 +55,7 @@ def held_out(
     total = SHAPES.index(shape) + list(COLORS).index(color) + PLACES.index(place)
     return total % 6 == 0
 
+# %% ../nbs/01_microscene.ipynb #a4644013
 def word_held_out(
     word:str,  # One of `WORDS`
     place:str, # One of `PLACES`
@@ -73,7 +74,6 @@ def _words(split:str, place:str) -> list[str]:
     "The words that `split` may write at `place`"
     wanted = split == 'test'
     return [word for word in WORDS if word_held_out(word, place) == wanted]
-
 _WHERE = [(split, place) for split in SPLITS for place in PLACES]
 _OBJECTS = {where: _objects(*where) for where in _WHERE}
 _WORDS = {where: _words(*where) for where in _WHERE}
@@ -107,6 +107,7 @@ def _centre(place:str, rng:random.Random, scale:int) -> tuple[float,float]:
     y = ((row+.5)*cell + rng.uniform(-1,1))*scale
     return x, y
 
+# %% ../nbs/01_microscene.ipynb #9f95b4cf
 def _paint_object(d:ImageDraw.ImageDraw, o:Obj, rng:random.Random, scale:int) -> None:
     "Draw one object at `scale` times the final size"
     x, y = _centre(o.place, rng, scale)
@@ -127,6 +128,7 @@ def _paint_word(d:ImageDraw.ImageDraw, scene:Scene, rng:random.Random, scale:int
     font = ImageFont.load_default(size=10*scale)
     d.text((x, y), scene.word, fill=(20,20,20), font=font, anchor='mm')
 
+# %% ../nbs/01_microscene.ipynb #1c82d52f
 def _paint_stroke(d:ImageDraw.ImageDraw, rng:random.Random, scale:int) -> None:
     "Draw a short grey line somewhere"
     x = rng.uniform(0, SIDE*scale)
@@ -174,6 +176,7 @@ def phrase(
     "An object in words"
     return f'a {o.size} {o.name} {at(o.place)}'
 
+# %% ../nbs/01_microscene.ipynb #d97c5f0f
 def caption(
     scene:Scene,                # What to say
     objs:list[Obj]|None = None, # Its objects in another order
@@ -183,6 +186,7 @@ def caption(
     if scene.word: parts.append(f'the word {scene.word} {at(scene.word_place)}')
     return ', '.join(parts) + '.'
 
+# %% ../nbs/01_microscene.ipynb #a90654a3
 def describe(
     scene:Scene, # What to say
 ) -> str:

@@ -29,6 +29,7 @@ class View:
     image:Image.Image = field(repr=False) # What is seen
     split:str = 'test'                    # The part of the world it is from
 
+# %% ../nbs/04_microvqa.ipynb #e34a2fef
 def _view(i:int, seed:int, split:str) -> View:
     "The view with index `i`"
     rng = random.Random(f'{seed}-{split}-{i}')
@@ -36,6 +37,7 @@ def _view(i:int, seed:int, split:str) -> View:
     while i == 0 and (not scene.word or len(scene.objs) < 2): scene = sample_scene(rng, split)
     return View(i, scene, draw(scene, rng), split)
 
+# %% ../nbs/04_microvqa.ipynb #765cb2d1
 def views(
     n:int,              # How many
     seed:int = 0,       # Same seed, same views
@@ -57,12 +59,14 @@ def save_view(
     view.image.save(path, **lossy)
     return path
 
+# %% ../nbs/04_microvqa.ipynb #aa0ac127
 def coco_name(
     image_id:int, # A COCO image id
 ) -> str:
     "COCO's file name"
     return f'COCO_val2014_{image_id:012d}.jpg'
 
+# %% ../nbs/04_microvqa.ipynb #37db2ed1
 def save_coco(
     folder:str|Path,      # The root of all benchmarks
     views:list[View],     # View i becomes image id i+1
@@ -86,6 +90,7 @@ SYNONYMS = {'center': 'middle', 'top left': 'upper left', 'top right': 'upper ri
             'bottom right': 'lower right', # Equally true
             '0': 'zero', '1': 'one', '2': 'two', '3': 'three', '4': 'four'}
 
+# %% ../nbs/04_microvqa.ipynb #9e638b9b
 def ten_answers(
     answer:str,        # The truth
     rng:random.Random, # Who says it how
@@ -185,6 +190,7 @@ class GQARow(NamedTuple):
     group:str|None=None  # Questions of a group have answers of one kind
     entailed:tuple=()    # Keys of the questions that its answer settles
 
+# %% ../nbs/04_microvqa.ipynb #5cc0d1c9
 def _only(scene:Scene) -> list[Obj]:
     "The objects whose shape is theirs alone"
     shapes = [o.shape for o in scene.objs]
@@ -208,6 +214,7 @@ def _gqa_exist(there:Obj, missing:Obj, ids:dict) -> dict[str,GQARow]:
         exist0=GQARow(ask(there), 'yes', f'Yes, there is {an(there.name)}.', find(there), kind),
         exist1=GQARow(ask(missing), 'no', f'No, there is no {missing.name}.', find(missing), kind))
 
+# %% ../nbs/04_microvqa.ipynb #dc3d7d43
 def _gqa_color(o:Obj, rng:random.Random, ids:dict) -> dict[str,GQARow]:
     "Three questions about the colour of an object, each settling more than the one before"
     other = rng.choice([color for color in COLORS if color != o.color])
@@ -246,6 +253,7 @@ def _gqa_relation(a:Obj, b:Obj, rng:random.Random, ids:dict) -> GQARow:
         f'{yes.title()}, the {a.name} is {true} the {b.name}.',
         f'{_gqa_find(b, ids)}->verify rel: {a.shape},{asked},s ({ids[a.name]}) [1]', 'verify rel relVerify')
 
+# %% ../nbs/04_microvqa.ipynb #f37595c9
 def _gqa_logical(a:Obj, b:Obj, scene:Scene, rng:random.Random, ids:dict) -> GQARow:
     "Are there both?"
     color, shape = rng.choice(absent(scene)).split()
@@ -257,6 +265,7 @@ def _gqa_logical(a:Obj, b:Obj, scene:Scene, rng:random.Random, ids:dict) -> GQAR
         f'{_gqa_find(a, ids)}->exist: ? [1]->{_gqa_find(c, ids, 3)}->exist: ? [4]->and:  [2, 5]',
         'logical obj existAnd')
 
+# %% ../nbs/04_microvqa.ipynb #8972f241
 def _gqa_compare(a:Obj, b:Obj, ids:dict) -> GQARow:
     "Are they the same size?"
     same = 'yes' if a.size == b.size else 'no'
@@ -302,6 +311,7 @@ def _balance(records:dict[str,dict], yesno:dict[str,dict]) -> None:
         for question_id in both['yes'][fewest:] + both['no'][fewest:]:
             records[question_id]['isBalanced'] = False
 
+# %% ../nbs/04_microvqa.ipynb #96ecf013
 def gqa_questions(
     views:list[View],     # What to ask about
     rng:random.Random,    # Source of all choices
@@ -325,6 +335,7 @@ def _gqa_choices(view:View, record:dict) -> dict:
     if record['answer'] in ('yes','no'): return dict(valid=['yes','no'], plausible=['yes','no'])
     return dict(valid=list(COLORS), plausible=sorted({o.color for o in view.scene.objs}))
 
+# %% ../nbs/04_microvqa.ipynb #32ef236e
 @BENCHMARKS.register('gqa')
 def write_gqa(
     folder:str|Path,      # The root of all benchmarks
@@ -353,6 +364,7 @@ def _textvqa_record(view:View, image_id:str, question:str, question_id:int) -> d
                 **urls, image_width=width, image_height=height, answers=[view.scene.word]*10,
                 question_tokens=re.findall(r'\w+', question), question_id=question_id, set_name='val')
 
+# %% ../nbs/04_microvqa.ipynb #d2b136ed
 def _textvqa_ocr(scene:Scene, image_id:str) -> dict:
     "What an OCR system would have seen"
     row, col = divmod(PLACES.index(scene.word_place), 3)

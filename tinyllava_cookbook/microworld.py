@@ -26,9 +26,9 @@ class QA:
     kind:str     # A key of `ASK`
     question:str # As a user would type it
     answer:str   # To be matched exactly
-
 ASK:dict[str,Callable] = {} # Kind of question -> the function that asks it, of (scene, rng)
 
+# %% ../nbs/02_microworld.ipynb #55de53c2
 def asks(
     f:Callable, # `ask_kind(scene, rng)`
 ) -> Callable:
@@ -36,6 +36,7 @@ def asks(
     ASK[f.__name__.removeprefix('ask_')] = f
     return f
 
+# %% ../nbs/02_microworld.ipynb #c024e3a5
 def alone(
     objs:tuple[Obj,...], # Of a scene
     key:Callable,        # What is compared, of an object
@@ -57,6 +58,7 @@ def absent(
     parts = {part for name in there for part in name.split()}
     return [name for name in others if parts & set(name.split())]
 
+# %% ../nbs/02_microworld.ipynb #d9ebbea5
 @asks
 def ask_existence(scene:Scene, rng:random.Random) -> QA:
     "Is there a red circle in the image?  (half yes, half no; most of the no's are near misses)"
@@ -77,6 +79,7 @@ def ask_color(scene:Scene, rng:random.Random) -> QA|None:
     o = rng.choice(single)
     return QA('color', f'what color is the {o.shape}?', o.color)
 
+# %% ../nbs/02_microworld.ipynb #a5bbc824
 @asks
 def ask_shape(scene:Scene, rng:random.Random) -> QA|None:
     "What shape is the red object?  (of a colour that is there once)"
@@ -92,6 +95,7 @@ def plural(
     "More than one of them"
     return shape + ('es' if shape == 'cross' else 's')
 
+# %% ../nbs/02_microworld.ipynb #9f8cf6b9
 @asks
 def ask_count(scene:Scene, rng:random.Random) -> QA:
     "How many red objects are there?"
@@ -103,6 +107,7 @@ def ask_count(scene:Scene, rng:random.Random) -> QA:
     things = plural(one) if what == 'shape' else one + ' objects'
     return QA('count', f'how many {things} are there?', str(there.count(one)))
 
+# %% ../nbs/02_microworld.ipynb #111d0a3e
 def refer(
     scene:Scene,       # Where it is
     o:Obj,             # The object meant
@@ -146,6 +151,7 @@ def ask_comparison(scene:Scene, rng:random.Random) -> QA|None:
     question = f'are there more {plural(first)} than {plural(second)}?'
     return QA('comparison', question, 'yes' if more > 0 else 'no')
 
+# %% ../nbs/02_microworld.ipynb #da8de05c
 @asks
 def ask_choice(scene:Scene, rng:random.Random) -> QA:
     "What color is the circle, or: which of these is in the image?  Four lettered options"
@@ -159,6 +165,7 @@ def ask_choice(scene:Scene, rng:random.Random) -> QA:
     lines = ''.join(f'\n{letter}. {o}' for letter,o in zip('ABCD', options))
     return QA('choice', qa.question + lines + LETTER, 'ABCD'[options.index(qa.answer)])
 
+# %% ../nbs/02_microworld.ipynb #a06aff1a
 @asks
 def ask_read(scene:Scene, rng:random.Random) -> QA|None:
     "What word is written in the image?"
@@ -181,6 +188,7 @@ def capitalized(
     "Two questions in five start with a capital: people type both"
     return text[0].upper() + text[1:] if rng.random() < .4 else text
 
+# %% ../nbs/02_microworld.ipynb #d619debb
 def conversation(
     scene:Scene,       # What to talk about
     first:str,         # What stands before the first question: `<image>` or the scene as text
@@ -203,6 +211,7 @@ def _pope_negatives(scenes:list[Scene]) -> dict[str,Callable]:
     popular = lambda scene: sorted(absent(scene), key=lambda name: -counts[name])[:6]
     return dict(random=absent, popular=popular, adversarial=lambda scene: absent(scene, near=True))
 
+# %% ../nbs/02_microworld.ipynb #022f56ff
 def _pope_pairs(scene:Scene, candidates:list[str], rng:random.Random) -> list[tuple[str,str]]:
     "Names and labels: what is there and what is not, in turns"
     there = [o.name for o in scene.objs][:3]
@@ -227,6 +236,7 @@ def pope_questions(
                 rows.append(dict(question_id=len(rows)+1, image=image_name(i), text=text, label=label))
     return files
 
+# %% ../nbs/02_microworld.ipynb #548e4d18
 def image_name(
     i:int, # Index of the scene
 ) -> str:
@@ -243,6 +253,7 @@ def caption_record(
              {'from': 'gpt', 'value': caption(scene)}]
     return dict(id=f'caption-{i}', image=image_name(i), conversations=turns)
 
+# %% ../nbs/02_microworld.ipynb #20b69c8f
 def chat_record(
     i:int,             # Index of the scene; every tenth has no image
     scene:Scene,       # What is asked about

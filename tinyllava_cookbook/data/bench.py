@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import CLIPImageProcessorPil
 from ..core import IMAGE_TOKEN, read_json, versions, write_json
 from .batches import PadCollator
-from .datasets import Encoder, VLMDataset, read_data, read_llava
+from .datasets import Encoder, VLMDataset
+from .records import read_data, read_llava
 from .images import load_image, prepare
 from ..ingredients import tiny_tokenizer
 

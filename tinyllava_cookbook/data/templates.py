@@ -33,6 +33,7 @@ def _plain(text, where:str) -> str:
 def _text(content, where:str) -> str:
     "Plain text of a message; `{'type': 'image'}` entries become `<image>`"
     if not isinstance(content, (list, tuple)): return _plain(content, where)
+    if not content: raise ValueError(f"{where} has no text, but an empty list; give it a string or leave it out")
     out = []
     for i, p in enumerate(content):
         kind = p.get('type') if isinstance(p, dict) else None
@@ -351,7 +352,7 @@ def _learned(parts:list[Part], spans:Spans) -> list[bool]:
     return [1 in on[a:b] if a < b else on[a-1:a+1] == b'\1\1' for a, b in spans]   # empty spans: if all round is
 
 # %% ../../nbs/11_data.templates.ipynb #6145d187
-templates = Registry('template')   # Name to a template
+templates = Registry('template', 'templates')   # Name to a template
 
 VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")

@@ -69,7 +69,7 @@ class LLMFamily:
     def template(self) -> str: return self.templates[0]   # the usual one
 
 # %% ../../nbs/22_model.llms.ipynb #e6c4d3f4
-llm_families = Registry('LLM family')
+llm_families = Registry('LLM family', 'llm_families')
 llm_families.register('llama', LLMFamily(templates=('llama', 'llama3', 'chatml')))   # Llama 2 and 3, SmolLM 2
 llm_families.register('mistral', LLMFamily())
 llm_families.register('phi', LLMFamily(templates=('phi',)))

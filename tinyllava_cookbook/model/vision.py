@@ -33,7 +33,7 @@ class VisionFamily:
     prefix:int|Callable=0    # Tokens before the patches: 1 for a CLS; or a function of the configuration
 
 # %% ../../nbs/20_model.vision.ipynb #bbf9b0bb
-vision_families = Registry('vision family')
+vision_families = Registry('vision family', 'vision_families')
 vision_families.register('clip_vision_model', VisionFamily(
     lambda m,x: m.pre_layrnorm(m.embeddings(x)), lambda m: m.encoder.layers, prefix=1))
 vision_families.register('siglip_vision_model', VisionFamily(lambda m,x: m.embeddings(x), lambda m: m.encoder.layers))

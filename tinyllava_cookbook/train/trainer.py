@@ -15,20 +15,23 @@ from ..model.adapters import adapted, merge_adapters, merged_state, n_weights, r
 import atexit, dataclasses, importlib.util, json, math, os, shutil, sys, time
 from contextlib import contextmanager
 from functools import partial
+from logging import getLogger
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
 from ..core import pick_device, read_json, seed_everything, write_json
-from ..data.batches import PackCollator, PackSampler, PadCollator, lengths
-from ..data.datasets import Encoder, VLMDataset, read_mixture, read_sample
+from tinyllava_cookbook.data.batches import (BatchLoader, PackCollator, PackSampler, PadCollator, lengths,
+    naming_hangs)
+from ..data.datasets import Encoder, VLMDataset, leave_out, read_mixture
+from ..data.records import read_sample
 from ..data.templates import chat_template
 from ..durable import (Stopped, asked_to_stop, check_complete, checkpoints, find_checkpoint,
     mark_complete, publish, remove, stop_on_signal)
@@ -212,11 +215,20 @@ def stage_packs(
         bad = 'skip' if stage.on_bad_sample == 'substitute' else 'raise'   # what cannot be measured is not planned
         raw = isinstance(dataset, VLMDataset)
         n = lengths(dataset.ds, dataset.encoder, on_bad_sample=bad) if raw else lengths(dataset)
+    if raw: leave_out(dataset, n.bad)
     return PackSampler(n, stage.pack, world, rank, seed)
+
+_log = getLogger(__name__)
 
 def _pack_sizes(stage, packs, samples):
     "One row per device and pass, and as many passes as the global batch takes on average"
-    return packs and (1, max(1, round(stage.global_batch_size*len(packs)/samples)))
+    if packs is None: return None
+    steps = max(1, round(stage.global_batch_size*len(packs)/samples))
+    mean = steps*samples/len(packs)
+    if abs(mean/stage.global_batch_size - 1) > .1:
+        _log.warning("stage %r: a step takes %.1f samples in rows of %d tokens; global_batch_size is %d",
+                     stage.name, mean, stage.pack, stage.global_batch_size)
+    return 1, steps
 
 # %% ../../nbs/34_train.trainer.ipynb #ba5fb1a7
 class Remembering(Dataset):
@@ -289,7 +301,8 @@ class _Metered(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         since,start = dict(self._since), time.perf_counter()
         if since['time'] is None: since['time'] = start
-        batches,n = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with naming_hangs(self.train_dataset):
+            batches,n = super().get_batch_samples(epoch_iterator, num_batches, device)
         since['wait'] += time.perf_counter() - start
         for b in batches:
             for k,v in batch_counts(b).items(): since[k] = since.get(k, 0) + v
@@ -444,9 +457,6 @@ class _Evaluated(Trainer):
         return metrics
 
 # %% ../../nbs/34_train.trainer.ipynb #abb926d5
-class _Loader(DataLoader):
-    def set_epoch(self, epoch): self.batch_sampler.set_epoch(epoch)   # the trainer calls this
-
 class VLMTrainer(_Metered, _Evaluated, _Strict):
     "The Hugging Face trainer with a fixed data order, learning rates per part, a fuller log and strict resume"
     def __init__(self,
@@ -473,9 +483,10 @@ class VLMTrainer(_Metered, _Evaluated, _Strict):
             batches = EpochBatches(len(self.train_dataset), a.per_device_train_batch_size,
                                    a.gradient_accumulation_steps, a.world_size, a.process_index, a.seed,
                                    getattr(self.train_dataset, 'epoch', None))
-        return _Loader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator,
-                       num_workers=a.dataloader_num_workers, pin_memory=a.dataloader_pin_memory,
-                       persistent_workers=a.dataloader_persistent_workers, prefetch_factor=a.dataloader_prefetch_factor)
+        return BatchLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator,
+                           num_workers=a.dataloader_num_workers, pin_memory=a.dataloader_pin_memory,
+                           persistent_workers=a.dataloader_persistent_workers,
+                           prefetch_factor=a.dataloader_prefetch_factor)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -640,7 +651,7 @@ def _trainer(model, processor, stage, out, data=None, images=None, seed=0, callb
     dataset = stage_dataset(processor, stage, data, images)
     held = None if eval_data is None else stage_dataset(processor, stage, eval_data, images)
     packs = stage_packs(stage, dataset, device, seed)
-    args = training_args(stage, out, device, seed, parallel, _pack_sizes(stage, packs, len(dataset)))
+    args = training_args(stage, out, device, seed, parallel, _pack_sizes(stage, packs, packs and packs.samples))
     if args.fsdp: args.fsdp_plugin_args['transformer_cls_names_to_wrap'] = ','.join(_units(model))
     seed_everything(seed)
     table = apply_tune(model, stage)

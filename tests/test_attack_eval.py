@@ -20,7 +20,7 @@ def home(tmp_path_factory):
     "A tiny random model and twelve scenes in all ten formats"
     from tinyllava_cookbook.ingredients import tiny_checkpoint
     from tinyllava_cookbook.model.checkpoints import save
-    from tinyllava_cookbook.model.vlm import compose
+    from tinyllava_cookbook.model.processor import compose
     root = tmp_path_factory.mktemp('attack')/'a möðel & more'
     save(*compose(*(tiny_checkpoint(o, root/o) for o in ('siglip', 'llama'))), root/'model')
     write_benchmarks(root/'data', 12)

@@ -79,7 +79,7 @@ def flat_images(
 def _image_processor(processor, kwargs):
     "The image processor with other settings for one call"
     own = processor.to_dict()
-    over = {k: v for k,v in kwargs.items() if v is not None and k != 'return_tensors' and own.get(k, None) != v}
+    over = {k: v for k,v in kwargs.items() if v is not None and k != 'return_tensors' and own.get(k) != v}
     over = {k: v for k,v in over.items() if k in type(processor).valid_kwargs.__annotations__ or k in own}
     return type(processor).from_dict(own, **over) if over else processor
 
@@ -88,7 +88,8 @@ def _n_tokens(proc, eyes, size): return anyres_n_tokens(size, proc.image_token_g
 def _n_tiles(proc, size):
     "Tiles of an image of this height and width, with the view of everything"
     if proc.image_mode != 'anyres': return 1
-    (height,width),(rows,columns) = best_canvas(size, pinpoints(proc.image_processor)), target_size(proc.image_processor)
+    height,width = best_canvas(size, pinpoints(proc.image_processor))
+    rows,columns = target_size(proc.image_processor)
     return 1 + height//rows*(width//columns)
 
 def _pads(tokenizer, kwargs):
@@ -113,8 +114,9 @@ class ImagesAndText(ProcessorMixin):
 
     def _process_images(self, images, **kwargs):
         eyes = _image_processor(self.image_processor, kwargs)
-        data,sizes = {}, [image.size[::-1] for image in images]
-        if images: data['pixel_values'] = list(torch.cat([prepare(o, eyes, self.image_mode)[0] for o in images]).numpy())
+        sizes = [image.size[::-1] for image in images]
+        tiles = [prepare(image, eyes, self.image_mode)[0] for image in images]
+        data = {'pixel_values': list(torch.cat(tiles).numpy())} if images else {}
         if images and self.image_mode == 'anyres': data['image_sizes'] = [list(size) for size in sizes]
         return data, [self.image_token*self.n_tokens(size) for size in sizes]
 
@@ -182,14 +184,12 @@ class VLMProcessor(ImagesAndText):
     def __call__(self,
         images=None,   # One image or many, nested as you like, in any form that `open_image` takes
         text=None,     # One prompt or many, with `image_token` for each image
-        videos=None,   # Not read
-        audio=None,    # Not read
         **kwargs:Unpack[ProcessingKwargs],   # For the tokenizer, the image processor or both
     ) -> BatchFeature: # `input_ids`, `attention_mask`; `pixel_values` if there are images, for 'anyres' `image_sizes`
         "Tensors for the model"
         several = isinstance(text, (list, tuple)) and len(text) > 1
         if several and not _pads(self.tokenizer, kwargs): kwargs['padding'] = True
-        return super().__call__(images, text, videos, audio, **kwargs)
+        return super().__call__(images, text, **kwargs)
 
     def encoder(self, template:str|None=None, max_length:int=2048, **kwargs) -> 'Encoder':
         "What prepares training samples for this model: see `stage_encoder`"

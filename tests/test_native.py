@@ -182,12 +182,12 @@ def test_generate_from_embeddings(pair, how):
     got = model.generate(inputs_embeds=emb, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values, **how)
     assert torch.equal(got, want)
 
-@pytest.mark.parametrize('same', [True, False])
-def test_assisted_decoding(parts, pair, same):
-    "An assistant proposes tokens; what is said is what the model says alone"
+@pytest.mark.parametrize('width', [None, 32, 48])
+def test_assisted_decoding(parts, pair, tmp_path, width):
+    "An assistant proposes tokens: the model itself, another one, one of another width; what is said is what the model says alone"
     model,proc = pair
     batch = batch_of(proc, ['<image> a red circle'])
-    assistant = model if same else compose(parts['siglip'], parts['llama'], seed=3)[0]
+    assistant = model if width is None else compose(parts['siglip'], tiny_checkpoint('llama', tmp_path/'a', hidden_size=width), seed=3)[0]
     want = model.generate(**batch, max_new_tokens=8, min_new_tokens=8)
     assert torch.equal(model.generate(**batch, assistant_model=assistant, max_new_tokens=8, min_new_tokens=8), want)
 

@@ -83,8 +83,8 @@ class FiniteLogits(LogitsProcessor):
     "Stops a generation whose logits are not numbers, which would end as an empty answer"
     def __call__(self, input_ids:Tensor, scores:Tensor) -> Tensor:
         if bool(torch.isnan(scores).any() | torch.isposinf(scores).any()):
-            raise ValueError("the model's logits hold NaN or infinity: its weights are damaged, or its precision is too low; "
-                "load another checkpoint, or with dtype='float32'")
+            raise ValueError("the model's logits hold NaN or infinity: its weights are damaged or its precision is "
+                "too low; load another checkpoint, or with dtype='float32'")
         return scores
 
 def _cut(ids, ends): return ids[:next((i for i,o in enumerate(ids) if o in ends), len(ids))]

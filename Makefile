@@ -51,10 +51,11 @@ outputs: ## run notebooks again in place and clean them: make outputs NB=nbs/00_
 	@tools/env.sh dev
 	$(BIN)/python tools/outputs.py $(if $(FLAGS),--flags "$(FLAGS)") $(NB)
 
-prepare: ## before a commit: export, clean, README, lint
+prepare: ## before a commit: export, clean, sidebar, README, lint
 	@tools/env.sh dev
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
+	$(BIN)/python tools/sidebar.py
 	$(BIN)/python tools/readme.py
 	$(BIN)/python tools/nb_lint.py nbs
 

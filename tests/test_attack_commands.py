@@ -179,3 +179,27 @@ def test_absurd_sizes_end_quickly_with_an_error(part, field, size, parts, tmp_pa
         err = capsys.readouterr().err
         assert f'{field} is {size!r}; it must be a whole number from 1' in err and 'config.json' in err and err.count('\n') == 1
     assert time.monotonic() - start < 20 and not (tmp_path/'out').exists()
+
+# ---- what SECURITY.md promises
+
+ROOT = Path(__file__).resolve().parents[1]
+
+def test_every_proof_that_is_named_exists():
+    import re
+    named = re.findall(r'`(tests/[\w.]+)(?:::(\w+))?`', (ROOT/'SECURITY.md').read_text())
+    assert len(named) >= 12
+    for file,test in named: assert not test or f'def {test}(' in (ROOT/file).read_text(), f'{file}::{test}'
+
+def test_a_recipe_file_cannot_name_code(tmp_path, capsys):
+    "No field of a recipe says that code may run, nor which to import"
+    r = to_dict(recipe('micro'))
+    for change in (dict(trust_remote_code=True), {'import': 'os'}, dict(plugins=['os'])):
+        with pytest.raises(ValueError, match='no recipe field'): from_dict(r | change)
+        with pytest.raises(ValueError, match='no stage field'): from_dict(r | dict(stages=[r['stages'][0] | change]))
+    assert not [f for o in (Recipe, Stage, Tune) for f in o.__dataclass_fields__ if 'trust' in f or 'import' in f or 'code' in f]
+
+def test_nothing_listens_on_all_addresses():
+    "Neither the library nor a script binds to an address that others reach"
+    files = [*(ROOT/'tinyllava_cookbook').rglob('*.py'), *(ROOT/'slurm').glob('*.sh'), *(ROOT/'tools').glob('*.py')]
+    texts = {str(o.relative_to(ROOT)): o.read_text() for o in files}
+    assert len(texts) > 30 and not [k for k,v in texts.items() if "'0.0.0.0'" in v or '"0.0.0.0"' in v or "HTTPServer((''" in v]

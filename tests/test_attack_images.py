@@ -71,7 +71,7 @@ def test_no_other_image_open(root):
     "The package opens image files in one place"
     calls = [f'{p.name}: {line.strip()}' for p in (root/'tinyllava_cookbook').rglob('*.py')
              for line in p.read_text().splitlines() if 'Image.open(' in line]
-    assert [o.split(':')[0] for o in calls] == ['images.py'] and 'formats=IMAGE_FORMATS' in calls[0]
+    assert [o.split(':')[0] for o in calls] == ['image_files.py'] and 'formats=IMAGE_FORMATS' in calls[0]
 
 # addresses
 
@@ -110,7 +110,8 @@ def test_samples_fetch_nothing(site, monkeypatch):
 def test_training_and_check_fetch_nothing(site, tmp_path):
     "On the real way: reader, encoder, data set and check"
     from tinyllava_cookbook.core import write_json
-    from tinyllava_cookbook.data.datasets import VLMDataset, read_llava
+    from tinyllava_cookbook.data.datasets import VLMDataset
+    from tinyllava_cookbook.data.records import read_llava
     from tinyllava_cookbook.data.preflight import preflight
     data = base64.b64encode(png_header(4, 4)).decode()
     turns = [{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': 'Red.'}]

@@ -10,11 +10,13 @@ from transformers import (AutoModelForCausalLM, CLIPVisionModel, LlavaConfig, Ll
     Olmo2Config, Olmo2ForCausalLM, SiglipVisionModel)
 from transformers.utils import logging
 from tinyllava_cookbook.ingredients import tiny_checkpoint
-from tinyllava_cookbook.model.checkpoints import bench_names, load, read_weights, rename, save
+from tinyllava_cookbook.model.checkpoints import load, save
+from tinyllava_cookbook.model.foreign import bench_names, read_weights, rename
 from tinyllava_cookbook.model.export import (compose_folder, convert_folder, llama_cpp_commands, model_card, push_to_hub,
     to_llama_cpp, to_llava, vllm_problems)
 from tinyllava_cookbook.model.llms import add_image_token, load_llm
-from tinyllava_cookbook.model.vision import load_strict, load_vision
+from tinyllava_cookbook.model.vision import load_vision
+from tinyllava_cookbook.trust import load_strict
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.model.vlm import causal_lm, flat_name
 
@@ -158,6 +160,7 @@ def test_export(parts, tmp_path, image, v, t, mode, kw):
     assert (q.image_mode, q.template) == (mode, proc.template)
     assert (vllm_problems(d) == []) == (v != 'dinov2')
 
+@pytest.mark.slow
 def test_without_this_package(parts, tmp_path, image):
     "A process that cannot import this package opens the folder and says the same; the chat template is there"
     model,proc = compose(parts['siglip'], parts['qwen2'])

@@ -193,9 +193,9 @@ def test_mmbench_submission(ask, world, tmp_path):
     ask('mmb', ['mmbench'])
     with zipfile.ZipFile(tmp_path/'mmb'/'mmbench'/'submission.xlsx') as z:
         assert z.testzip() is None
-        rows = re.findall('<row>(.*?)</row>', z.read('xl/worksheets/sheet1.xml').decode(), re.S)
+        rows = re.findall('<row[^>]*>(.*?)</row>', z.read('xl/worksheets/sheet1.xml').decode(), re.S)
     assert re.findall('>([^<]+)</t>', rows[0]) == ['index', 'question', 'A', 'B', 'C', 'D', 'prediction', 'answer', 'split']
-    assert len(rows) == 1 + len(load_benchmark('mmbench', world[0]/'data')) and '<c><v>241</v></c>' in rows[1]
+    assert len(rows) == 1 + len(load_benchmark('mmbench', world[0]/'data')) and '<v>241</v>' in rows[1]
 
 # Several pictures
 

@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip('torch'); pytest.importorskip('openai')
 from PIL import Image
-from tinyllava_cookbook.data.datasets import read_llava
+from tinyllava_cookbook.data.records import read_llava
 from tinyllava_cookbook.data.instruct import Picture, instruct, kinds, prompt, read_coco, read_turns, requests_for
 from tinyllava_cookbook.endpoint import Endpoint, EndpointError, complete
 from tinyllava_cookbook.paid_requests import Cache, Request, ask_all, estimate

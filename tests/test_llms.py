@@ -318,10 +318,11 @@ def test_saved_with_its_code(parts, tmp_path):
     def run(*args, **env):
         return subprocess.run([sys.executable, '-c', code, str(tmp_path/'vlm'), *args], capture_output=True, text=True, env={**os.environ, **env})
     no = run()
-    assert no.returncode and 'set TINYLLAVA_TRUST_REMOTE_CODE=1 for commands' in no.stderr
-    for out in run('trust'), run(TINYLLAVA_TRUST_REMOTE_CODE='1'):
-        assert out.returncode == 0, out.stderr[-2000:]
-        assert abs(float(out.stdout) - want) < 1e-3*abs(want)
+    for no in run(), run(TINYLLAVA_TRUST_REMOTE_CODE='1'):   # no environment can say so
+        assert no.returncode and 'or --trust-remote-code to the command' in no.stderr
+    out = run('trust')
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert abs(float(out.stdout) - want) < 1e-3*abs(want)
 
 def test_compose_command(parts, tmp_path, capsys):
     "`tinyllava compose` runs a checkpoint's code when told to, and takes a tokenizer from elsewhere"
@@ -331,7 +332,7 @@ def test_compose_command(parts, tmp_path, capsys):
     assert main([*words, '--trust-remote-code']) == 0 and (tmp_path/'out/modeling_openelm.py').exists()
 
 def test_training_with_its_code(parts, tmp_path):
-    "Two stages: what the recipe trusts is trusted when the second opens what the first has saved"
+    "Two stages: what the caller trusts is trusted when the second opens what the first has saved; a recipe cannot say so"
     from tinyllava_cookbook.train.recipes import Recipe, Stage
     from tinyllava_cookbook.train.trainer import train_recipe
     talk = [dict(role='user', content='<image>\nWhat color?'), dict(role='assistant', content='red')]
@@ -341,10 +342,13 @@ def test_training_with_its_code(parts, tmp_path):
     recipe = Recipe('elm', str(parts['siglip']), str(parts['openelm']), stages=both,
                     model=dict(tokenizer=str(parts['llama']), trust_remote_code=True))
     kw = dict(data=dict.fromkeys(('pretrain', 'finetune'), data), device='cpu', progress=False)
+    with pytest.raises(ValueError, match="recipe 'elm' asks for trust_remote_code"): train_recipe(recipe, tmp_path/'run', **kw)
+    kw['trust_remote_code'] = True
     train_recipe(recipe, tmp_path/'run', stages=['pretrain'], **kw)
     model, _, result = train_recipe(recipe, tmp_path/'run', stages=['finetune'], **kw)
     assert len(result['finetune'].log) == 2 and model.config.text_config.model_type == 'openelm'
     assert (tmp_path/'run/model/modeling_openelm.py').exists()
+    assert 'trust_remote_code' not in (tmp_path/'run/model/recipe.json').read_text()
 
 def test_errors(parts, tmp_path):
     "What is no language model, unknown, or without a tokenizer"

@@ -3,7 +3,8 @@ import base64, csv, json, re
 from collections import Counter
 import pytest
 from PIL import Image
-from tinyllava_cookbook.microbench import BENCHMARKS, SYNONYMS, circular, gqa_program, views, write_benchmarks
+from tinyllava_cookbook.microbench import circular, write_benchmarks
+from tinyllava_cookbook.microvqa import BENCHMARKS, SYNONYMS, gqa_program, views
 
 N = 40
 COMMON = {s:w for w,s in SYNONYMS.items()}

@@ -7,8 +7,8 @@ from hypothesis import given, settings, strategies as st
 from tinyllava_cookbook.core import IGNORE
 from tinyllava_cookbook.ingredients import tiny_llms
 from tinyllava_cookbook.model.llms import llm_families
-from tinyllava_cookbook.data.batches import (GroupedSampler, Lengths, PackCollator, PackSampler, PadCollator, block_mask,
-                                             fill_packs, plan_packs)
+from tinyllava_cookbook.data.batches import GroupedSampler, Lengths, PadCollator, fill_packs, plan_packs
+from tinyllava_cookbook.data.packing import PackCollator, PackSampler, block_mask
 
 # ---------------------------------------------------------------------------------------------------- plan
 
@@ -58,6 +58,7 @@ def measure(x, ranks, budget=None, **weights):
                 of_memory=positions.mean()/positions.max(), waiting=works.max(0).sum()/works.mean(0).sum() - 1,
                 imbalance=each.max()/each.mean() - 1, batches=max(map(len, ranks)))
 
+@pytest.mark.slow
 def test_665k(mix):
     "Every sample once, >= 95 % useful at 4096, < 10 s on one core, < 3 % imbalance over 8 ranks: against padding"
     start = time.process_time()
@@ -330,10 +331,10 @@ def test_packs_of_text_and_empty_ones(make):
 class Packed:
     "What the trainer needs to pack: another sampler, another collator"
     def get_train_dataloader(self):
-        from tinyllava_cookbook.train.trainer import _Loader
+        from tinyllava_cookbook.data.batches import BatchLoader
         a, n = self.args, [len(s['input_ids']) for s in self.train_dataset]
         packs = PackSampler(n, 80, a.world_size, a.process_index, a.seed)
-        return _Loader(self.train_dataset, batch_sampler=packs, collate_fn=self.data_collator)
+        return BatchLoader(self.train_dataset, batch_sampler=packs, collate_fn=self.data_collator)
 
 def test_training_on_packs(make, tmp_path):
     "Through the trainer: losses of packs = losses of the same samples padded, step by step; a resumed run goes on bit for bit"

@@ -1,5 +1,5 @@
 "The project as a whole: what is tracked, how it imports, whether its front door is labelled."
-import json, os, re, shutil, subprocess, sys, zipfile
+import ast, json, os, re, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
@@ -31,9 +31,11 @@ def modules():
 
 FORKS = '''
 import importlib, os, sys
-import torch, transformers # loaded once, shared by the children
+for name in {outside!r}: # loaded once, shared by the children: what others wrote is not what is tried here
+    try: importlib.import_module(name)
+    except ImportError: pass # of an extra that is not installed; the child that needs it fails by itself
 bad = []
-for name in sys.argv[1:] or {names!r}:
+for name in {names!r}:
     pid = os.fork()
     if not pid:
         try: importlib.import_module(name); os._exit(0)
@@ -43,11 +45,22 @@ for name in sys.argv[1:] or {names!r}:
 sys.exit(f'do not import: {{bad}}' if bad else 0)
 '''
 
+def outside():
+    "Modules of other packages that ours import at their top"
+    found = set()
+    for name in modules():
+        at = ROOT/name.replace('.', '/')
+        path = at/'__init__.py' if at.is_dir() else at.with_suffix('.py')
+        for node in ast.parse(path.read_text(encoding='utf-8')).body:
+            if isinstance(node, ast.Import): found |= {o.name for o in node.names}
+            if isinstance(node, ast.ImportFrom) and not node.level: found.add(node.module)
+    return sorted(o for o in found if o.split('.')[0] not in (LIB, '__future__', 'lmms_eval'))
+
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_every_module_imports_on_its_own():
     "No module leans on another having been imported before it"
     assert modules()
-    python(FORKS.format(names=modules()))
+    python(FORKS.format(names=modules(), outside=outside()))
 
 @pytest.mark.parametrize('name', ['', '.core', '.cli', '.eval.scoring'])
 def test_light_modules_stay_light(name):
@@ -63,8 +76,23 @@ def test_readme_is_in_step():
 def notebooks(): return sorted(p.name for p in (ROOT/'nbs').glob('*.ipynb'))
 
 def test_sidebar_lists_every_notebook():
-    "In reading order, each once"
-    assert re.findall(r'- (\S+\.ipynb)', (ROOT/'nbs/sidebar.yml').read_text()) == ['index.ipynb', *(o for o in notebooks() if o != 'index.ipynb')]
+    "Each once, the landing page first, in the paths that the landing page offers"
+    sidebar = (ROOT/'nbs/sidebar.yml').read_text()
+    listed = re.findall(r'- (\S+\.ipynb)', sidebar)
+    assert listed[0] == 'index.ipynb' and sorted(listed) == sorted(notebooks())
+    paths = re.findall(r'- section: (.*)', sidebar)
+    assert paths == ['Start', 'Understand', 'Train for real', 'Evaluate', 'Extend', 'Internals']
+    assert re.findall(r'^- \*\*(.*)\*\*:', (ROOT/'README.md').read_text(), re.M) == paths
+
+def test_sidebar_is_in_step():
+    import sidebar
+    assert not sidebar.main(['--check']), 'run `python tools/sidebar.py`, then `make outputs NB=nbs/index.ipynb` and `make prepare`'
+
+def test_map_leads_through_the_house():
+    "The landing page's map names a notebook for each step, and each exists"
+    table = (ROOT/'README.md').read_text().split('## The map')[1].split('\n## ')[0]
+    links = re.findall(r'\[(\w+)\]\((nbs/\S+\.ipynb)\)', table)
+    assert len(links) >= 20 and all((ROOT/path).is_file() and path.endswith(f'{name}.ipynb') for name,path in links)
 
 def test_readme_names_every_notebook():
     missing = [o for o in notebooks() if o != 'index.ipynb' and f'(nbs/{o})' not in (ROOT/'README.md').read_text()]
@@ -129,7 +157,7 @@ def test_make_help_names_every_target():
 def test_top_level_holds_what_it_should():
     "Notebooks, library, launchers, tests, tools, and the files that packaging and hosts look for"
     allowed = set('''nbs tinyllava_cookbook slurm tests tools .ci .github settings.ini setup.py pyproject.toml constraints.txt MANIFEST.in
-        Makefile README.md CONTRIBUTING.md CHANGELOG.md LICENSE .gitignore .gitattributes .gitconfig'''.split())
+        Makefile README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md LICENSE .gitignore .gitattributes .gitconfig'''.split())
     assert {p.relative_to(ROOT).parts[0] for p in tracked()} <= allowed
 
 def test_shell_scripts_parse():

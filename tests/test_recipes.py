@@ -54,6 +54,26 @@ def test_batches_are_the_published_ones(name, gpus, want):
 
 def cli(*argv): return subprocess.run([sys.executable, '-m', 'tinyllava_cookbook.cli', *argv], capture_output=True, text=True)
 
+def test_parts_are_found_by_what_modules_register():
+    "No list names the modules; each registry knows all of its own in a fresh process, and a look-up of a known name imports nothing more"
+    from tinyllava_cookbook.core import registering_modules
+    assert [o for o in registering_modules('recipes')] == ['tinyllava_cookbook.' + o for o in
+        ('recipes.llava', 'recipes.lora', 'recipes.scienceqa', 'recipes.tinyllava', 'recipes.train_llava', 'train.recipes')]
+    homes = dict(recipes='train.recipes', connectors='model.connectors', vision_families='model.vision', llm_families='model.llms', templates='data.templates')
+    for variable,home in homes.items():
+        assert f'tinyllava_cookbook.{home}' in registering_modules(variable), variable
+    code = """import sys; from tinyllava_cookbook.train.recipes import recipes; recipes['micro']
+print('tinyllava_cookbook.recipes.llava' in sys.modules, 'llava_next' in recipes, 'tinyllava_cookbook.recipes.llava' in sys.modules)"""
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout == 'False True True\n'
+
+def test_a_forecast_names_the_data_that_is_missing():
+    "A recipe of one's own has no corpus until it says which"
+    from tinyllava_cookbook.train.budget import budget
+    r = to_dict(recipe('micro')) | dict(name='mine')
+    for s in r['stages']: s['corpus'] = None
+    with pytest.raises(ValueError, match=r"recipe 'mine', stage 'pretrain': its data is not here and it names no corpus; set pretrain.corpus to one of \['llava-158k'"):
+        budget(from_dict(r))
+
 def test_recipes_are_listed_without_torch():
     code = "import sys; from tinyllava_cookbook.cli import main; main(['recipes']); print({'torch', 'transformers'} & set(sys.modules))"
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout

@@ -82,6 +82,7 @@ def same_end(a, b):
     one,two = (load_file(d/'model/model.safetensors') for d in (a, b))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
+@pytest.mark.slow
 def test_kill_at_five_random_moments(job, whole):
     "kill -9, five times, wherever it happens to be, also while it saves"
     out,moments = job/'killed', random.Random(7)
@@ -95,6 +96,7 @@ def test_kill_at_five_random_moments(job, whole):
     assert p.returncode == 0, err[-3000:]
     same_end(whole, out)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sig', [signal.SIGTERM, signal.SIGUSR1])
 def test_asked_to_stop(job, whole, sig):
     "Saves at the next step, ends with 85, and goes on from exactly there"

@@ -5,7 +5,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
-import changed, figures, nb_lint, outputs, readme # noqa: E402
+import changed, colab, figures, nb_lint, outputs, readme # noqa: E402
 
 def md(s): return dict(cell_type='markdown', source=s, metadata={}, id=f'{abs(hash(s)):x}'[:8])
 def code(s, *outs): return dict(cell_type='code', source=s, metadata={}, outputs=list(outs), execution_count=None, id=f'{abs(hash(s)):x}'[:8])
@@ -182,3 +182,36 @@ def test_changed_notebooks(tmp_path):
 
 def test_changed_rejects_a_commit_that_is_none():
     with pytest.raises(SystemExit, match="no commit 'nowhere'"): changed.main(['nowhere'])
+
+def test_colab_cell_is_put_below_the_title(tmp_path):
+    "Once, replaced when it is out of date, with nothing else touched"
+    nb = dict(cells=[EXP, TITLE, FN, DEMO, END])
+    new = colab.with_cell(nb)
+    assert [c['id'] for c in new['cells']] == [EXP['id'], TITLE['id'], colab.ID, FN['id'], DEMO['id'], END['id']]
+    assert colab.has_cell(new) and not colab.has_cell(nb) and colab.with_cell(new) == new
+    new['cells'][2]['source'] = 'old'
+    assert not colab.has_cell(new) and colab.has_cell(colab.with_cell(new))
+    assert breaches(tmp_path, *colab.with_cell(nb)['cells']) == []
+
+def run_cell(tmp_path, monkeypatch, absent):
+    "The cell in a place without the project: cloned from this checkout, pip's arguments noted"
+    calls, run = [], subprocess.run
+    def noted(args, **kw):
+        calls.append(args)
+        if args[0] == 'git': run(['git', 'clone', '-q', '--depth', '1', f'file://{ROOT}', args[-1]], **kw)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('subprocess.run', noted)
+    if absent: monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    monkeypatch.setattr(sys, 'path', [o for o in sys.path if Path(o) != ROOT])
+    exec(colab.source(), {})
+    return calls
+
+def test_colab_cell_fetches_and_installs(tmp_path, monkeypatch):
+    if not (ROOT/'.git').exists(): pytest.skip('not a clone: there is nothing to clone from')
+    git, pip = run_cell(tmp_path, monkeypatch, absent=True)
+    assert git[:2] == ['git', 'clone'] and git[-2].startswith('https://') and pip[-1] == 'tinyllava-cookbook[dev]'
+    assert Path.cwd().samefile(tmp_path/'tinyllava-cookbook/nbs') and Path('00_core.ipynb').exists()
+    assert Path(sys.path[0]).samefile(tmp_path/'tinyllava-cookbook')
+
+def test_colab_cell_does_nothing_here(tmp_path, monkeypatch):
+    assert run_cell(tmp_path, monkeypatch, absent=False) == [] and Path.cwd().samefile(tmp_path)

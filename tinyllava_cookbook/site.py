@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LINK', 'NAME', 'comments', 'meaning', 'Parameter', 'as_written', 'type_as_written', 'returned', 'arguments', 'fields',
-           'parameters', 'call', 'words', 'code_html', 'row_html', 'table', 'exported', 'source_of', 'entry', 'Entry',
-           'link_names', 'page_names', 'AddLinks', 'colab_url', 'AddColab']
+           'parameters', 'call', 'words', 'code_html', 'row_html', 'table', 'exported', 'source_of', 'entry', 'address',
+           'Entry', 'link_names', 'page_names', 'AddLinks', 'colab_url', 'AddColab']
 
 # %% ../nbs/91_site.ipynb #3b999f47
 import ast, importlib, inspect, io, re, tokenize
@@ -22,6 +22,7 @@ def comments(
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {o.start[0]: o.string.lstrip('# ').rstrip() for o in tokens if o.type == tokenize.COMMENT}
 
+# %% ../nbs/91_site.ipynb #5de84575
 def meaning(
     line:int,   # Line of a parameter
     said:dict,  # From `comments`
@@ -48,6 +49,7 @@ def as_written(
     "Source of a type or default"
     return '' if node is None else ast.unparse(node).replace(' | ', '|')
 
+# %% ../nbs/91_site.ipynb #a2c2a642
 def type_as_written(
     node,   # The syntax tree of an annotation, or `None`
 ) -> str:   # `''` for `None`
@@ -100,6 +102,7 @@ def fields(
         rows.append(Parameter(name, type_as_written(o.annotation), as_written(o.value), about))
     return rows
 
+# %% ../nbs/91_site.ipynb #ae16d934
 def parameters(
     source:str,  # Source of a function or class
 ) -> list:       # A `Parameter` each
@@ -133,6 +136,7 @@ def words(
         return f'<a href="{at}">{shown}</a>' if at else shown
     return re.sub('`([^`]+)`', code, escape(text, quote=False))
 
+# %% ../nbs/91_site.ipynb #c8e45027
 def code_html(
     text:str,  # Code; `''` stays as it is
 ) -> str:      # HTML
@@ -180,6 +184,7 @@ def exported(
         if here is not None and inspect.getdoc(here) == inspect.getdoc(sym): return here
     return sym
 
+# %% ../nbs/91_site.ipynb #bcdeadf1
 def source_of(
     sym,     # A function, class or method
 ) -> str:    # `''` where Python cannot tell
@@ -205,6 +210,17 @@ def entry(
     if source: parts += [summary, f'{fence}python\n{source.rstrip()}\n{fence}', '</details>']
     return '\n\n'.join(o for o in parts if o)
 
+# %% ../nbs/91_site.ipynb #a0b1c2d2
+def address(
+    look,  # nbdev's index of names
+):         # Name → address of its documentation, or `None`
+    "A function that looks up where a name is documented"
+    def find(name):
+        url = look.doc(name)
+        page, mark, anchor = (url or '').partition('#')
+        return page + mark + anchor.partition('.')[0] if url else None
+    return find
+
 # %% ../nbs/91_site.ipynb #52dae991
 class Entry:
     "nbdev's renderer: what `show_doc` writes under a definition"
@@ -223,7 +239,7 @@ class Entry:
         here = exported(sym, modules)
         self.name = name or called or str(sym)
         url = look.code(f'{here.__module__}.{called}')
-        self.text = entry(self.name, source_of(here), inspect.getdoc(here) or '', url, title_level, look.doc)
+        self.text = entry(self.name, source_of(here), inspect.getdoc(here) or '', url, title_level, address(look))
 
     def _repr_markdown_(self): return self.text
     def __repr__(self): return self.text
@@ -232,6 +248,7 @@ class Entry:
 LINK = re.compile(r'(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\([^)]*\)|<a\b.*?</a>|<code>.*?</code>)') # Already linked
 NAME = re.compile(r'`([^`\s]+?)(\(\))?`')
 
+# %% ../nbs/91_site.ipynb #b7b18f1a
 def link_names(
     text:str,   # Markdown
     link,       # Name → address of its documentation, or `None`
@@ -267,6 +284,7 @@ def page_names(
         found |= {name.asname or name.name for o in taken for name in o.names}
     return found
 
+# %% ../nbs/91_site.ipynb #029781db
 class AddLinks:
     "nbdev's processor of a page: links from names, in text and in what cells put out"
     def __init__(self,
@@ -274,7 +292,7 @@ class AddLinks:
     ):
         from nbdev.config import get_config
         from nbdev.doclinks import NbdevLookup
-        self.link = NbdevLookup().doc
+        self.link = address(NbdevLookup())
         self.known = page_names([o.source for o in nb.cells if o.cell_type == 'code'], get_config().lib_name)
 
     def __call__(self,
@@ -294,6 +312,7 @@ def colab_url(
     "Where Colab opens a notebook of the project"
     return f'https://colab.research.google.com/github/{cfg.user}/{cfg.repo}/blob/{cfg.branch}/{path}'
 
+# %% ../nbs/91_site.ipynb #c5818618
 class AddColab:
     "nbdev's processor of a page: a link to Colab under the title"
     def __init__(self,

@@ -1,17 +1,17 @@
 #!/usr/bin/env python
-"""Are the notebooks clean and the library in step with them? Runs `nbdev_clean`, `nbdev_export` and the README
-generator and compares every file before and after, so it is as strict in a dirty working tree as in a fresh clone.
+"""Are the notebooks clean and the library in step with them? Runs `nbdev_clean`, `nbdev_export`, the sidebar's
+and the README's generator and compares every file before and after, so it is as strict in a dirty working tree as in a fresh clone.
 What it finds out of step it has thereby put right: look at the change, then commit it. Usage: python tools/tree.py"""
 import hashlib, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
-import readme
+import readme, sidebar
 
 def state(root=ROOT):
-    "Digest of each notebook, each library source and README.md"
-    paths = [*(root/'nbs').rglob('*.ipynb'), *(root/'tinyllava_cookbook').rglob('*.py'), root/'README.md']
+    "Digest of each notebook, each library source, the sidebar and README.md"
+    paths = [*(root/'nbs').rglob('*.ipynb'), *(root/'tinyllava_cookbook').rglob('*.py'), root/'README.md', root/'nbs/sidebar.yml']
     return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
             for p in paths if p.is_file() and '.ipynb_checkpoints' not in p.parts}
 
@@ -23,7 +23,7 @@ def steps():
     "Name and action of each thing that must change nothing"
     run = lambda name: subprocess.run([Path(sys.executable).parent/name], cwd=ROOT, check=True)
     return {'nbdev_clean': lambda: run('nbdev_clean'), 'nbdev_export': lambda: run('nbdev_export'),
-            'tools/readme.py': lambda: readme.main([])}
+            'tools/sidebar.py': sidebar.main, 'tools/readme.py': lambda: readme.main([])}
 
 def main():
     "Run the steps; list what each one changed"

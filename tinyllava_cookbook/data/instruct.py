@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core import IMAGE_TOKEN, Registry, read_json, write_json
-from .datasets import read_llava, read_sample
+from .records import read_llava, read_sample
 from ..endpoint import Endpoint, without_key
 from ..paid_requests import Cache, Request, ask_all
 

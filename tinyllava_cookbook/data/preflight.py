@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FAULTS', 'Fault', 'image_fault', 'text_fault', 'Count', 'count', 'Report', 'report_dict', 'report_table',
-           'show_lengths', 'show_samples', 'save_report', 'write_clean', 'preflight']
+           'show_lengths', 'show_samples', 'save_report', 'check_target', 'write_clean', 'preflight']
 
 # %% ../../nbs/16_data.preflight.ipynb #89cc105a
-import copy, json, time, zlib
+import copy, json, os, reprlib, time, zlib
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -17,10 +17,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from ..core import IGNORE, IMAGE_TOKEN, replacing, write_json
-from .batches import look_at_all
-from .datasets import FORMATS, Encoder, Sample, _guess, image_counts, read_records, read_sample
+from ..json_records import printable, read_records
+from .batches import parallel_map
+from .datasets import BAD, Encoder, image_counts
+from .records import FORMATS, Sample, guess_format, read_sample, record_name
 from .images import image_size, load_image, sample_aspect
-from .templates import show_mask
+from .masks import show_mask
 
 # %% ../../nbs/16_data.preflight.ipynb #fceecbfa
 FAULTS = {   # Kind to what it means
@@ -51,10 +53,11 @@ def image_fault(
     max_aspect:float|None=None, # Longest side over shortest; `None`: as in training
 ) -> tuple[str,str]|None:# Kind and detail; `None` for a good one
     "What is wrong with a picture"
-    max_aspect = max_aspect or sample_aspect()
-    try: load_image(source, max_aspect=max_aspect)
+    try:
+        if isinstance(source, Exception): raise source   # of a loader: it took too long
+        load_image(source, max_aspect=max_aspect or sample_aspect())
     except (FileNotFoundError, PermissionError, ConnectionError, TimeoutError) as e: return 'missing-image', str(e)
-    except (ValueError, TypeError, OSError) as e: return _why(source, max_aspect), str(e)
+    except BAD as e: return _why(source, max_aspect or sample_aspect()), str(e)
 
 def _why(source, max_aspect) -> str:
     try: image_size(source, max_aspect=max_aspect)     # asks the header alone
@@ -70,7 +73,7 @@ def text_fault(
 ) -> tuple[str,str]|None:# Kind and detail; `None` for a good one
     "What is wrong with a conversation before it is tokenized"
     try: s = record if isinstance(record, Sample) else read_sample(record, index)
-    except (ValueError, TypeError, LookupError, AttributeError) as e:
+    except BAD as e:
         why = str(e.__cause__ or e)      # without the sample's name
         return 'image-count' if f'{IMAGE_TOKEN} in its user turns' in why else 'bad-record', why
     odd = [o for o in s.images if not (isinstance(o, (str, Path, bytes)) or hasattr(o, 'size'))]
@@ -112,9 +115,7 @@ class _Text:
     def __call__(self, row, i) -> tuple:
         "Plain values, cheap to send: id, hash, fault, count, paths, and a fault or `None` for each picture in the row"
         try: s = row if isinstance(row, Sample) else read_sample(row, i, self.folder)
-        except (ValueError, TypeError, LookupError, AttributeError):
-            name = row.get('id') if isinstance(row, dict) else None
-            return str(i if name is None else name), zlib.crc32(repr(row).encode()), text_fault(row, i), None, [], []
+        except BAD: return record_name(row, i), zlib.crc32(reprlib.repr(row).encode()), text_fault(row, i), None, [], []
         fault, c = text_fault(s), None
         if fault is None and self.encoder is not None: fault, c = self.tokens(s)
         paths = [str(o) for o in s.images if isinstance(o, (str, Path))]
@@ -124,7 +125,7 @@ class _Text:
     def tokens(self, s):
         "Fault and count"
         try: image_counts(s.images, self.encoder)
-        except (OSError, ValueError, TypeError): return None, None     # its length depends on a picture that is no good
+        except BAD: return None, None     # its length depends on a picture that is no good
         try: tokens, learned, lost = count(s, self.encoder, self.limits)
         except Exception as e:      # a tokenizer's own template may raise anything
             return ('nothing-learned' if str(e).startswith('nothing to learn') else 'bad-record', str(e)), None
@@ -255,7 +256,8 @@ def show_samples(
     dpi:int=72,   # Size of the text
 ) -> Image.Image: # One below the other: images on the left, text on the right, learned in blue
     "Samples at random, as the model will get them"
-    good = [i for i, c in enumerate(r.counts) if c and i not in r.bad]
+    bad = r.bad
+    good = [i for i, c in enumerate(r.counts) if c and i not in bad]
     rows = []
     for i in np.random.default_rng(seed).permutation(good)[:n]:
         s = r.rows[int(i)]
@@ -283,32 +285,63 @@ def save_report(
     import matplotlib.pyplot as plt
     fig = show_lengths(r)
     fig.savefig(out/'lengths.png'); plt.close(fig)
-    if any(c and i not in r.bad for i, c in enumerate(r.counts)): show_samples(r, dpi=110).save(out/'samples.png')
+    bad = r.bad
+    if any(c and i not in bad for i, c in enumerate(r.counts)): show_samples(r, dpi=110).save(out/'samples.png')
     return path
 
 # %% ../../nbs/16_data.preflight.ipynb #7a68903c
 def _clean(r:Report):
     "The records without fault"
-    for i, o in enumerate(read_records(r.source) if r.source else r.rows):
-        if i in r.bad or isinstance(o, ValueError): continue
+    bad = r.bad
+    for i, o in enumerate(read_records(r.source, on_bad_record='keep') if r.source else r.rows):
+        if i in bad or isinstance(o, ValueError): continue
         if isinstance(o, Sample): o = asdict(o)
-        yield o if r.source else {k: v for k, v in o.items() if k != 'error'}
+        yield o if r.source else {k: v for k, v in o.items() if k != 'error' or v is not None}
 
+def _json_text(record) -> str:
+    "A record as JSON; escaped where half of a character fits no file"
+    text = json.dumps(record, ensure_ascii=False)
+    return text if text.isascii() or _is_unicode(text) else json.dumps(record)
+
+def _is_unicode(text):
+    try: return bool(text.encode())
+    except UnicodeEncodeError: return False
+
+# %% ../../nbs/16_data.preflight.ipynb #cfd9c8c4
+_WRITES = '.json', '.jsonl', '.ndjson'   # What `write_clean` writes
+
+def _is_same(path, other) -> bool:
+    "One file, whatever it is called: through links, `..` or another case"
+    if path.exists() and Path(other).exists(): return os.path.samefile(path, other)
+    return path.resolve() == Path(other).resolve()
+
+def check_target(
+    path,      # Where samples are to be written
+    sources,   # Files that are read
+) -> Path:     # The path
+    "An error if writing there would replace what is read, or what holds no samples"
+    path = Path(path).expanduser()
+    if any(_is_same(path, o) for o in sources):
+        raise ValueError(f"{str(path)!r} is the file that was checked; write the clean samples to another")
+    if path.suffix.lower() not in _WRITES:
+        raise ValueError(f"{str(path)!r} ends in none of {list(_WRITES)}; give a file for samples")
+    if path.exists() and not path.is_file(): raise ValueError(f"{str(path)!r} is no regular file; write to another")
+    return path
+
+# %% ../../nbs/16_data.preflight.ipynb #f18d9a59
 def write_clean(
     r:Report,    # From `preflight`
     path,        # A .json or .jsonl file; not the one that was checked
 ) -> int:        # Samples written
     "Write the samples without fault"
-    path = Path(path).expanduser()
-    if r.source and path.absolute() == r.source.absolute():
-        raise ValueError(f"{str(path)!r} is the file that was checked; write the clean samples to another")
+    path = check_target(path, [r.source] if r.source else [])
     if len(r.bad) == r.samples: raise ValueError("not one sample is without fault; nothing to write")
     lines = path.suffix.lower() in ('.jsonl', '.ndjson')
     start, between, end = ('', '\n', '\n') if lines else ('[\n', ',\n', '\n]\n')
     try:
         with replacing(path) as part, part.open('w', encoding='utf-8') as f:
             for n, o in enumerate(_clean(r), 1):
-                f.write((between if n > 1 else start) + json.dumps(o, ensure_ascii=False))
+                f.write((between if n > 1 else start) + _json_text(o))
             f.write(end)
     except TypeError:
         raise ValueError("rows that hold pictures fit no JSON file; select those outside `.bad`") from None
@@ -318,12 +351,30 @@ def write_clean(
 def _rows(data, images, format:str):
     "Rows, bad ones included, where their image paths start, and the JSON file behind them"
     if not isinstance(data, (str, Path)) and not hasattr(data, 'features'): return data, images, None
-    format = _guess(data) if format == 'auto' else format
+    format = guess_format(data) if format == 'auto' else format
     rows = FORMATS[format](data, images, **({} if format == 'hf' else dict(on_bad_sample='keep')))
     if format in ('hf', 'captions'): return rows, None, None
     path = Path(data).expanduser()
     return rows, None, path/'chat.json' if path.is_dir() else path
 
+def _read_files(data) -> list[Path]:
+    "The files that hold the samples"
+    if not isinstance(data, (str, Path)): return []
+    path = Path(data).expanduser()
+    inside = [path/o for o in ('chat.json', 'metadata.jsonl', 'metadata.csv')]
+    if path.is_dir(): return [o for o in inside if o.exists()]
+    return [path] if path.exists() else []
+
+_REPORT = 'report.json', 'report.txt', 'lengths.png', 'samples.png'   # What `save_report` writes
+
+def _check_outputs(fix, out, sources):
+    "Before the work: would it replace what it reads, or its own results?"
+    if fix: sources = [*sources, check_target(fix, sources)]
+    for path in [Path(out)/o for o in _REPORT] if out else []:
+        if any(_is_same(path, o) for o in sources):
+            raise ValueError(f"the report would replace {str(path)!r}; give another folder")
+
+# %% ../../nbs/16_data.preflight.ipynb #f38add33
 def _limits(max_length) -> tuple[int,...]:
     "Of the forecast"
     return (1024, 2048, 4096) if max_length is None else (max_length//4, max_length//2, max_length, max_length*2)
@@ -334,7 +385,15 @@ def _repeats(texts) -> list[Fault]:
     for i, (name, digest, *_) in enumerate(texts):
         k, known = first.setdefault(name, (i, digest))
         how = 'and all else' if known == digest else 'but another conversation'
-        if k != i: out.append(Fault(i, name, 'duplicate-id', f'the id of sample {k}, {how}'))
+        if k != i: out.append(Fault(i, printable(name), 'duplicate-id', f'the id of sample {k}, {how}'))
+    return out
+
+def _faults(texts, looks) -> list[Fault]:
+    "All others; `looks` holds what was found in each file"
+    out = []
+    for i, (name, _, fault, _, paths, inside) in enumerate(texts):
+        found = (fault, *inside, *(looks[p] for p in dict.fromkeys(paths)))
+        out += [Fault(i, printable(name), kind, printable(why)) for kind, why in filter(None, found)]
     return out
 
 def _encoder(recipe) -> Encoder|None:
@@ -362,16 +421,15 @@ def preflight(
     "Look at every sample once"
     start, _ = time.perf_counter(), _check_kinds(allow)
     encoder = _encoder(recipe)
+    _check_outputs(fix, out, _read_files(data))
     rows, folder, source = _rows(data, images, format)
     limits = _limits(encoder.max_length) if encoder else ()
-    texts = look_at_all(rows, _Text(encoder, limits, folder, max_aspect), 'texts', workers, progress)
+    texts = parallel_map(rows, _Text(encoder, limits, folder, max_aspect), 'texts', workers, progress)
     files = list(dict.fromkeys(p for o in texts for p in o[4]))
-    looks = look_at_all(files, _Picture(max_aspect), 'pictures', workers, progress)
-    seen, faults = dict(zip(files, looks)), _repeats(texts)
-    for i, (name, _, fault, _, paths, inside) in enumerate(texts):
-        faults += [Fault(i, name, *o) for o in (fault, *inside, *(seen[p] for p in dict.fromkeys(paths))) if o]
+    looks = parallel_map(files, _Picture(max_aspect), 'pictures', workers, progress)
+    faults = sorted(_repeats(texts) + _faults(texts, dict(zip(files, looks))))
     counts, images = [o[3] and Count(*o[3]) for o in texts], len(files) + sum(len(o[5]) for o in texts)
-    r = Report(len(rows), images, sorted(faults), tuple(allow), counts, limits, encoder and encoder.max_length,
+    r = Report(len(rows), images, faults, tuple(allow), counts, limits, encoder and encoder.max_length,
                time.perf_counter() - start, rows, folder, encoder, source)
     if fix: write_clean(r, fix)
     if out: save_report(r, out)

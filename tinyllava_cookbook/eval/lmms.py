@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from ..core import Table, pick_device, pick_dtype, read_json
-from ..data.datasets import Sample
+from ..data.records import Sample
 from ..data.templates import read_messages
 from .run import answer_chats, rank_device
 from ..infer.generate import user_turn

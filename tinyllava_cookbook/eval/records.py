@@ -18,93 +18,136 @@ from typing import Callable, Iterator
 ID_KEYS = 'question_id', 'questionId', 'id', 'index'   # The first that a record has is its id
 
 def _load(where, text):
-    try: return json.loads(text)
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as e:
         raise ValueError(f"{where}: not JSON ({e.msg} at column {e.colno})") from None
-    except (ValueError, RecursionError) as e:      # a number of thousands of digits, brackets without end
+    except (ValueError,
+            RecursionError) as e:      # a number of thousands of digits, brackets without end
         raise ValueError(f"{where}: not JSON that can be read ({str(e).split(';')[0][:80]})") from None
 
 def _read(path):
     "The text of a file"
-    try: return Path(path).read_text(encoding='utf-8-sig')
+    try:
+        return Path(path).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as e:
         line = e.object[:e.start].count(b'\n') + 1
         byte = e.object[e.start]
         raise ValueError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from None
 
-def _object(where, o):
-    if not isinstance(o, dict): raise ValueError(f"{where}: {str(o)[:40]!r} is not a JSON object")
-    return o
+def _object(where, found):
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: {str(found)[:40]!r} is not a JSON object")
+    return found
 
-def _record(where, o):
-    o = _object(where, o)
-    key = next((k for k in ID_KEYS if k in o), None)
-    if key is None: raise ValueError(f"{where}: no 'question_id'; it has {sorted(o)}")
-    return o if key=='question_id' else {'question_id': o[key], **o}
+# %% ../../nbs/50_eval.records.ipynb #31beffe9
+def _record(where, record):
+    record = _object(where, record)
+    key = next((name for name in ID_KEYS if name in record), None)
+    if key is None:
+        raise ValueError(f"{where}: no 'question_id'; it has {sorted(record)}")
+    return record if key=='question_id' else {'question_id': record[key], **record}
 
-def _by_id(path, o):
+def _by_id(path, found):
     "Records of an object that maps ids to answers"
-    odd = next((k for k,v in o.items() if not isinstance(v, (str,dict))), None)
-    if odd is not None:
-        raise ValueError(f"{path}: {odd!r} has neither a text nor a record, but {str(o[odd])[:40]!r}")
-    return [{'question_id': k, **(v if isinstance(v, dict) else {'text': v})} for k,v in o.items()]
+    rows = []
+    for id,value in found.items():
+        if not isinstance(value, (str,dict)):
+            raise ValueError(f"{path}: {id!r} has neither a text nor a record, "
+                             f"but {str(value)[:40]!r}")
+        row = value if isinstance(value, dict) else {'text': value}
+        rows.append({'question_id': id, **row})
+    return rows
 
+# %% ../../nbs/50_eval.records.ipynb #b5913f95
 def _lines(path, text) -> Iterator[tuple[str,object]]:
     "Where, and what, for each line that is not blank"
-    for i,l in enumerate(text.split('\n'), 1):
-        if l.strip(): yield (where := f'{path}, line {i}'), _load(where, l)
+    for i,line in enumerate(text.split('\n'), 1):
+        if line.strip():
+            yield (where := f'{path}, line {i}'), _load(where, line)
 
-def _records(path, text): return [_record(*o) for o in _lines(path, text)]
+def _records(path, text):
+    return [_record(*found) for found in _lines(path, text)]
 
 # %% ../../nbs/50_eval.records.ipynb #3a30c10a
+def _without(row, names):
+    return {name: value for name,value in row.items() if name not in names}
+
 def read_table(
     path,           # A `.tsv` or `.csv` with a header
-    skip=('image',),# Columns to leave out: pictures are long
+    skip=('image',),# Columns to leave out: images are long
 ) -> list[dict]:    # One per row, all values text
     "Read a table"
     csv.field_size_limit(sys.maxsize)
     tab = '\t' if Path(path).suffix=='.tsv' else ','
-    rows = list(csv.DictReader(io.StringIO(_read(path), newline=''), delimiter=tab))
-    if odd := next((i for i,row in enumerate(rows, 1) if None in row), None):
-        raise ValueError(f"{path}, row {odd}: more cells than the header has columns")
-    return [{k: v for k,v in row.items() if k not in skip} for row in rows]
+    text = io.StringIO(_read(path), newline='')
+    rows = list(csv.DictReader(text, delimiter=tab))
+    for i,row in enumerate(rows, 1):
+        if None in row:
+            raise ValueError(f"{path}, row {i}: more cells than the header has columns")
+    return [_without(row, skip) for row in rows]
 
+# %% ../../nbs/50_eval.records.ipynb #5159a180
+_MME = 'image', 'prompt', 'answer', 'text'   # Columns of a line
+
+def _tabbed_rows(path):
+    "Records of one subtask"
+    for i,line in enumerate(_read(path).split('\n'), 1):
+        if not line.strip():
+            continue
+        parts = line.split('\t')
+        if len(parts) not in (3, 4):
+            raise ValueError(f"{path}, line {i}: {len(parts)} columns; "
+                             "an MME line has 3, or 4 with an answer")
+        row = dict(zip(_MME, parts))
+        yield {'question_id': f"{path.stem}/{row['image']}", **row}
+
+# %% ../../nbs/50_eval.records.ipynb #1405c39a
 def read_tabbed(
-    folder,         # Holds one `.txt` per subtask: image, question, right answer and, in results, the model's answer
+    folder,         # Holds one `.txt` per subtask: image, question, reference, prediction
 ) -> list[dict]:    # In the order of the files and lines
     "Read MME's folders of tab-separated lines"
     rows = []
     for path in sorted(Path(folder).glob('*.txt')):
-        for i,line in enumerate(_read(path).split('\n'), 1):
-            if not line.strip(): continue
-            parts = line.split('\t')
-            if len(parts) not in (3, 4):
-                raise ValueError(f"{path}, line {i}: {len(parts)} columns; an MME line has 3, or 4 with an answer")
-            row = dict(zip(('image','prompt','answer','text'), parts))
-            rows.append({'question_id': f"{path.stem}/{row['image']}", **row})
-    if not rows: raise ValueError(f"{str(folder)!r} is empty; MME results are one .txt per subtask")
+        rows.extend(_tabbed_rows(path))
+    if not rows:
+        raise ValueError(f"{str(folder)!r} is empty; MME results are one .txt per subtask")
     return rows
 
 # %% ../../nbs/50_eval.records.ipynb #8531efc5
+def _json_records(path):
+    "Records of a JSON file: a list, an object, or lines whatever its name says"
+    text = _read(path)
+    if text.lstrip()[:1]=='[':
+        found = _load(path, text)
+        return [_record(f'{path}, record {i}', record) for i,record in enumerate(found, 1)]
+    if path.suffix!='.json' or not text.strip():
+        return _records(path, text)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return _records(path, text)
+    if not isinstance(found, dict) or 'question_id' in found:
+        return _records(path, text)
+    return _by_id(path, found)
+
+# %% ../../nbs/50_eval.records.ipynb #a70e6d12
 def read_answers(
     path,           # A file or folder of the table above
 ) -> list[dict]:    # Records with a `question_id`, in the order of the file
     "Read answers in any of the forms that the benchmarks use; errors name the line"
     path = Path(path)
-    if path.is_dir(): return read_tabbed(path)
-    if not path.is_file(): raise FileNotFoundError(f"no answers {str(path)!r}")
+    if path.is_dir():
+        return read_tabbed(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no answers {str(path)!r}")
     if path.suffix in ('.tsv', '.csv'):
-        rows = [_record(f'{path}, row {i}', o) for i,o in enumerate(read_table(path), 1)]
+        table = enumerate(read_table(path), 1)
+        rows = [_record(f'{path}, row {i}', row) for i,row in table]
     else:
-        text = _read(path)
-        if text.lstrip()[:1]=='[':
-            rows = [_record(f'{path}, record {i}', o) for i,o in enumerate(_load(path, text), 1)]
-        elif path.suffix=='.json' and text.strip():
-            try: o = json.loads(text)       # one object, or lines under a name that says otherwise
-            except (ValueError, RecursionError): o = None
-            rows = _records(path, text) if o is None or 'question_id' in o else _by_id(path, o)
-        else: rows = _records(path, text)
-    if not rows: raise ValueError(f"{str(path)!r} is empty; there is nothing to score")
+        rows = _json_records(path)
+    if not rows:
+        raise ValueError(f"{str(path)!r} is empty; there is nothing to score")
     return rows
 
 # %% ../../nbs/50_eval.records.ipynb #a3fb2a94
@@ -114,16 +157,26 @@ def read_jsonl(
     unique='question_id',   # Key whose values must differ; `None`: none
 ) -> list[dict]:            # The objects, in order
     "Read and check a JSON-lines file; errors name the line"
-    path, seen, rows = Path(path), {}, []
-    if not path.is_file(): raise FileNotFoundError(f"no file {str(path)!r}; give the path of a JSON-lines file")
-    for where,o in _lines(path, _read(path)):
-        for k in needs:
-            if k not in _object(where, o): raise ValueError(f"{where}: no {k!r}; it has {sorted(o)}")
-        first = seen.setdefault(str(o[unique]), where) if unique else where     # 4 and "4" are one id
-        if first!=where: raise ValueError(f"{where}: {unique} {o[unique]!r} is already on {first.split(', ')[-1]}")
-        rows.append(o)
-    if not rows: raise ValueError(f"{path} is empty; it needs one JSON object per line")
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r}; give the path of a JSON-lines file")
+    seen = {}
+    rows = []
+    for where,row in _lines(path, _read(path)):
+        for key in needs:
+            if key not in _object(where, row):
+                raise ValueError(f"{where}: no {key!r}; it has {sorted(row)}")
+        if unique: _only_once(seen, row[unique], where, unique)
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} is empty; it needs one JSON object per line")
     return rows
+
+def _only_once(seen, id, where, name):
+    "An error where an id is there already; 4 and '4' are one id"
+    first = seen.setdefault(str(id), where)
+    if first!=where:
+        raise ValueError(f"{where}: {name} {id!r} is already on {first.split(', ')[-1]}")
 
 # %% ../../nbs/50_eval.records.ipynb #f3ef85c5
 def said(
@@ -131,17 +184,55 @@ def said(
     *keys:str,  # Names for the answer that come before `text`
 ) -> str:       # What the model said
     "The text of an answer"
-    for k in (*keys, 'text'):
-        if isinstance(row.get(k), str): return row[k]
-        if k in row: raise ValueError(f"question {row['question_id']!r}: {k!r} is {row[k]!r}, not a text")
+    for key in (*keys, 'text'):
+        if isinstance(row.get(key), str):
+            return row[key]
+        if key in row:
+            raise ValueError(f"question {row['question_id']!r}: {key!r} is {row[key]!r}, not a text")
     raise ValueError(f"question {row['question_id']!r} has no 'text'; it has {sorted(row)}")
 
 # %% ../../nbs/50_eval.records.ipynb #0ff7d034
 def _same(a, b):
-    return all(a.get(k)==b.get(k) for k in a.keys()|b.keys() if k not in ('answer_id','metadata','model_id'))
+    return all(a.get(key)==b.get(key)
+               for key in a.keys()|b.keys()
+               if key not in ('answer_id','metadata','model_id'))
 
-def _first(what, ids): return f"{len(ids)} {what} (first: {ids[0]!r})"
+def _first(what, ids):
+    return f"{len(ids)} {what} (first: {ids[0]!r})"
 
+# %% ../../nbs/50_eval.records.ipynb #db955312
+def _pair_up(rows):
+    "Records by id, ids that come again with the same answer, and with another"
+    by_id, twice, clash = {}, [], []
+    for row in rows:
+        id = str(row['question_id'])
+        if id in by_id:
+            (twice if _same(by_id[id], row) else clash).append(id)
+        by_id[id] = row
+    return by_id, twice, clash
+
+def _asks(prompt, question):
+    "Does a prompt hold a question, whatever its white space and case?"
+    squash = lambda text: ''.join(text.lower().split())
+    return squash(question) in squash(prompt)
+
+# %% ../../nbs/50_eval.records.ipynb #9ad26ded
+def _refuse(missing, unknown, clash):
+    "An error that counts what does not match"
+    wrong = {'questions have no answer': missing, 'answers are to unknown questions': unknown,
+             'questions have two different answers': clash}
+    words = [_first(what, ids) for what,ids in wrong.items() if ids]
+    if words:
+        raise ValueError(f"{'; '.join(words)}. Score what there is with partial=True")
+
+def _other_prompts(by_id, ids, asked):
+    "Ids whose prompt is about something else than their question"
+    if not asked:
+        return []
+    known = [id for id in ids if 'prompt' in by_id.get(id, {})]
+    return [id for id in known if not _asks(by_id[id]['prompt'], asked[id])]
+
+# %% ../../nbs/50_eval.records.ipynb #6d0c69d5
 def match(
     rows:list[dict],       # Answers
     ids:list,              # The benchmark's ids, in its order
@@ -150,27 +241,22 @@ def match(
     lenient:bool=False,    # A missing answer is wrong by the benchmark's own rule
 ) -> tuple[dict, dict]:    # Id (as text) to record, and the counts of what was wrong
     "Pair answers with questions by id"
-    by, twice, clash = {}, [], []
-    for r in rows:
-        k = str(r['question_id'])
-        if k in by: (twice if _same(by[k], r) else clash).append(k)
-        by[k] = r
-    if not rows: raise ValueError("no answers to score")
-    ids = [str(i) for i in ids]
+    if not rows:
+        raise ValueError("no answers to score")
+    by_id, twice, clash = _pair_up(rows)
+    ids = [str(id) for id in ids]
     known = set(ids)
-    unknown, missing = [k for k in by if k not in known], [k for k in ids if k not in by]
-    if len(unknown)==len(by): raise ValueError(
-        f"none of the {len(by)} answers is to this benchmark: its ids are like {ids[0]!r}, theirs like {unknown[0]!r}")
-    what = ('questions have no answer', 'answers are to unknown questions', 'questions have two different answers')
-    wrong = [_first(w, o) for w,o in zip(what, ([] if lenient else missing, unknown, clash)) if o]
-    if wrong and not partial: raise ValueError(f"{'; '.join(wrong)}. Score what there is with partial=True")
-    other = [k for k in ids if k in by and asked and 'prompt' in by[k] and not _asks(by[k]['prompt'], asked[k])]
-    found = dict(missing=missing, unknown=unknown, duplicates=twice+clash, other_prompts=other)
-    return by, {k: len(v) for k,v in found.items()} | dict(examples={k: v[:5] for k,v in found.items() if v})
-
-def _asks(prompt, question):
-    squash = lambda s: ''.join(s.lower().split())
-    return squash(question) in squash(prompt)
+    unknown = [id for id in by_id if id not in known]
+    missing = [id for id in ids if id not in by_id]
+    if len(unknown)==len(by_id):
+        raise ValueError(f"none of the {len(by_id)} answers is to this benchmark: its ids are "
+                         f"like {ids[0]!r}, theirs like {unknown[0]!r}")
+    if not partial: _refuse([] if lenient else missing, unknown, clash)
+    found = dict(missing=missing, unknown=unknown, duplicates=twice+clash,
+                 other_prompts=_other_prompts(by_id, ids, asked))
+    examples = {what: some[:5] for what,some in found.items() if some}
+    counts = {what: len(some) for what,some in found.items()}
+    return by_id, counts | dict(examples=examples)
 
 # %% ../../nbs/50_eval.records.ipynb #3043fb24
 def place(
@@ -179,14 +265,17 @@ def place(
     key:Callable,         # Key of an answer
 ) -> list[dict]:          # Answers whose `question_id` is the position of their question
     "Find questions by a key; the second answer with a key goes to the second question with it"
-    at, used, out = {}, Counter(), []
-    for i,k in enumerate(keys): at.setdefault(k, []).append(i)
-    for r in rows:
-        k = key(r)
-        here = at.get(k)
-        out.append({**r, 'question_id': here[min(used[k], len(here)-1)] if here else ' '.join(map(str, k))})
-        used[k] += 1
-    return out
+    positions, used, found = {}, Counter(), []
+    for i,question in enumerate(keys):
+        positions.setdefault(question, []).append(i)
+    for row in rows:
+        question = key(row)
+        here = positions.get(question)
+        id = ' '.join(map(str, question))
+        if here: id = here[min(used[question], len(here)-1)]
+        found.append({**row, 'question_id': id})
+        used[question] += 1
+    return found
 
 # %% ../../nbs/50_eval.records.ipynb #f1d18088
 def mean_of_scores(
@@ -194,38 +283,58 @@ def mean_of_scores(
     weights,          # (resamples, rows): how often each comes up
 ):                    # (resamples,): the headline
     "The usual headline: the mean of the first column"
-    return weights @ [r[1] for r in rows] / weights.sum(1)
+    return weights @ [row[1] for row in rows] / weights.sum(1)
 
-def _tally(items, cols): return Counter((o.get('stratum', ''), *(o[c] for c in cols)) for o in items)
+def _columns(item, names):
+    "Stratum and columns of an item, a row that can be counted"
+    return item.get('stratum', ''), *(item[name] for name in names)
 
-def _draws(tally, n, seed):
-    "Distinct rows, and `n` resamples of their counts, stratum by stratum"
+def _tally(items, names):
+    return Counter(_columns(item, names) for item in items)
+
+# %% ../../nbs/50_eval.records.ipynb #3146056a
+def _stratum(row):
+    return str(row[0])
+
+def _draws(tally, resamples, seed):
+    "Distinct rows, and resamples of their counts, stratum by stratum"
     import numpy as np
-    rng, rows, parts = np.random.default_rng(seed), sorted(tally, key=lambda r: str(r[0])), []
-    for _,group in groupby(rows, key=lambda r: str(r[0])):
-        k = np.array([tally[r] for r in group])
-        parts.append(rng.multinomial(k.sum(), k/k.sum(), size=n))
+    rng = np.random.default_rng(seed)
+    rows = sorted(tally, key=_stratum)
+    parts = []
+    for _,group in groupby(rows, key=_stratum):
+        counts = np.array([tally[row] for row in group])
+        total = counts.sum()
+        parts.append(rng.multinomial(total, counts/total, size=resamples))
     return rows, np.concatenate(parts, axis=1)
 
+# %% ../../nbs/50_eval.records.ipynb #964933a6
 def _ends(values, level):
     import numpy as np
-    if not 0<level<1: raise ValueError(f"level {level!r} is not between 0 and 1; use 0.95 for a 95 % interval")
-    return tuple(float(o) for o in np.quantile(values, [(1-level)/2, (1+level)/2]))
+    if not 0<level<1:
+        raise ValueError(f"level {level!r} is not between 0 and 1; use 0.95 for a 95 % interval")
+    return tuple(float(end) for end in np.quantile(values, [(1-level)/2, (1+level)/2]))
 
 # %% ../../nbs/50_eval.records.ipynb #025895e1
-def _plain(o):
+def _plain(found):
     "JSON without NaN"
-    if isinstance(o, dict): return {k: _plain(v) for k,v in o.items()}
-    if isinstance(o, (list,tuple)): return [_plain(v) for v in o]
-    return None if isinstance(o, float) and not math.isfinite(o) else o
+    if isinstance(found, dict):
+        return {key: _plain(value) for key,value in found.items()}
+    if isinstance(found, (list,tuple)):
+        return [_plain(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
+# %% ../../nbs/50_eval.records.ipynb #dcbf3152
 def problem_words(
     problems:dict,  # Of a `Score`
 ) -> str:           # '' where all is well
     "What did not match and what is absent, in words for a line or a table"
-    words = [f'{v} {k}' for k,v in problems.items() if isinstance(v, int) and v]
-    if absent := problems.get('absent_subtasks'): words.append(f"{len(absent)} absent_subtasks: {', '.join(absent)}")
-    return ', '.join([*words, *(f'INCOMPLETE: {o}' for o in problems.get('incomplete', []))])
+    counts = {key: value for key,value in problems.items() if isinstance(value, int)}
+    words = [f'{count} {what}' for what,count in counts.items() if count]
+    if absent := problems.get('absent_subtasks'):
+        words.append(f"{len(absent)} absent_subtasks: {', '.join(absent)}")
+    words += [f'INCOMPLETE: {what}' for what in problems.get('incomplete', [])]
+    return ', '.join(words)
 
 # %% ../../nbs/50_eval.records.ipynb #bd1e225a
 @dataclass(repr=False)
@@ -242,57 +351,76 @@ class Score:
     stat:Callable = mean_of_scores # From rows and weights to the headline
 
     @property
-    def value(self) -> float: return self.metrics[self.main]
+    def value(self) -> float:
+        return self.metrics[self.main]
     @property
-    def n(self) -> int: return len(self.items)
+    def n(self) -> int:
+        return len(self.items)
 
     def __repr__(self):
-        lo, hi = self.interval()
+        low, high = self.interval()
         wrong = problem_words(self.problems)
-        return (f'{self.bench}: {self.main} {self.value:.4g}, 95 % interval {lo:.4g} to {hi:.4g}, '
-                f'{self.n:,} questions' + (f' ({wrong})' if wrong else ''))
+        return (f'{self.bench}: {self.main} {self.value:.4g}, 95 % interval {low:.4g} to '
+                f'{high:.4g}, {self.n:,} questions' + (f' ({wrong})' if wrong else ''))
 
     def interval(self,
-        level:float=.95, # Share of the resampled headlines inside
+        level:float=.95, # Fraction of the resampled headlines inside
         n:int=1000,      # Resamples
         seed:int=0,      # Same seed, same interval
     ) -> tuple[float,float]: # Lower and upper end
         "Percentile bootstrap interval of the headline"
-        return _ends(self.scale*self.stat(*_draws(_tally(self.items, self.cols), n, seed)), level)
+        rows, weights = _draws(_tally(self.items, self.cols), n, seed)
+        return _ends(self.scale*self.stat(rows, weights), level)
 
     def to_dict(self,
         items:bool=False,   # With every item?
     ) -> dict:              # Plain JSON, of the same shape for every benchmark
         "The score as `--json` prints it"
-        o = dict(benchmark=self.bench, main=self.main, score=self.value, interval=list(self.interval()), n=self.n,
-                 metrics=self.metrics, tables=self.tables, problems=self.problems)
-        return _plain(o | (dict(items=self.items) if items else {}))
+        found = dict(benchmark=self.bench, main=self.main, score=self.value,
+                     interval=list(self.interval()), n=self.n, metrics=self.metrics,
+                     tables=self.tables, problems=self.problems)
+        if items: found['items'] = self.items
+        return _plain(found)
 
 # %% ../../nbs/50_eval.records.ipynb #5ea4e08b
+def _paired(a, b):
+    "Items of two scores, question by question"
+    if (a.bench,a.main)!=(b.bench,b.main):
+        raise ValueError(f"{a.bench} {a.main} and {b.bench} {b.main} cannot be compared")
+    other = {str(item['id']): item for item in b.items}
+    lone = [item['id'] for item in a.items if str(item['id']) not in other]
+    if lone or len(other)!=len(a.items):
+        raise ValueError(f"not the same questions: {len(a.items)} and {len(other)}, "
+                         f"{len(lone)} of the first not in the second")
+    return [(item, other[str(item['id'])]) for item in a.items]
+
+# %% ../../nbs/50_eval.records.ipynb #52a3aa1a
+def _differences(a, b, pairs, resamples, seed):
+    "Headline of `b` less that of `a`, on resampled questions"
+    tally = Counter(_columns(one, a.cols) + _columns(two, b.cols)[1:] for one,two in pairs)
+    rows, weights = _draws(tally, resamples, seed)
+    split = 1 + len(a.cols)
+    second = [(row[0], *row[split:]) for row in rows]
+    first = [row[:split] for row in rows]
+    return b.scale*b.stat(second, weights) - a.scale*a.stat(first, weights)
+
+# %% ../../nbs/50_eval.records.ipynb #85a4f298
 def compare(
     a:Score,          # One model
     b:Score,          # Another, on the same questions
-    level:float=.95,  # Share of the resampled differences inside the interval
+    level:float=.95,  # Fraction of the resampled differences inside the interval
     n:int=1000,       # Resamples
     seed:int=0,       # Same seed, same result
 ) -> dict:            # a, b, difference (b - a), interval, p, n, better, worse
     "Paired bootstrap of two scores"
-    if (a.bench,a.main)!=(b.bench,b.main):
-        raise ValueError(f"{a.bench} {a.main} and {b.bench} {b.main} cannot be compared")
-    other = {str(o['id']): o for o in b.items}
-    lone = [o['id'] for o in a.items if str(o['id']) not in other]
-    if lone or len(other)!=len(a.items): raise ValueError(
-        f"not the same questions: {len(a.items)} and {len(other)}, {len(lone)} of the first not in the second")
-    pairs = [(o, other[str(o['id'])]) for o in a.items]
-    both = lambda x, y: (x.get('stratum', ''), *(x[c] for c in a.cols), *(y[c] for c in b.cols))
-    tally = Counter(both(x, y) for x,y in pairs)
-    rows, w = _draws(tally, n, seed)
-    k = 1 + len(a.cols)
-    d = b.scale*b.stat([(r[0], *r[k:]) for r in rows], w) - a.scale*a.stat([r[:k] for r in rows], w)
-    p = min(1., 2*min((d<=0).mean(), (d>=0).mean()))
-    up, down = (sum(s*y['score']>s*x['score'] for x,y in pairs) for s in (1, -1))
-    return dict(a=a.value, b=b.value, difference=b.value-a.value, interval=list(_ends(d, level)), p=float(p),
-                n=len(pairs), better=up, worse=down)
+    pairs = _paired(a, b)
+    change = _differences(a, b, pairs, n, seed)
+    p_value = min(1., 2*min((change<=0).mean(), (change>=0).mean()))
+    better = sum(two['score']>one['score'] for one,two in pairs)
+    worse = sum(two['score']<one['score'] for one,two in pairs)
+    return dict(a=a.value, b=b.value, difference=b.value-a.value,
+                interval=list(_ends(change, level)), p=float(p_value), n=len(pairs),
+                better=better, worse=worse)
 
 # %% ../../nbs/50_eval.records.ipynb #c26e2f51
 def find(
@@ -302,12 +430,15 @@ def find(
 ) -> Path:             # The file
     "The file of a benchmark in a folder"
     place = Path(place)
-    if place.is_file(): return place
+    if place.is_file():
+        return place
     for depth in ('', '*/', '*/*/'):
-        for p in patterns:
-            if found := sorted(place.glob(depth + p)): return found[0]
+        for pattern in patterns:
+            if found := sorted(place.glob(depth + pattern)):
+                return found[0]
     what = ' or '.join(patterns)
-    raise FileNotFoundError(f"no {what} in {str(place)!r}" + (f"; it comes from {source}" if source else ''))
+    where = f"; it comes from {source}" if source else ''
+    raise FileNotFoundError(f"no {what} in {str(place)!r}{where}")
 
 # %% ../../nbs/50_eval.records.ipynb #dc9c65ef
 def mean(
@@ -317,6 +448,7 @@ def mean(
     values = list(values)
     return sum(values)/len(values) if values else 0.
 
+# %% ../../nbs/50_eval.records.ipynb #6f258ee1
 def table(
     items:list[dict],  # With `score`
     key:str,           # Their column to group by
@@ -324,5 +456,6 @@ def table(
 ) -> dict[str,float]:  # Group to mean score, in order of first appearance
     "Mean score per group"
     groups = {}
-    for o in items: groups.setdefault(str(o[key]), []).append(o['score'])
-    return {k: scale*mean(v) for k,v in groups.items()}
+    for item in items:
+        groups.setdefault(str(item[key]), []).append(item['score'])
+    return {kind: scale*mean(scores) for kind,scores in groups.items()}

@@ -22,8 +22,8 @@ def normalize(
     s:str, # An answer as the model wrote it
 ) -> str:  # The form that is compared
     "Lower case, single spaces, without one final full stop"
-    s = ' '.join(s.lower().split())
-    return s[:-1].rstrip() if s.endswith('.') else s
+    text = ' '.join(s.lower().split())
+    return text[:-1].rstrip() if text.endswith('.') else text
 
 # %% ../../nbs/53_eval.scoring.ipynb #0d2453b5
 def exact_match(
@@ -44,11 +44,15 @@ def bootstrap_ci(
 ) -> tuple[float,float]: # Lower and upper end
     "Percentile bootstrap interval of `stat(values)`"
     import numpy as np
-    values, stat = np.asarray(values), stat or np.mean
-    if not len(values): raise ValueError("no values to resample; score at least one answer first")
-    if not 0<level<1: raise ValueError(f"level {level!r} is not between 0 and 1; use 0.95 for a 95 % interval")
-    rng, k = np.random.default_rng(seed), len(values)
-    stats = [stat(values[rng.integers(0, k, k)]) for _ in range(n)]
+    values = np.asarray(values)
+    stat = stat or np.mean
+    if not len(values):
+        raise ValueError("no values to resample; score at least one answer first")
+    if not 0<level<1:
+        raise ValueError(f"level {level!r} is not between 0 and 1; use 0.95 for a 95 % interval")
+    rng = np.random.default_rng(seed)
+    size = len(values)
+    stats = [stat(values[rng.integers(0, size, size)]) for _ in range(n)]
     lo,hi = np.quantile(stats, [(1-level)/2, (1+level)/2])
     return float(lo), float(hi)
 
@@ -62,9 +66,11 @@ def accuracy_by_kind(
     if len(correct)!=len(kinds):
         raise ValueError(f"{len(correct)} results for {len(kinds)} kinds; they must be equally many")
     groups = {}
-    for c,k in zip(correct, kinds): groups.setdefault(k, []).append(bool(c))
-    return {k: dict(n=len(v), accuracy=sum(v)/len(v), ci=list(bootstrap_ci(v, seed)))
-            for k,v in sorted(groups.items())}
+    for right,kind in zip(correct, kinds):
+        groups.setdefault(kind, []).append(bool(right))
+    return {kind: dict(n=len(values), accuracy=sum(values)/len(values),
+                       ci=list(bootstrap_ci(values, seed)))
+            for kind,values in sorted(groups.items())}
 
 # %% ../../nbs/53_eval.scoring.ipynb #f0dff13b
 _pope_no = {'No', 'not', 'no'}
@@ -73,11 +79,14 @@ def pope_answer(
     s:str, # An answer as the model wrote it
 ) -> str:  # 'yes' or 'no'
     "What the official POPE script reads in `s`"
-    return 'no' if _pope_no & set(s.split('.')[0].replace(',', '').split(' ')) else 'yes'
+    words = s.split('.')[0].replace(',', '').split(' ')
+    return 'no' if _pope_no & set(words) else 'yes'
 
 # %% ../../nbs/53_eval.scoring.ipynb #661e6f48
-def _ratio(a, b): return a/b if b else 0.0
+def _ratio(part, whole):
+    return part/whole if whole else 0.0
 
+# %% ../../nbs/53_eval.scoring.ipynb #74295657
 def pope_scores(
     preds:list[str],  # Raw answers, or 'yes' / 'no'
     labels:list[str], # 'yes' or 'no', in the same order
@@ -86,19 +95,37 @@ def pope_scores(
     "The official POPE numbers of one category"
     if len(preds)!=len(labels):
         raise ValueError(f"{len(preds)} answers for {len(labels)} labels; they must be equally many")
-    if not labels: raise ValueError("no answers to score; POPE needs at least one")
-    for l in labels:
-        if l not in ('yes','no'): raise ValueError(f"label {l!r} is not 'yes' or 'no'")
-    c = Counter((pope_answer(p), l) for p,l in zip(preds, labels))
-    TP,FP,TN,FN = c['yes','yes'], c['yes','no'], c['no','no'], c['no','yes']
-    precision, recall = _ratio(TP, TP+FP+eps), _ratio(TP, TP+FN+eps)
+    if not labels:
+        raise ValueError("no answers to score; POPE needs at least one")
+    for label in labels:
+        if label not in ('yes','no'):
+            raise ValueError(f"label {label!r} is not 'yes' or 'no'")
+    counts = Counter((pope_answer(pred), label) for pred,label in zip(preds, labels))
+    TP = counts['yes','yes']
+    FP = counts['yes','no']
+    TN = counts['no','no']
+    FN = counts['no','yes']
+    precision = _ratio(TP, TP+FP+eps)
+    recall = _ratio(TP, TP+FN+eps)
     return dict(n=len(labels), TP=TP, FP=FP, TN=TN, FN=FN,
                 accuracy=(TP+TN)/len(labels), precision=precision, recall=recall,
-                f1=_ratio(2*precision*recall, precision+recall+eps), yes_ratio=(TP+FP)/len(labels))
+                f1=_ratio(2*precision*recall, precision+recall+eps),
+                yes_ratio=(TP+FP)/len(labels))
 
 # %% ../../nbs/53_eval.scoring.ipynb #410069c0
 POPE_CATEGORIES = 'random', 'popular', 'adversarial' # In the order in which the published mean adds them up
 
+def _by_category(preds, labels, kinds):
+    "Predictions and labels of each category, in POPE's order"
+    groups = {}
+    for pred,label,kind in zip(preds, labels, kinds):
+        groups.setdefault(kind, ([], []))
+        groups[kind][0].append(pred)
+        groups[kind][1].append(label)
+    known = [kind for kind in POPE_CATEGORIES if kind in groups]
+    return {kind: groups[kind] for kind in known + sorted(groups.keys()-set(known))}
+
+# %% ../../nbs/53_eval.scoring.ipynb #78a37fc5
 def pope_by_category(
     preds:list[str],  # Raw answers
     labels:list[str], # 'yes' or 'no'
@@ -108,53 +135,91 @@ def pope_by_category(
     if not len(preds)==len(labels)==len(kinds):
         raise ValueError(f"{len(preds)} answers, {len(labels)} labels, {len(kinds)} categories; "
                          "they must be equally many")
-    groups = {}
-    for p,l,k in zip(preds, labels, kinds): groups.setdefault(k, []).append((p,l))
-    names = [k for k in POPE_CATEGORIES if k in groups] + sorted(groups.keys()-set(POPE_CATEGORIES))
-    by = {k: pope_scores(*map(list, zip(*groups[k]))) for k in names}
-    right = sum(o['TP']+o['TN'] for o in by.values())
-    return dict(f1=_ratio(sum(o['f1'] for o in by.values()), len(by)),
-                accuracy=_ratio(right, len(preds)), n=len(preds), by_kind=by)
+    groups = _by_category(preds, labels, kinds)
+    by_kind = {kind: pope_scores(*pair) for kind,pair in groups.items()}
+    right = sum(scores['TP']+scores['TN'] for scores in by_kind.values())
+    mean_f1 = _ratio(sum(scores['f1'] for scores in by_kind.values()), len(by_kind))
+    return dict(f1=mean_f1, accuracy=_ratio(right, len(preds)), n=len(preds),
+                by_kind=by_kind)
 
 # %% ../../nbs/53_eval.scoring.ipynb #f5cc4583
-POPE_OFFSETS = dict(adversarial=0, random=10_000_000, popular=20_000_000) # Added to the ids of a category
+POPE_OFFSETS = dict(adversarial=0, random=10_000_000,
+                    popular=20_000_000) # Added to the ids of a category
+
+def _offset_ids(category, rows):
+    return [POPE_OFFSETS[category] + int(row['question_id']) for row in rows]
 
 def _pope_ids(labels, questions):
     "Ids of each category's labels: LLaVA's offsets, or the question file's ids in their order"
     if questions is None:
-        return {c: [POPE_OFFSETS[c]+int(o['question_id']) for o in rows] for c,rows in labels.items()}
+        return {category: _offset_ids(category, rows) for category,rows in labels.items()}
     asked = {}
-    for o in read_answers(questions): asked.setdefault(o['category'], []).append(o['question_id'])
-    for c,rows in labels.items():
-        if len(asked.get(c, []))!=len(rows):
-            raise ValueError(f"{len(asked.get(c, []))} {c} questions in {str(questions)!r} for {len(rows)} labels")
+    for row in read_answers(questions):
+        asked.setdefault(row['category'], []).append(row['question_id'])
+    for category,rows in labels.items():
+        found = len(asked.get(category, []))
+        if found!=len(rows):
+            raise ValueError(f"{found} {category} questions in {str(questions)!r} "
+                             f"for {len(rows)} labels")
     return asked
 
+# %% ../../nbs/53_eval.scoring.ipynb #bca5e410
 def _pope_labels(place):
     "Label rows of the categories that are there"
-    labels, why = {}, None
-    for c in POPE_CATEGORIES:
-        try: path = find(place, f'coco_pope_{c}.json', source='output/coco of github.com/AoiDragon/POPE')
-        except FileNotFoundError as e: why = why or e; continue
-        if Path(place).is_file() and c not in path.name: continue
-        labels[c] = read_answers(path)
-        if not {'text','label'} <= labels[c][0].keys(): raise ValueError(f"{str(path)!r} has no labels; is it POPE's?")
-    if not labels: raise why or ValueError(f"{str(place)!r} is no coco_pope_{{category}}.json; give their folder")
+    labels = {}
+    why = None
+    for category in POPE_CATEGORIES:
+        try:
+            path = find(place, f'coco_pope_{category}.json',
+                        source='output/coco of github.com/AoiDragon/POPE')
+        except FileNotFoundError as e:
+            why = why or e
+            continue
+        if Path(place).is_file() and category not in path.name:
+            continue
+        labels[category] = read_answers(path)
+        if not {'text','label'} <= labels[category][0].keys():
+            raise ValueError(f"{str(path)!r} has no labels; is it POPE's?")
+    if not labels:
+        raise why or ValueError(f"{str(place)!r} is no coco_pope_{{category}}.json; give their folder")
     return labels
+
+# %% ../../nbs/53_eval.scoring.ipynb #7ce4323e
+def _f1_of(rows, weights):
+    "F1 of resampled answers to one category"
+    hits = weights @ [pred==label=='yes' for pred,label in rows]
+    wrong = weights @ [pred!=label for pred,label in rows]
+    return 2*hits/(2*hits + wrong).clip(1e-9)
 
 def pope_mean_f1(
     rows:list[tuple], # Distinct rows: category, what was read, label
     weights,          # (resamples, rows): how often each comes up
 ):                    # (resamples,): the headlines
     "The mean of the categories' F1 of resampled answers"
-    f1s = []
-    for c in dict.fromkeys(r[0] for r in rows):
-        here = [r[1:] if r[0]==c else ('','') for r in rows]
-        tp, wrong = weights @ [p==l=='yes' for p,l in here], weights @ [p!=l for p,l in here]
-        f1s.append(2*tp/(2*tp + wrong).clip(1e-9))
-    return sum(f1s)/len(f1s)
+    scores = []
+    for category in dict.fromkeys(row[0] for row in rows):
+        here = [row[1:] if row[0]==category else ('','') for row in rows]
+        scores.append(_f1_of(here, weights))
+    return sum(scores)/len(scores)
 
 # %% ../../nbs/53_eval.scoring.ipynb #6fe87499
+def _pope_item(id, category, row, answer):
+    "A scored question; one without an answer has the wrong one"
+    if answer is None:
+        text = None
+        read = 'no' if row['label']=='yes' else 'yes'
+    else:
+        text = said(answer)
+        read = pope_answer(text)
+    return dict(id=id, stratum=category, kind=category, score=float(read==row['label']),
+                text=text, parsed=read, answer=row['label'])
+
+def _pope_table(items, category, eps):
+    some = [item for item in items if item['kind']==category]
+    preds = [item['parsed'] for item in some]
+    return pope_scores(preds, [item['answer'] for item in some], eps)
+
+# %% ../../nbs/53_eval.scoring.ipynb #27373543
 def pope(
     annotations,         # Folder of `coco_pope_{random,popular,adversarial}.json`
     answers:list[dict],  # `question_id`, `text`
@@ -163,50 +228,87 @@ def pope(
     eps:float=0.,        # As in `pope_scores`
 ) -> Score:              # `f1`: mean of the categories; all numbers per category in `tables`
     "Official POPE scores"
-    labels, items = _pope_labels(annotations), []
+    labels = _pope_labels(annotations)
     ids = _pope_ids(labels, questions)
-    gold = {str(i): (c, o) for c,rows in labels.items() for i,o in zip(ids[c], rows)}
-    asked = {i: o['text'] for i,(_,o) in gold.items()}
-    by, problems = match(answers, list(gold), partial, asked)
-    for i,(c,o) in gold.items():
-        text = said(by[i]) if i in by else None
-        read = pope_answer(text) if i in by else {'yes': 'no'}.get(o['label'], 'yes')
-        items.append(dict(id=i, stratum=c, kind=c, score=float(read==o['label']), text=text, parsed=read,
-                          answer=o['label']))
-    absent = [c for c in POPE_CATEGORIES if c not in labels]
-    if absent: problems['incomplete'] = [f"{len(absent)} of 3 categories are absent: {', '.join(absent)}"]
-    of = lambda c: [o for o in items if o['kind']==c]
-    tables = {c: pope_scores([o['parsed'] for o in of(c)], [o['answer'] for o in of(c)], eps) for c in labels}
-    metrics = dict(f1=sum(o['f1'] for o in tables.values())/len(tables), accuracy=mean(o['score'] for o in items),
-                   yes_ratio=mean(o['parsed']=='yes' for o in items))
-    return Score('pope', 'f1', metrics, tables, items, problems, cols=('parsed','answer'), stat=pope_mean_f1)
+    gold = {}
+    for category,rows in labels.items():
+        gold |= {str(id): (category, row) for id,row in zip(ids[category], rows)}
+    asked = {id: row['text'] for id,(_,row) in gold.items()}
+    by_id, problems = match(answers, list(gold), partial, asked)
+    items = [_pope_item(id, category, row, by_id.get(id))
+             for id,(category,row) in gold.items()]
+    return _pope_score(items, labels, problems, eps)
+
+# %% ../../nbs/53_eval.scoring.ipynb #72c1942d
+def _pope_score(items, labels, problems, eps):
+    absent = [category for category in POPE_CATEGORIES if category not in labels]
+    if absent:
+        words = f"{len(absent)} of 3 categories are absent: {', '.join(absent)}"
+        problems['incomplete'] = [words]
+    tables = {category: _pope_table(items, category, eps) for category in labels}
+    mean_f1 = sum(scores['f1'] for scores in tables.values())/len(tables)
+    metrics = dict(f1=mean_f1, accuracy=mean(item['score'] for item in items),
+                   yes_ratio=mean(item['parsed']=='yes' for item in items))
+    return Score('pope', 'f1', metrics, tables, items, problems,
+                 cols=('parsed','answer'), stat=pope_mean_f1)
 
 # %% ../../nbs/53_eval.scoring.ipynb #e26c50b3
-def _grades(i, r):
+def _grades(i, row):
     "Grades of all runs, as numbers"
-    found = r.get('score')
-    if found is None: raise ValueError(f"question {i!r} has no grade ('score'); have a judge grade the answers first")
+    found = row.get('score')
+    if found is None:
+        raise ValueError(f"question {i!r} has no grade ('score'); have a judge grade the answers first")
     grades = found if isinstance(found, list) else [found]
-    try: numbers = [float(o) for o in grades]
-    except (TypeError, ValueError): numbers = []
-    if not numbers: raise ValueError(f"question {i!r}: its grade is {found!r}; a grade is a number, or a list of them")
+    try:
+        numbers = [float(grade) for grade in grades]
+    except (TypeError, ValueError):
+        numbers = []
+    if not numbers:
+        raise ValueError(f"question {i!r}: its grade is {found!r}; a grade is a number, or a list of them")
     return numbers
 
+# %% ../../nbs/53_eval.scoring.ipynb #ff0c6d3f
 def _odd(grades, least, most):
     "How many grades no rule of the benchmark allows (NaN among them); they are averaged in, as officially"
-    return sum(not least <= g <= most for g in grades)
+    return sum(not least <= grade <= most for grade in grades)
 
 # %% ../../nbs/53_eval.scoring.ipynb #5412f6ca
-def _mmvet_runs(items, n):
+def _percent(rows, run):
+    "Mean grade of each group in one run"
+    means = {}
+    for key,group in rows.items():
+        means[key] = sum(scores[run] for scores in group)/len(group)*100
+    return means
+
+def _mmvet_runs(items, count):
     "Per run: mean grade of each capability, each set and all, in percent"
     groups = dict(capability={}, integration={}, total={})
-    for o in items:
-        for c in o['capability']: groups['capability'].setdefault(c, []).append(o['scores'])
-        groups['integration'].setdefault(o['kind'], []).append(o['scores'])
-        groups['total'].setdefault('total', []).append(o['scores'])
-    of = lambda rows, i: {k: sum(s[i] for s in v)/len(v)*100 for k,v in rows.items()}
-    return [{t: of(rows, i) for t,rows in groups.items()} for i in range(n)]
+    for item in items:
+        scores = item['scores']
+        for capability in item['capability']:
+            groups['capability'].setdefault(capability, []).append(scores)
+        groups['integration'].setdefault(item['kind'], []).append(scores)
+        groups['total'].setdefault('total', []).append(scores)
+    runs = []
+    for run in range(count):
+        runs.append({name: _percent(rows, run) for name,rows in groups.items()})
+    return runs
 
+# %% ../../nbs/53_eval.scoring.ipynb #ef48bbd6
+def _graded(answers, data, keep, partial):
+    "Records by MM-Vet's ids, their grades, and the problems"
+    rest = set(data) - set(keep)
+    rows = []
+    for row in answers:
+        id = str(row['question_id'])
+        rows.append({**row, 'question_id': id if id in data else f'v1_{id}'})
+    rows = [row for row in rows if row['question_id'] not in rest]
+    by_id, problems = match(rows, keep, partial)
+    grades = {id: _grades(id, row) for id,row in by_id.items() if id in data}
+    problems['odd_grades'] = sum(_odd(some, 0, 1) for some in grades.values())
+    return by_id, grades, problems
+
+# %% ../../nbs/53_eval.scoring.ipynb #481dbd42
 def mmvet(
     annotations,         # `mm-vet.json` or its folder
     answers:list[dict],  # Grades: `question_id` and `score`, a number or one per run
@@ -215,31 +317,41 @@ def mmvet(
 ) -> Score:              # `total` in percent, `std` over runs; per capability and integration
     "Official MM-Vet scores from grades"
     data = read_json(find(annotations, 'mm-vet.json', source='github.com/yuweihao/MM-Vet'))
-    ids = subset if subset is None or isinstance(subset, (list,set)) else read_json(subset)
-    keep = [k for k in data if ids is None or k in ids]
-    rows = [{**r, 'question_id': k if (k := str(r['question_id'])) in data else f'v1_{k}'} for r in answers]
-    rest = set(data) - set(keep)
-    by, problems = match([r for r in rows if r['question_id'] not in rest], keep, partial)
-    grades = {k: _grades(k, r) for k,r in by.items() if k in data}
-    runs = {len(g) for g in grades.values()}
-    problems['odd_grades'] = sum(_odd(g, 0, 1) for g in grades.values())
-    if len(runs)>1: raise ValueError(f"some answers have {min(runs)} grades, others {max(runs)}; finish the run")
-    items = []
-    for k in [k for k in by if k in data] + [k for k in keep if k not in by]:
-        caps, g = sorted(set(data[k]['capability'])), grades.get(k, [0.]*min(runs))
-        items.append(dict(id=k, score=mean(g), scores=g, text=by.get(k, {}).get('text'), capability=caps,
-                          kind='_'.join(caps), answer=data[k]['answer']))
-    return _mmvet_score(items, _mmvet_runs(items, min(runs)), problems)
+    named = subset is None or isinstance(subset, (list,set))
+    ids = subset if named else read_json(subset)
+    keep = [id for id in data if ids is None or id in ids]
+    by_id, grades, problems = _graded(answers, data, keep, partial)
+    runs = {len(some) for some in grades.values()}
+    if len(runs)>1:
+        raise ValueError(f"some answers have {min(runs)} grades, others {max(runs)}; "
+                         "finish the run")
+    count = min(runs)
+    order = [id for id in by_id if id in data] + [id for id in keep if id not in by_id]
+    items = [_mmvet_item(id, data[id], grades.get(id, [0.]*count), by_id.get(id, {}))
+             for id in order]
+    return _mmvet_score(items, _mmvet_runs(items, count), problems)
 
 # %% ../../nbs/53_eval.scoring.ipynb #6c48abc6
+def _mmvet_item(id, question, grades, row):
+    capability = sorted(set(question['capability']))
+    return dict(id=id, score=mean(grades), scores=grades, text=row.get('text'),
+                capability=capability, kind='_'.join(capability), answer=question['answer'])
+
 def _mmvet_score(items, runs, problems):
-    totals = [r['total']['total'] for r in runs]
-    m = mean(totals)
-    tables = {t: {k: mean(r[t][k] for r in runs) for k in runs[0][t]} for t in ('capability','integration')}
-    for i,r in enumerate(runs if len(runs)>1 else [], 1):
-        for t in ('capability','integration'): tables[f'{t}, run {i}'] = r[t]
-    tables['runs'] = {str(i): t for i,t in enumerate(totals, 1)}
-    metrics = dict(total=m, std=math.sqrt(mean((t-m)**2 for t in totals)))
+    "Means over runs, and each run"
+    names = 'capability', 'integration'
+    totals = [run['total']['total'] for run in runs]
+    tables = {}
+    for name in names:
+        tables[name] = {}
+        for key in runs[0][name]:
+            tables[name][key] = mean(run[name][key] for run in runs)
+    for i,run in enumerate(runs if len(runs)>1 else [], 1):
+        tables |= {f'{name}, run {i}': run[name] for name in names}
+    tables['runs'] = {str(i): total for i,total in enumerate(totals, 1)}
+    middle = mean(totals)
+    spread = math.sqrt(mean((total-middle)**2 for total in totals))
+    metrics = dict(total=middle, std=spread)
     return Score('mmvet', 'total', metrics, tables, items, problems, 100.)
 
 # %% ../../nbs/53_eval.scoring.ipynb #e9899f4f
@@ -248,55 +360,86 @@ def llavaw_parse(
 ) -> list[float]:   # Grades of GPT-4's answer and of the model's; [-1, -1] where unreadable
     "The two grades in a LLaVA-Bench review"
     parts = review.split('\n')[0].replace(',', ' ').split(' ')
-    try: return [float(p) for p in parts] if len(parts)==2 else [-1, -1]
-    except ValueError: return [-1, -1]
+    try:
+        return [float(part) for part in parts] if len(parts)==2 else [-1, -1]
+    except ValueError:
+        return [-1, -1]
 
 # %% ../../nbs/53_eval.scoring.ipynb #512740d1
 def _relative(items):
     "Official numbers of a group of reviews"
-    a, b = mean(o['gpt4'] for o in items), mean(o['model'] for o in items)
-    x, y = round(a, 3), round(b, 3)
-    return dict(relative=round(_ratio(y, x)*100, 1), gpt4=round(x*10, 1), model=round(y*10, 1), n=len(items),
-                relative_unrounded=_ratio(b, a)*100, mean_gpt4=a, mean_model=b)
+    gpt4 = mean(item['gpt4'] for item in items)
+    model = mean(item['model'] for item in items)
+    rounded = round(gpt4, 3), round(model, 3)
+    return dict(relative=round(_ratio(rounded[1], rounded[0])*100, 1),
+                gpt4=round(rounded[0]*10, 1), model=round(rounded[1]*10, 1),
+                n=len(items), relative_unrounded=_ratio(model, gpt4)*100,
+                mean_gpt4=gpt4, mean_model=model)
 
+# %% ../../nbs/53_eval.scoring.ipynb #4fdd4c36
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+def _pair(id, review):
+    "The grades of a review: GPT-4's, the model's"
+    pair = review['tuple'] if 'tuple' in review else llavaw_parse(said(review, 'content'))
+    two = isinstance(pair, (list, tuple)) and len(pair)==2
+    if two and all(map(_is_number, pair)):
+        return pair
+    raise ValueError(f"question {id!r}: its grades are {pair!r}; a review has two numbers")
+
+# %% ../../nbs/53_eval.scoring.ipynb #70eac756
 def relative_score(
     rows:list[tuple], # Distinct rows: stratum, grade of GPT-4's answer, grade of the model's
     weights,          # (resamples, rows): how often each comes up
 ):                    # (resamples,): the headlines, not rounded
     "The model's grades over GPT-4's, of resampled reviews"
-    return 100*(weights @ [r[2] for r in rows])/(weights @ [r[1] for r in rows])
+    return 100*(weights @ [row[2] for row in rows])/(weights @ [row[1] for row in rows])
 
-# %% ../../nbs/53_eval.scoring.ipynb #4fdd4c36
-def _pair(i, review):
-    "The grades of a review: GPT-4's, the model's"
-    pair = review['tuple'] if 'tuple' in review else llavaw_parse(said(review, 'content'))
-    number = lambda o: isinstance(o, (int, float)) and not isinstance(o, bool)
-    if isinstance(pair, (list, tuple)) and len(pair)==2 and all(map(number, pair)): return pair
-    raise ValueError(f"question {i!r}: its grades are {pair!r}; a review has two numbers")
+# %% ../../nbs/53_eval.scoring.ipynb #a9cfa3e5
+def _review_items(by_id, asked):
+    "A scored question for each review"
+    items = []
+    for id,row in by_id.items():
+        if asked and id not in asked:
+            continue
+        if 'tuple' not in row and 'content' not in row:
+            raise ValueError(f"question {id!r} has no review; see eval.judge")
+        gpt4, model = _pair(id, row)
+        kind = row.get('category') or f'llava_bench_{asked.get(id, "")}'
+        items.append(dict(id=id, score=model/10, gpt4=gpt4, model=model,
+                          text=row.get('content'), kind=kind))
+    return items
 
+def _count_odd(items):
+    "Reviews that could not be read, and grades that are not from 1 to 10"
+    pairs = [(item['gpt4'], item['model']) for item in items]
+    unread = pairs.count((-1, -1))
+    odd = sum(_odd(pair, 1, 10) for pair in pairs if pair!=(-1, -1))
+    return dict(unread=unread, odd_grades=odd)
+
+# %% ../../nbs/53_eval.scoring.ipynb #50ec7647
 def llavabench(
     annotations,         # `questions.jsonl` or its folder; `None`: take the reviews as complete
     answers:list[dict],  # Reviews: `question_id`, `category`, and `tuple` or `content`
     partial:bool=False,  # Score what there is? Missing reviews are left out
 ) -> Score:              # `relative`, in percent, rounded as officially
     "Official LLaVA-Bench (in the Wild) scores from reviews"
-    path = annotations and find(annotations, 'questions.jsonl', source='liuhaotian/llava-bench-in-the-wild')
-    asked = {str(q['question_id']): q['category'] for q in read_answers(path)} if path else {}
-    by, problems = match(answers, list(asked) or [r['question_id'] for r in answers], partial)
-    items = []
-    for i,r in by.items():
-        if asked and i not in asked: continue
-        if 'tuple' not in r and 'content' not in r: raise ValueError(f"question {i!r} has no review; see eval.judge")
-        a, b = _pair(i, r)
-        kind = r.get('category') or f'llava_bench_{asked.get(i, "")}'
-        items.append(dict(id=i, score=b/10, gpt4=a, model=b, text=r.get('content'), kind=kind))
-    unread = [(o['gpt4'], o['model'])==(-1, -1) for o in items]
-    problems['unread'] = sum(unread)
-    problems['odd_grades'] = sum(_odd((o['gpt4'], o['model']), 1, 10) for o,u in zip(items, unread) if not u)
+    asked = {}
+    if annotations:
+        path = find(annotations, 'questions.jsonl', source='liuhaotian/llava-bench-in-the-wild')
+        asked = {str(row['question_id']): row['category'] for row in read_answers(path)}
+    ids = list(asked) or [row['question_id'] for row in answers]
+    by_id, problems = match(answers, ids, partial)
+    items = _review_items(by_id, asked)
+    problems |= _count_odd(items)
     tables = {'all': _relative(items)}
-    for k in sorted({o['kind'] for o in items}): tables[k] = _relative([o for o in items if o['kind']==k])
-    metrics = {k: tables['all'][k] for k in ('relative','gpt4','model','relative_unrounded')}
-    return Score('llavabench', 'relative', metrics, tables, items, problems, cols=('gpt4','model'), stat=relative_score)
+    for kind in sorted({item['kind'] for item in items}):
+        tables[kind] = _relative([item for item in items if item['kind']==kind])
+    names = 'relative', 'gpt4', 'model', 'relative_unrounded'
+    metrics = {name: tables['all'][name] for name in names}
+    return Score('llavabench', 'relative', metrics, tables, items, problems,
+                 cols=('gpt4','model'), stat=relative_score)
 
 # %% ../../nbs/53_eval.scoring.ipynb #6607f2e8
 SCORERS = Registry('benchmark')
@@ -311,8 +454,9 @@ def score_file(
 ) -> Score:          # The official numbers
     "Score a file of answers"
     scorer = SCORERS[bench]
-    known = [k for k in inspect.signature(scorer).parameters if k not in ('annotations','answers')]
-    if odd := [k for k in options if k not in known]:
+    known = [key for key in inspect.signature(scorer).parameters
+             if key not in ('annotations','answers')]
+    if odd := [key for key in options if key not in known]:
         raise ValueError(f"{bench} has no option {odd[0]!r}; choose from {known}")
     if annotations is not None and not Path(annotations).exists():
         raise FileNotFoundError(f"no annotations {str(annotations)!r}")

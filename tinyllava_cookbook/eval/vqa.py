@@ -8,6 +8,7 @@ __all__ = ['MARKS', 'NUMBERS', 'ARTICLES', 'CONTRACTIONS', 'agreement', 'vqa_nor
 
 # %% ../../nbs/51_eval.vqa.ipynb #20cb6fb3
 import re
+from collections import Counter
 from functools import lru_cache
 from ..core import read_json
 from .records import Score, find, match, mean, place, said, table
@@ -18,12 +19,13 @@ def agreement(
     golds:list[str],  # The people's, normalized
 ) -> float:           # From 0 to 1
     "How far people agree with an answer: the mean of min(1, matches/3), one person left out each time"
-    n = sum(g==pred for g in golds)
-    return sum(min(1, float(n - (g==pred))/3) for g in golds)/len(golds)
+    matches = sum(gold==pred for gold in golds)
+    return sum(min(1, float(matches - (gold==pred))/3) for gold in golds)/len(golds)
 
 # %% ../../nbs/51_eval.vqa.ipynb #544f00b6
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
-NUMBERS = dict(none='0', zero='0', one='1', two='2', three='3', four='4', five='5', six='6', seven='7', eight='8',
+NUMBERS = dict(none='0', zero='0', one='1', two='2', three='3', four='4', five='5',
+               six='6', seven='7', eight='8',
                nine='9', ten='10')
 ARTICLES = 'a', 'an', 'the'
 _spelled = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
@@ -33,23 +35,31 @@ someone'd someone'd've someone'll someone's something'd something'd've something
 there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
 when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
 wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
-CONTRACTIONS = {w[:i]+w[i+1:]: w for w in _spelled for i,c in enumerate(w) if c=="'"} | {"somebody'd": 'somebodyd'}
+CONTRACTIONS = {word[:i]+word[i+1:]: word for word in _spelled
+                for i,name in enumerate(word)
+                if name=="'"} | {"somebody'd": 'somebodyd'}
 
 # %% ../../nbs/51_eval.vqa.ipynb #20c6699c
-def _punctuation(s, comma):
-    drop = re.search(comma, s)
-    out = s
-    for p in MARKS: out = out.replace(p, '' if drop or p+' ' in s or ' '+p in s else ' ')
+def _punctuation(text, comma):
+    drop = re.search(comma, text)
+    out = text
+    for mark in MARKS:
+        at_word = mark+' ' in text or ' '+mark in text
+        out = out.replace(mark, '' if drop or at_word else ' ')
     return re.sub(r'\.(?!\d)', '', out, count=32)
 
-def _words(s):
-    words = [NUMBERS.get(w, w) for w in s.lower().split()]
-    return ' '.join(CONTRACTIONS.get(w, w) for w in words if w not in ARTICLES)
+def _words(text):
+    words = [NUMBERS.get(word, word) for word in text.lower().split()]
+    words = [word for word in words if word not in ARTICLES]
+    return ' '.join(CONTRACTIONS.get(word, word) for word in words)
 
+# %% ../../nbs/51_eval.vqa.ipynb #c951b9db
 @lru_cache(100_000)      # people say the same things
-def _normal(s, comma): return _words(_punctuation(s, comma))
+def _normal(text, comma):
+    return _words(_punctuation(text, comma))
 
-def _plain(s): return s.replace('\n', ' ').replace('\t', ' ').strip()
+def _plain(text):
+    return text.replace('\n', ' ').replace('\t', ' ').strip()
 
 def vqa_normalize(
     s:str, # An answer as it was given
@@ -71,22 +81,43 @@ def vqa_score(
     answers:list[str],# The ten people's
 ) -> float:           # From 0 to 1
     "VQA accuracy of one answer"
-    pred, golds = _plain(pred), [_plain(a) for a in answers]
-    if len(set(golds))>1: pred, golds = vqa_normalize(pred), [vqa_normalize(a) for a in golds]
+    pred = _plain(pred)
+    golds = [_plain(answer) for answer in answers]
+    if len(set(golds))>1:
+        pred = vqa_normalize(pred)
+        golds = [vqa_normalize(answer) for answer in golds]
     return agreement(pred, golds)
 
 # %% ../../nbs/51_eval.vqa.ipynb #977d3eac
-def _list(path, o, key):
-    if not isinstance(o, dict) or key not in o: raise ValueError(f"{str(path)!r} has no {key!r}; is it the right file?")
-    return o[key]
+def _list(path, found, key):
+    if not isinstance(found, dict) or key not in found:
+        raise ValueError(f"{str(path)!r} has no {key!r}; is it the right file?")
+    return found[key]
 
 def _questions(place):
     "Id to question, where a question file lies beside the annotations"
-    try: path = find(place, '*questions*.json')
-    except FileNotFoundError: return None
-    o = read_json(path)
-    return {str(q['question_id']): q['question'] for q in o['questions']} if 'questions' in o else None
+    try:
+        path = find(place, '*questions*.json')
+    except FileNotFoundError:
+        return None
+    found = read_json(path)
+    if 'questions' not in found:
+        return None
+    return {str(row['question_id']): row['question'] for row in found['questions']}
 
+# %% ../../nbs/51_eval.vqa.ipynb #080e8b66
+def _vqa_item(entry, row, convert):
+    "A scored question; one without an answer scores 0"
+    text, score = None, 0.
+    if row is not None:
+        text = said(row, 'answer')
+        if convert: text = textvqa_normalize(text)
+        score = vqa_score(text, [answer['answer'] for answer in entry['answers']])
+    return dict(id=entry['question_id'], score=score, text=text,
+                answer=entry.get('multiple_choice_answer'), kind=entry['answer_type'],
+                question_type=entry['question_type'])
+
+# %% ../../nbs/51_eval.vqa.ipynb #0dc3cb03
 def vqav2(
     annotations,         # `v2_mscoco_val2014_annotations.json` or its folder
     answers:list[dict],  # `text`, or `answer` as in the official results file
@@ -94,18 +125,17 @@ def vqav2(
     convert:bool=False,  # Normalize first, as LLaVA does before it submits?
 ) -> Score:              # `overall` in percent; per answer type and question type
     "Official VQAv2 accuracy"
-    path = find(annotations, 'annotations.json', 'v2_*annotations.json', '*annotations*.json', source='visualqa.org')
+    path = find(annotations, 'annotations.json', 'v2_*annotations.json',
+                '*annotations*.json', source='visualqa.org')
     gold = _list(path, read_json(path), 'annotations')
-    by, problems = match(answers, [g['question_id'] for g in gold], partial, _questions(path.parent))
-    items = []
-    for g in gold:
-        r, people = by.get(str(g['question_id'])), [a['answer'] for a in g['answers']]
-        text = r and (textvqa_normalize(said(r, 'answer')) if convert else said(r, 'answer'))
-        items.append(dict(id=g['question_id'], score=0. if r is None else vqa_score(text, people), text=text,
-                          answer=g.get('multiple_choice_answer'), kind=g['answer_type'],
-                          question_type=g['question_type']))
-    tables = dict(perAnswerType=table(items, 'kind', 100.), perQuestionType=table(items, 'question_type', 100.))
-    return Score('vqav2', 'overall', dict(overall=100*mean(o['score'] for o in items)), tables, items, problems, 100.)
+    ids = [entry['question_id'] for entry in gold]
+    by_id, problems = match(answers, ids, partial, _questions(path.parent))
+    items = [_vqa_item(entry, by_id.get(str(entry['question_id'])), convert)
+             for entry in gold]
+    tables = dict(perAnswerType=table(items, 'kind', 100.),
+                  perQuestionType=table(items, 'question_type', 100.))
+    metrics = dict(overall=100*mean(item['score'] for item in items))
+    return Score('vqav2', 'overall', metrics, tables, items, problems, 100.)
 
 # %% ../../nbs/51_eval.vqa.ipynb #8f3c5917
 def textvqa_question(
@@ -114,11 +144,14 @@ def textvqa_question(
     "The question in a TextVQA prompt"
     lines = prompt.split('\n')
     if prompt.startswith('OCR tokens: '):
-        if m := re.search('Question: (.*?) Short answer:', prompt, re.S): return m[1].lower()
+        if found := re.search('Question: (.*?) Short answer:', prompt, re.S):
+            return found[1].lower()
     elif len(lines)==3 and 'Reference OCR token: ' in prompt:
         return lines[prompt.startswith('Reference OCR token:')].lower()
-    elif len(lines)==2: return lines[0].lower()
-    raise ValueError(f"no question can be read in the prompt {prompt[:60]!r}; TextVQA prompts have two or three lines")
+    elif len(lines)==2:
+        return lines[0].lower()
+    raise ValueError(f"no question can be read in the prompt {prompt[:60]!r}; "
+                     "TextVQA prompts have two or three lines")
 
 # %% ../../nbs/51_eval.vqa.ipynb #748a59fe
 _FIRST = 'what', 'which', 'who', 'where', 'when', 'how', 'is', 'are', 'does', 'do'
@@ -127,35 +160,50 @@ def _first_word(question):
     word = question.lower().split(maxsplit=1)[0] if question.strip() else ''
     return word if word in _FIRST else 'other'
 
+# %% ../../nbs/51_eval.vqa.ipynb #f035822d
 def _asked(data):
-    "Key of an answer: its picture and question, from the prompt or else from the annotation of its id"
-    key = lambda g: (str(g['image_id']), g['question'].lower())
-    known = {str(g.get('question_id')): key(g) for g in data}
-    def of(r):
-        if 'prompt' in r: return str(r['question_id']), textvqa_question(r['prompt'])
-        return known.get(str(r['question_id']), ('question', r['question_id']))
-    return [key(g) for g in data], of
+    "Key of an answer: its image and question, from the prompt or from the annotation of its id"
+    key = lambda entry: (str(entry['image_id']), entry['question'].lower())
+    known = {str(entry.get('question_id')): key(entry) for entry in data}
+    def key_of(row):
+        id = str(row['question_id'])
+        if 'prompt' in row: return id, textvqa_question(row['prompt'])
+        return known.get(id, ('question', row['question_id']))
+    return [key(entry) for entry in data], key_of
 
+# %% ../../nbs/51_eval.vqa.ipynb #6093c323
+def _textvqa_item(i, entry, row, people):
+    "A scored question; one without an answer scores 0"
+    golds = [textvqa_normalize(answer) for answer in people]
+    text, pred, score = None, None, 0.
+    if row:
+        text = said(row)
+        pred = textvqa_normalize(text)
+        score = agreement(pred, golds)
+    id = entry.get('question_id', f"{entry['image_id']} {i}")
+    return dict(id=id, text=text, parsed=pred, score=score,
+                answer=max(golds, key=golds.count), kind=_first_word(entry['question']))
+
+# %% ../../nbs/51_eval.vqa.ipynb #4d87c500
 def textvqa(
     annotations,         # `TextVQA_0.5.1_val.json` or its folder
     answers:list[dict],  # LLaVA's: `question_id` the image's, `prompt`, `text`
     partial:bool=False,  # Score what there is?
 ) -> Score:              # `accuracy` from 0 to 1
     "Official TextVQA accuracy (M4C)"
-    path = find(annotations, 'TextVQA_0.5.1_val.json', 'TextVQA*val*.json', '*annotations*.json', source='textvqa.org')
+    path = find(annotations, 'TextVQA_0.5.1_val.json', 'TextVQA*val*.json',
+                '*annotations*.json', source='textvqa.org')
     data = _list(path, read_json(path), 'data')
-    if odd := next((g for g in data if len(g['answers'])!=10), None):
-        raise ValueError(f"{path}: question {odd['question']!r} has {len(odd['answers'])} answers, not 10")
-    keys, of = _asked(data)
-    by, problems = match(place(answers, keys, of), range(len(data)), partial)
-    people, items = {k: g['answers'] for k,g in zip(keys, data)}, []     # of two annotations the last one counts
-    for i,g in enumerate(data):
-        r, golds = by.get(str(i)), [textvqa_normalize(a) for a in people[keys[i]]]
-        pred = r and textvqa_normalize(said(r))
-        items.append(dict(id=g.get('question_id', f"{g['image_id']} {i}"), text=r and said(r), parsed=pred,
-                          score=agreement(pred, golds) if r else 0., answer=max(golds, key=golds.count),
-                          kind=_first_word(g['question'])))
-    metrics, tables = dict(accuracy=mean(o['score'] for o in items)), dict(first_word=table(items, 'kind'))
+    for entry in data:
+        if (count := len(entry['answers']))!=10:
+            raise ValueError(f"{path}: question {entry['question']!r} has {count} answers, not 10")
+    keys, key_of = _asked(data)
+    by_id, problems = match(place(answers, keys, key_of), range(len(data)), partial)
+    people = {key: entry['answers'] for key,entry in zip(keys, data)}
+    items = [_textvqa_item(i, entry, by_id.get(str(i)), people[keys[i]])
+             for i,entry in enumerate(data)]     # of two annotations the last one counts
+    metrics = dict(accuracy=mean(item['score'] for item in items))
+    tables = dict(first_word=table(items, 'kind'))
     return Score('textvqa', 'accuracy', metrics, tables, items, problems)
 
 # %% ../../nbs/51_eval.vqa.ipynb #597cedf5
@@ -165,78 +213,116 @@ def gqa_normalize(
     "LLaVA's conversion for GQA"
     return s.rstrip('.').lower()
 
+_ASKS = 'exist', 'query: name', 'choose name'   # Operations that only ask
+
 def gqa_steps(
     question:dict, # A record of the questions file
 ) -> int:          # As GQA counts
     "Reasoning steps, without those that only ask"
-    asks = 'exist', 'query: name', 'choose name'
-    return sum(not any(a in f"{o['operation']}: {o['argument']}" for a in asks) for o in question['semantic'])
+    steps = [f"{step['operation']}: {step['argument']}" for step in question['semantic']]
+    for ask in _ASKS:
+        steps = [step for step in steps if ask not in step]
+    return len(steps)
 
 # %% ../../nbs/51_eval.vqa.ipynb #4a1d102a
+def _chi_square(expected, found):
+    return sum((found.get(answer, 0) - count)**2/count for answer,count in expected.items())
+
 def gqa_distribution(
-    pairs:list[tuple], # (group, right answer, model's answer)
+    pairs:list[tuple], # (group, reference answer, prediction)
 ) -> float:            # 0: the same frequencies
     "Chi-square of answer frequencies, averaged over groups by size"
     golds, preds = {}, {}
     for group,gold,pred in pairs:
-        for counts,a in ((golds, gold), (preds, pred)):
-            of = counts.setdefault(group, {})
-            of[a] = of.get(a, 0) + 1
-    total, n = 0, 0
-    for group,of in golds.items():
-        k = sum(of.values())
-        total, n = total + k*sum((preds[group].get(a, 0) - e)**2/e for a,e in of.items()), n + k
-    return total/n/100 if n else 0.
+        golds.setdefault(group, Counter())[gold] += 1
+        preds.setdefault(group, Counter())[pred] += 1
+    total = 0
+    for group,expected in golds.items():
+        total = total + sum(expected.values())*_chi_square(expected, preds[group])
+    return total/len(pairs)/100 if pairs else 0.
 
 # %% ../../nbs/51_eval.vqa.ipynb #b44a11c8
 def _belongs(pred, group, question):
-    return pred in (('color','material','shape') if 'Common' in question['types']['detailed'] else group)
+    common = 'Common' in question['types']['detailed']
+    return pred in (('color','material','shape') if common else group)
 
-def _gqa_item(qid, q, pred, choices):
-    of = choices.get(qid, {})
-    kind = dict(structural=q['types']['structural'], semantic=q['types']['semantic'], length=len(q['question'].split()),
-                steps=gqa_steps(q), kind='open' if q['types']['structural']=='query' else 'binary')
-    return dict(id=qid, score=float(pred==q['answer']), text=pred, answer=q['answer'], **kind,
-                **{k: float(bool(of) and _belongs(pred, of[k], q)) for k in ('valid','plausible')})
+# %% ../../nbs/51_eval.vqa.ipynb #89de6113
+def _gqa_item(id, question, pred, choices):
+    "A scored question with its kinds"
+    group, types = choices.get(id, {}), question['types']
+    item = dict(id=id, score=float(pred==question['answer']), text=pred,
+                answer=question['answer'], structural=types['structural'],
+                semantic=types['semantic'], length=len(question['question'].split()),
+                steps=gqa_steps(question),
+                kind='open' if types['structural']=='query' else 'binary')
+    for name in ('valid','plausible'):
+        item[name] = float(bool(group) and _belongs(pred, group[name], question))
+    return item
 
+# %% ../../nbs/51_eval.vqa.ipynb #a430f082
 def _consistency(items, questions, preds):
     "Mean accuracy on what follows from right answers; `None` where answers to that are lacking"
     parts = []
-    for o in items:
-        follow = [e for e in questions[o['id']]['entailed'] if e!=o['id']]
-        if any(e not in questions or e not in preds for e in follow): return None
-        if o['score'] and follow: parts.append(mean(float(preds[e]==questions[e]['answer']) for e in follow))
+    for item in items:
+        follow = [id for id in questions[item['id']]['entailed'] if id!=item['id']]
+        if any(id not in questions or id not in preds for id in follow):
+            return None
+        if item['score'] and follow:
+            parts.append(mean(float(preds[id]==questions[id]['answer']) for id in follow))
     return mean(parts)
 
 # %% ../../nbs/51_eval.vqa.ipynb #97d8bc97
+def _gqa_files(place):
+    "Questions, and the choices beside them"
+    path = find(place, 'testdev_balanced_questions.json', '*_questions.json',
+                source='gqadataset.org')
+    questions = read_json(path)
+    first = next(iter(questions.values()), {}) if isinstance(questions, dict) else {}
+    if 'isBalanced' not in first:
+        raise ValueError(f"{str(path)!r} has no 'isBalanced'; is it GQA's questions file?")
+    near = path.with_name(path.name.replace('questions', 'choices'))
+    return questions, read_json(near) if near!=path and near.is_file() else {}
+
+def _gqa_said(row):
+    return row['prediction'] if 'prediction' in row else gqa_normalize(said(row))
+
+# %% ../../nbs/51_eval.vqa.ipynb #cb878853
 def gqa(
     annotations,         # `testdev_balanced_questions.json` or its folder; choices lie beside it
     answers:list[dict],  # `text`, or `prediction` as in the official file
     partial:bool=False,  # Score what there is?
 ) -> Score:              # Percent; `consistency` only with answers to all entailed questions
     "Official GQA accuracy and its companions"
-    path = find(annotations, 'testdev_balanced_questions.json', '*_questions.json', source='gqadataset.org')
-    questions = read_json(path)
-    if not isinstance(questions, dict) or 'isBalanced' not in next(iter(questions.values()), {}):
-        raise ValueError(f"{str(path)!r} has no 'isBalanced'; is it GQA's questions file?")
-    near = path.with_name(path.name.replace('questions', 'choices'))
-    choices = read_json(near) if near!=path and near.is_file() else {}
-    rest = {k for k,q in questions.items() if not q['isBalanced']}
-    ids = [k for k in questions if k not in rest]
-    asked = {k: questions[k]['question'] for k in ids}
-    by, problems = match([r for r in answers if str(r['question_id']) not in rest], ids, partial, asked)
-    by |= {str(r['question_id']): r for r in answers if str(r['question_id']) in rest}
-    preds = {k: r['prediction'] if 'prediction' in r else gqa_normalize(said(r)) for k,r in by.items()}
-    items = [_gqa_item(k, questions[k], preds.get(k), choices) for k in ids]
-    problems['without_choices'] = sum(k not in choices for k in ids)
-    return Score('gqa', 'accuracy', *_gqa_metrics(items, questions, preds), items, problems, 100.)
+    questions, choices = _gqa_files(annotations)
+    ids = [id for id,question in questions.items() if question['isBalanced']]
+    rest = set(questions) - set(ids)
+    asked = {id: questions[id]['question'] for id in ids}
+    balanced = [row for row in answers if str(row['question_id']) not in rest]
+    by_id, problems = match(balanced, ids, partial, asked)
+    others = [row for row in answers if str(row['question_id']) in rest]
+    by_id |= {str(row['question_id']): row for row in others}
+    preds = {id: _gqa_said(row) for id,row in by_id.items()}
+    items = [_gqa_item(id, questions[id], preds.get(id), choices) for id in ids]
+    problems['without_choices'] = sum(id not in choices for id in ids)
+    metrics, tables = _gqa_metrics(items, questions, preds)
+    return Score('gqa', 'accuracy', metrics, tables, items, problems, 100.)
+
+# %% ../../nbs/51_eval.vqa.ipynb #343081b4
+def _percent(items, column):
+    return 100*mean(item[column] for item in items)
 
 def _gqa_metrics(items, questions, preds):
-    of = lambda col, which=items: 100*mean(o[col] for o in which)
-    kinds = {k: of('score', [o for o in items if o['kind']==k]) for k in ('binary','open')}
-    m = dict(accuracy=of('score'), **kinds, validity=of('valid'), plausibility=of('plausible'))
-    if (c := _consistency(items, questions, preds)) is not None: m['consistency'] = 100*c
-    groups = [(g, o['answer'], o['text']) for o in items if (g := questions[o['id']]['groups']['global']) is not None]
-    m['distribution'] = gqa_distribution(groups)
-    names = dict(StructuralType='structural', SemanticType='semantic', Length='length', Steps='steps')
-    return m, {f'accuracyPer{k}': table(items, v, 100.) for k,v in names.items()}
+    "All official numbers, and the accuracy per type, length and steps"
+    metrics = dict(accuracy=_percent(items, 'score'))
+    for kind in ('binary','open'):
+        metrics[kind] = _percent([item for item in items if item['kind']==kind], 'score')
+    metrics |= dict(validity=_percent(items, 'valid'), plausibility=_percent(items, 'plausible'))
+    consistent = _consistency(items, questions, preds)
+    if consistent is not None: metrics['consistency'] = 100*consistent
+    pairs = [(questions[item['id']]['groups']['global'], item['answer'], item['text'])
+             for item in items]
+    metrics['distribution'] = gqa_distribution([pair for pair in pairs if pair[0] is not None])
+    names = dict(StructuralType='structural', SemanticType='semantic', Length='length',
+                 Steps='steps')
+    tables = {f'accuracyPer{name}': table(items, column, 100.) for name,column in names.items()}
+    return metrics, tables

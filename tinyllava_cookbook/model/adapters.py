@@ -11,10 +11,11 @@ import importlib.util, logging, re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .vlm import current_name
+from ..trust import check_finite, open_weights
 
 # %% ../../nbs/28_model.adapters.ipynb #424f4b4d
 logging.getLogger('bitsandbytes').setLevel(logging.ERROR)   # silent about a kernel that is optional
@@ -102,6 +103,9 @@ def _take(state, name, layer):
     w = get('base_layer.weight')
     if is_quantized(layer.base_layer): w = _float_weight(layer.base_layer)
     a,b = get('lora_A.default.weight').float(), get('lora_B.default.weight').float()
+    if (len(b), a.shape[1]) != tuple(w.shape):
+        raise ValueError(f"the adapter of {name} is for a weight of {(len(b), a.shape[1])}, "
+            f"but that is {tuple(w.shape)}")
     new = w.float() + b.to(w.device) @ a.to(w.device) * layer.scaling['default']
     if f'{name}.lora_magnitude_vector.default.weight' in state:
         length = get('lora_magnitude_vector.default.weight').to(new)
@@ -120,6 +124,7 @@ def merged_state(
     drop = tuple(f'{n}.weight.' for n in layers)
     return {plain_name(k):v for k,v in state.items() if not (drop and k.startswith(drop))} | new
 
+# %% ../../nbs/28_model.adapters.ipynb #85199ae7
 def merge_adapters(
     model:nn.Module,  # Changed in place
 ) -> nn.Module:       # The same, without adapters and without 4-bit weights
@@ -172,7 +177,9 @@ def restore(
     path,             # A folder with `model*.safetensors`
 ) -> nn.Module:       # The same model
     "Read every tensor of a checkpoint into its place, or fail"
-    saved = {current_name(k):v for f in sorted(Path(path).glob('model*.safetensors')) for k,v in load_file(f).items()}
+    files = [open_weights(o) for o in sorted(Path(path).glob('model*.safetensors'))]
+    saved = {current_name(k): read() for opened in files for k,read in opened.items()}
+    check_finite(saved.items(), path)
     mine = model.state_dict()
     here = {mine[k].data_ptr() for k in saved if k in mine}
     lost = [k for k,v in mine.items() if k not in saved and v.data_ptr() not in here]   # tied ones are there once
@@ -182,5 +189,7 @@ def restore(
         if '.quant_state.' in k and not torch.equal(mine[k].cpu(), v):
             raise ValueError(f"{str(path)!r} was trained on other weights than {k} here; start from the same model")
         if mine[k].shape != v.shape: raise ValueError(f"{str(path)!r}: {k} is {[*v.shape]}, here {[*mine[k].shape]}")
+        if mine[k].is_floating_point() != v.is_floating_point():
+            raise ValueError(f"{str(path)!r}: {k} is {v.dtype}, here {mine[k].dtype}")
         mine[k].copy_(v)
     return model

@@ -16,8 +16,9 @@ from transformers import AutoConfig
 
 from ..core import Registry, UnknownName, quiet
 from ..ingredients import ingredient
-from .vision import MoFConfig, _two, checkpoint_path
+from .vision import MoFConfig, tower_paths
 from .vlm import VLMConfig, VLMForConditionalGeneration
+from ..trust import check_folder, read_config
 
 # %% ../../nbs/29_model.architecture.ipynb #a91f47de
 @dataclass
@@ -128,8 +129,7 @@ def known_name(
 def _from_hub(name):
     "A configuration from a folder or the Hub, or an error that says what else there is"
     try:
-        with quiet():
-            return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return read_config(name)
     except (OSError, ValueError) as error:
         raise UnknownName(
             f"no architecture {name!r}: not among {architectures.names()}, and the Hub does not give it "
@@ -149,7 +149,7 @@ def part_config(
     **kwargs,  # For two towers: `mix`
 ):             # A `transformers` configuration
     "The shape of a component; of a complete CLIP or SigLIP, the vision half; of 'one + other', two towers"
-    towers = _two(name)
+    towers = tower_paths(name)
     if len(towers) == 2:
         first,second = map(part_config, towers)
         return MoFConfig(first_config=first, second_config=second, **kwargs)
@@ -159,7 +159,7 @@ def part_config(
     if folder.is_dir() and not (folder/'config.json').exists():
         raise FileNotFoundError(f"{name!r} has no config.json; give the folder of a checkpoint")
     place = name if folder.is_dir() or '/' in name else _shipped(name)
-    if Path(place).is_dir(): checkpoint_path(place)   # sizes that can be built
+    if Path(place).is_dir(): check_folder(place)   # sizes that can be built
     config = _from_hub(place)
     return getattr(config, 'vision_config', config)
 

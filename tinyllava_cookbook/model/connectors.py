@@ -40,7 +40,7 @@ class Connector(nn.Module):
         "How the vectors lie on the image"
         return grid if self.n_tokens(math.prod(grid)) == math.prod(grid) else None
 
-connectors = Registry('connector')
+connectors = Registry('connector', 'connectors')
 
 # %% ../../nbs/21_model.connectors.ipynb #d9dd2941
 @connectors.register('identity')

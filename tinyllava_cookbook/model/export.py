@@ -24,10 +24,12 @@ from transformers import (AutoModelForCausalLM, AutoProcessor, CLIPImageProcesso
 
 from ..core import quiet, read_json, write_json
 from ..data.images import pinpoints, prepare, target_size
-from .vision import load_strict, n_prefix, patch_grid
+from .vision import n_prefix, patch_grid
+from ..trust import load_strict
 from .vlm import causal_lm, flat_name
 from .processor import compose
-from .checkpoints import llava_names, load, rename, save, tower_prefix
+from .checkpoints import load, save
+from .foreign import llava_names, rename, tower_prefix
 
 # %% ../../nbs/27_model.export.ipynb #d3707268
 LLAVA_CONNECTORS = 'mlp2x_gelu', # Connectors that a LLaVA of `transformers` has
@@ -290,7 +292,7 @@ def compare_llava(
     path,              # The exported folder
 ) -> float:            # Largest difference of logits, as a share of the largest logit
     "Ask both the same; an error where they differ"
-    with quiet(): proc = AutoProcessor.from_pretrained(path)
+    with quiet(): proc = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     hf = load_strict(llava_kind(model.config)[1], path, dtype=model.dtype).to(model.device)
     text = f'USER: {processor.image_token}\nWhat is it? ASSISTANT:'
     q = dict(images=[_noise(60, 40)], text=text, return_tensors='pt')

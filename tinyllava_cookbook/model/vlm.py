@@ -12,6 +12,7 @@ import math, re, shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal # PreTrainedConfig hands on annotations that name it, and tools look it up here
 
 import torch
 import torch.nn.functional as F
@@ -117,11 +118,12 @@ class VLMConfig(PreTrainedConfig):
 # %% ../../nbs/23_model.vlm.ipynb #d5480f25
 def _decoder(text_config):
     "The LLM without its output layer"
-    return AutoModelForCausalLM.from_config(text_config).get_decoder()
+    return AutoModelForCausalLM.from_config(text_config, trust_remote_code=False).get_decoder()
 
 def _output_layer(text_config, dtype):
     "A new output layer for the LLM"
-    with torch.device('meta'): own = AutoModelForCausalLM.from_config(text_config).get_output_embeddings()
+    with torch.device('meta'): own = AutoModelForCausalLM.from_config(text_config, trust_remote_code=False)
+    own = own.get_output_embeddings()
     return nn.Linear(own.in_features, own.out_features, own.bias is not None, dtype=dtype)
 
 # %% ../../nbs/23_model.vlm.ipynb #bca154ff
@@ -446,7 +448,8 @@ def causal_lm(
     model:VLMForConditionalGeneration,  # Its LLM is shared, not copied
 ) -> PreTrainedModel:                   # Of the class that its configuration says
     "Decoder and output layer as one causal language model"
-    with torch.device('meta'): llm = AutoModelForCausalLM.from_config(model.config.text_config)
+    config = model.config.text_config
+    with torch.device('meta'): llm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     at = next(n for n,m in llm.named_modules() if m is llm.get_decoder())
     llm.set_submodule(at, model.language_model)
     llm.set_output_embeddings(model.lm_head)

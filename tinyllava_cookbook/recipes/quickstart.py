@@ -7,10 +7,7 @@ __all__ = ['timed', 'micro_data', 'train_micro', 'test_micro', 'summary', 'loss_
            'write_report', 'quickstart']
 
 # %% ../../nbs/70_recipes.quickstart.ipynb #246f94b3
-import base64
 import dataclasses
-import html
-import io
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +18,7 @@ from ..core import versions, write_json
 from ..data.images import load_image
 from ..eval.benchmarks import Item, evaluate, load_pope, load_questions
 from ..microworld import ASK, write_world
+from ..pages import image_tag, render, write_page
 from .bake import bake as bake_ingredients
 from ..train.recipes import Recipe, recipe
 from ..train.trainer import plot_log, train_recipe
@@ -98,13 +96,6 @@ def summary(
                 seconds=seconds, seed=seed, versions=versions())
 
 # %% ../../nbs/70_recipes.quickstart.ipynb #20878bdc
-def _png(fig_or_image) -> str:
-    "A picture as an `<img>` that carries its own bytes"
-    buf = io.BytesIO()
-    if isinstance(fig_or_image, Image.Image): fig_or_image.save(buf, 'PNG')
-    else: fig_or_image.savefig(buf, format='png', dpi=110, bbox_inches='tight')
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}">'
-
 def loss_curves(
     stages:dict, # Stage name -> `StageResult`
 ):               # The figure
@@ -117,29 +108,25 @@ def loss_curves(
     return fig
 
 # %% ../../nbs/70_recipes.quickstart.ipynb #03215a2a
-def _score_rows(numbers:dict) -> str:
-    acc, blind = numbers['accuracy'], numbers['blind_by_kind']
-    rows = [(k, v, blind[k]) for k,v in acc['by_kind'].items()] + [('all', acc['overall'], numbers['blind_accuracy'])]
-    bar = lambda v: f'<i style="width:{100*v:.0f}px"></i>'
-    return ''.join(f'<tr><td>{k}</td><td>{v:.3f}</td><td>{bar(v)}</td><td>{b:.3f}</td></tr>' for k,v,b in rows)
+_CARD = """<figure class="{{ side }}">{{ image }}
+<figcaption>{{ row.prompt }}
+<b>{{ row.text }}</b>{% if not row.correct %}
+
+truth: {{ row.answer }}{% endif %}</figcaption></figure>"""
 
 def sample_answers(
     results:dict,  # From `test_micro`
     pictures:dict, # Question id -> picture
     n:int = 8,     # Cards
-) -> str:          # HTML
+) -> list:         # HTML of each card
     "One right answer of each kind, and all kinds of wrong ones, with their pictures"
-    rows = results['seeing']['answers']
-    right, wrong = ({r['kind']: r for r in rows if r['correct'] == ok} for ok in (True, False))
     cards = []
-    for title, some in (('right', right), ('wrong', wrong)):
-        for r in list(some.values())[:n]:
-            text = html.escape(r['prompt']).replace('\n', '<br>')
-            gold = '' if r['correct'] else f'<br>truth: {html.escape(r["answer"])}'
-            image = load_image(pictures[r['question_id']]).resize((128,128), Image.Resampling.NEAREST)
-            said = f'{text}<br><b>{html.escape(r["text"])}</b>{gold}'
-            cards.append(f'<figure class={title}>{_png(image)}<figcaption>{said}</figcaption></figure>')
-    return ''.join(cards)
+    for side, correct in (('right', True), ('wrong', False)):
+        some = {row['kind']: row for row in results['seeing']['answers'] if row['correct'] == correct}
+        for row in list(some.values())[:n]:
+            image = load_image(pictures[row['question_id']]).resize((128, 128), Image.Resampling.NEAREST)
+            cards.append(render(_CARD, side=side, row=row, image=image_tag(image)))
+    return cards
 
 # %% ../../nbs/70_recipes.quickstart.ipynb #524e2195
 def attention_maps(
@@ -161,38 +148,44 @@ def attention_maps(
     return out
 
 # %% ../../nbs/70_recipes.quickstart.ipynb #b2ec8809
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-h1,h2{font-weight:600} table{border-collapse:collapse} td,th{padding:.15rem .7rem;text-align:left}
-tr:last-child{font-weight:600} td i{display:block;height:.7rem;background:#4878a8} img{max-width:100%}
-.cards{display:flex;flex-wrap:wrap;gap:.8rem} .wrong{border-color:#c33}
-figure{width:11rem;margin:0;padding:.6rem;border:1px solid #ddd;border-radius:.4rem;font-size:13px}
-pre{background:#f5f5f5;padding:.7rem;overflow:auto;font-size:12px}"""
+_STYLE = """tr:last-child{font-weight:600} td i{display:block;height:.7rem;background:#4878a8}
+figure{padding:.6rem;border:1px solid #8886;border-radius:.4rem} .wrong{border-color:#c33}"""
 
+_REPORT = """<h1>{{ name }}: {{ '%.1f' % (100*accuracy.overall) }}% of {{ accuracy.questions }} held-out questions</h1>
+<p>95 % interval {{ '%.1f' % (100*accuracy.ci[0]) }}% to {{ '%.1f' % (100*accuracy.ci[1]) }}%;
+blind {{ '%.1f' % (100*blind_accuracy) }}%; POPE F1 {{ '%.3f' % pope_f1 }}; seed {{ seed }}.<br>
+{% for phase, time in seconds.items() %}{{ phase }} {{ '%.0f' % time }} s{{ '.' if loop.last else ', ' }}
+{% endfor %}</p>
+<h2>Scores</h2>
+<table><tr><th>question</th><th>exact match</th><th></th><th>blind</th></tr>
+{% for kind, right, blind in rows %}
+<tr><td>{{ kind }}</td><td>{{ '%.3f' % right }}</td><td><i style="width:{{ '%.0f' % (100*right) }}px"></i></td>
+<td>{{ '%.3f' % blind }}</td></tr>
+{% endfor %}
+</table>
+<h2>Loss</h2>{{ curves }}
+<h2>Where it looks</h2>
+<div class=cards>{% for question, figure in maps %}<div><p>{{ question }}</p>{{ figure }}</div>{% endfor %}</div>
+<h2>Answers</h2>
+<div class=cards>{% for card in cards %}{{ card }}{% endfor %}</div>
+<h2>Recipe</h2><pre>{{ recipe }}</pre><p>{{ versions }}</p>"""
+
+# %% ../../nbs/70_recipes.quickstart.ipynb #5b872b4d
 def write_report(
     path:str|Path,  # The HTML file
     numbers:dict,   # From `summary`
     r:Recipe,       # What was run
     curves,         # From `loss_curves`
-    cards:str,      # From `sample_answers`
+    cards:list,     # From `sample_answers`
     maps:list,      # From `attention_maps`
 ) -> Path:          # The file
     "Write the report: one file that carries its pictures"
-    acc, times = numbers['accuracy'], ', '.join(f'{k} {v:.0f} s' for k,v in numbers['seconds'].items())
-    looks = ''.join(f'<div><p>{html.escape(q)}</p>{_png(fig)}</div>' for q,fig in maps)
-    lo, hi = acc['ci']
-    body = f"""<h1>{html.escape(r.name)}: {acc['overall']:.1%} of {acc['questions']} held-out questions</h1>
-<p>95 % interval {lo:.1%} to {hi:.1%}; blind {numbers['blind_accuracy']:.1%}; POPE F1 {numbers['pope_f1']:.3f};
-seed {numbers['seed']}.<br>{times}.</p>
-<h2>Scores</h2>
-<table><tr><th>question</th><th>exact match</th><th></th><th>blind</th></tr>{_score_rows(numbers)}</table>
-<h2>Loss</h2>{_png(curves)}
-<h2>Where it looks</h2><div class=cards>{looks}</div>
-<h2>Answers</h2><div class=cards>{cards}</div>
-<h2>Recipe</h2><pre>{html.escape(repr(r))}</pre><p>{html.escape(str(numbers['versions']))}</p>"""
-    head = f'<meta charset=utf-8><title>{html.escape(r.name)}</title><style>{_STYLE}</style>'
-    page = f'<!doctype html><html lang=en><head>{head}</head><body>{body}</body></html>'
-    Path(path).write_text(page, encoding='utf-8')
-    return Path(path)
+    accuracy, blind = numbers['accuracy'], numbers['blind_by_kind']
+    rows = [(kind, right, blind[kind]) for kind,right in accuracy['by_kind'].items()]
+    rows.append(('all', accuracy['overall'], numbers['blind_accuracy']))
+    figures = [(question, image_tag(figure, question)) for question,figure in maps]
+    return write_page(path, r.name, _REPORT, _STYLE, **numbers, name=r.name, rows=rows, maps=figures, cards=cards,
+                      curves=image_tag(curves, 'loss of each stage'), recipe=repr(r))
 
 # %% ../../nbs/70_recipes.quickstart.ipynb #6f5fb45b
 def quickstart(

@@ -6,7 +6,7 @@
 __all__ = ['scienceqa']
 
 # %% ../../nbs/75_recipes.scienceqa.ipynb #533f0028
-from ..train.recipes import Recipe, Stage, _align, _instruct, _paper, recipes
+from ..train.recipes import ALIGNMENT, INSTRUCTION, PLAN, Recipe, Stage, recipes
 
 # %% ../../nbs/75_recipes.scienceqa.ipynb #847f2af1
 @recipes.register('scienceqa')
@@ -20,6 +20,7 @@ def scienceqa(
     8 GPUs, ZeRO-2. The script leaves the prompt open; LLaVA v1's is taken."""
     more = dict(activation_checkpointing=True, dataloader_num_workers=4)
     size = dict(global_batch_size=128, device_batch_size=16, trainer=more)
-    return Recipe('scienceqa', vision, llm, connector='linear', template='vicuna_v1', image_mode='crop', stages=[
-        Stage(**_align, **_paper, **size, lr=2e-3),
-        Stage(**_instruct, **_paper | dict(epochs=12.), **size, lr=2e-5)])
+    pretrain = Stage(**ALIGNMENT, **PLAN, **size, lr=2e-3, corpus='llava-595k')
+    finetune = Stage(**INSTRUCTION, **PLAN | dict(epochs=12.), **size, lr=2e-5, corpus='scienceqa')
+    return Recipe('scienceqa', vision, llm, connector='linear', template='vicuna_v1', image_mode='crop',
+                  stages=[pretrain, finetune])

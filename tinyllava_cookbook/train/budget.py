@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from ..core import Registry, Table
-from ..data.datasets import read_sample
+from ..data.records import read_sample
 from .activations import (ElementBytes, MicroBatch, adapter_size, annotate, recipe_model,
                                                   with_mode)
 from .memory import Memory, memory
@@ -86,8 +86,6 @@ for _name,*_row in (
     corpora.register(_name, Corpus(*_row))
 
 # %% ../../nbs/39_train.budget.ipynb #b203cb05
-_USUAL = dict(llava_v1=('llava-595k', 'llava-158k'), llava_next=('llava-558k', 'llava-760k'),
-              scienceqa=('llava-595k', 'scienceqa'), micro=('microworld',)*2)   # Stage 1, and the others
 CHARACTERS = 4   # Of a token, about
 
 def _tokens(sample, roles):
@@ -113,8 +111,10 @@ def corpus(
 ) -> Corpus:                 # What it trains on
     "The data of a stage, as far as its cost goes"
     here = stage.data is not None and (isinstance(stage.data, dict) or Path(stage.data).exists())
-    usual = _USUAL.get(recipe.name, ('llava-558k', 'llava-665k'))
-    found = _own_data(stage) if here else corpora[usual[stage.template != 'pretrain']]
+    if not here and stage.corpus is None:
+        raise ValueError(f"recipe {recipe.name!r}, stage {stage.name!r}: its data is not here and it names no corpus; "
+                         f"set {stage.name}.corpus to one of {corpora.names()}, or {stage.name}.data to a file")
+    found = _own_data(stage) if here else corpora[stage.corpus]
     return dataclasses.replace(found, samples=samples or found.samples)
 
 # %% ../../nbs/39_train.budget.ipynb #54704422

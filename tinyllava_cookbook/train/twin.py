@@ -71,7 +71,7 @@ def tiny_twin(
 
 def _small_model(model):
     "Settings of the model that depend on its size"
-    return dict(model)
+    return {k: v for k,v in model.items() if k != 'trust_remote_code'}
 
 def _start_model(r, path):
     "A model to go on from, as the one that the recipe names"

@@ -1,0 +1,54 @@
+#!/usr/bin/env python
+"""Write nbs/sidebar.yml: the notebooks that exist, sorted into the reading paths that the landing page offers.
+
+Usage: python tools/sidebar.py     (then `make outputs NB=nbs/index.ipynb`, whose table follows the sidebar)
+
+A new notebook is found by its module's name: by the first pattern below that fits, in the order of the patterns and then
+of the numbers; what fits none is among the internals.
+"""
+import re, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PATHS = {
+    'Start': ['recipes.quickstart', 'viz.attention', 'infer.generate'],
+    'Understand': ['microscene', 'microworld', 'image_files', 'data.images', 'data.templates', 'data.masks', 'data.batches', 'model.vision', 'model.connectors',
+                   'model.llms', 'model.vlm', 'train.recipes', 'train.trainer'],
+    'Train for real': [r'data\.(records|datasets|packing|preflight|instruct)', r'model\.(adapters|architecture)', r'train\.(?!twin|meter|displays)\w+',
+                       r'recipes\.(?!bake|ingredients|your)\w+'],
+    'Evaluate': [r'micro(vqa|bench)', r'eval\.\w+'],
+    'Extend': [r'recipes\.your\w+', r'model\.\w+', 'train.twin', r'recipes\.\w+', r'infer\.\w+', r'viz\.\w+'],
+    'Internals': ['.*'],
+}
+
+def module(path):
+    "Name of the module that a notebook exports"
+    return path.stem.split('_', 1)[1]
+
+def sort(paths):
+    "Path of reading → its notebooks"
+    left, found = sorted(paths), {}
+    for name, patterns in PATHS.items():
+        found[name] = []
+        for pattern in patterns:
+            fits = [p for p in left if re.fullmatch(pattern, module(p))]
+            left = [p for p in left if p not in fits]
+            found[name] += fits
+    return found
+
+def sidebar(root=ROOT):
+    "Text of sidebar.yml"
+    lines = ['website:', '  sidebar:', '    contents:', '      - index.ipynb']
+    for name, paths in sort((root/'nbs').glob('[0-9]*.ipynb')).items():
+        if not paths: continue
+        lines += [f'      - section: {name}', '        contents:']
+        lines += [f'          - {p.name}' for p in paths]
+    return '\n'.join(lines) + '\n'
+
+def main(argv=(), root=ROOT):
+    "Write the file, or with --check say whether it is in step"
+    path, text = root/'nbs/sidebar.yml', sidebar(root)
+    if '--check' in argv: return path.read_text(encoding='utf-8') != text
+    path.write_text(text, encoding='utf-8')
+
+if __name__ == '__main__': sys.exit(main(sys.argv[1:]))

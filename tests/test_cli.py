@@ -2,6 +2,7 @@
 import json, os, resource, subprocess, sys, types
 import pytest
 from tinyllava_cookbook import cli
+from tinyllava_cookbook.commands.evaluation import question_items
 
 def run(capsys, *argv):
     "Exit code, output, errors"
@@ -96,7 +97,7 @@ def test_eval_pope(capsys, home):
     res = json.loads(out)
     assert code == 0 and list(res['by_kind']) == ['random', 'popular', 'adversarial'] and 0 <= res['f1'] <= 1
     from tinyllava_cookbook.eval.benchmarks import SHORT
-    def suffixed(*more): return {o.prompt.endswith(SHORT) for o in cli._items(cli.parser().parse_args([*map(str, args), *more]))}
+    def suffixed(*more): return {o.prompt.endswith(SHORT) for o in question_items(cli.parser().parse_args([*map(str, args), *more]))}
     assert (suffixed(), suffixed('--no-short'), suffixed('--short')) == ({True}, {False}, {True})
 
 def test_train_dry_run(capsys, monkeypatch):

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 def tinyllava(*words, cwd=None, **env):
     "One run of the command line, on all cores"
     env = {k:v for k,v in os.environ.items() if k != 'OMP_NUM_THREADS'} | env
@@ -73,7 +75,6 @@ def test_pipeline_after_one_import(run, pictures):
 import sys, tinyllava_cookbook
 from transformers import pipeline
 from transformers.utils import logging; logging.set_verbosity_error(); logging.disable_progress_bar()
-pytestmark = pytest.mark.slow
 p = pipeline("image-text-to-text", model=sys.argv[1])
 chat = [{"role": "user", "content": [{"type": "image", "url": sys.argv[2]}, {"type": "text", "text": "what shape is the red object?"}]}]
 print(p(text=chat, max_new_tokens=8, return_full_text=False)[0]["generated_text"])

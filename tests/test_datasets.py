@@ -374,7 +374,8 @@ def test_mixture(world, tok):
     assert pickle.loads(pickle.dumps(mix))[7]['id'] == mix[7]['id']
 
 def test_lengths_of_a_mixture_are_cached(world, tok):
-    from tinyllava_cookbook.data.batches import lengths, plan_packs
+    from tinyllava_cookbook.data.batches import plan_packs
+    from tinyllava_cookbook.data.packing import lengths
     a = read_llava(put(world, records(6), 'a.json'))
     mix = Mixture(dict(a=a, b=[dict(r, id='b' + r['id']) for r in a]), shares=dict(b=.5))
     n = lengths(mix, tiny_encoder(tok), progress=False)

@@ -13,7 +13,8 @@ from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Stage
-from tinyllava_cookbook.train.trainer import EpochBatches, _parallel, _units, stage_dataset, train_stage
+from tinyllava_cookbook.data.batches import EpochBatches
+from tinyllava_cookbook.train.trainer import _parallel, _units, stage_dataset, train_stage
 from tinyllava_cookbook.train.tuning import apply_tune
 
 logging.disable_progress_bar()

@@ -7,8 +7,8 @@ from hypothesis import given, settings, strategies as st
 from tinyllava_cookbook.core import IGNORE
 from tinyllava_cookbook.ingredients import tiny_llms
 from tinyllava_cookbook.model.llms import llm_families
-from tinyllava_cookbook.data.batches import (GroupedSampler, Lengths, PackCollator, PackSampler, PadCollator, block_mask,
-                                             fill_packs, plan_packs)
+from tinyllava_cookbook.data.batches import GroupedSampler, Lengths, PadCollator, fill_packs, plan_packs
+from tinyllava_cookbook.data.packing import PackCollator, PackSampler, block_mask
 
 # ---------------------------------------------------------------------------------------------------- plan
 

@@ -11,7 +11,8 @@ from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Recipe, Stage, Tune, batch_sizes, from_dict, override, recipe, recipes, to_dict
-from tinyllava_cookbook.train.trainer import EpochBatches, TrainBar, stage_dataset, train_recipe, train_stage, training_args
+from tinyllava_cookbook.data.batches import EpochBatches
+from tinyllava_cookbook.train.trainer import TrainBar, stage_dataset, train_recipe, train_stage, training_args
 from tinyllava_cookbook.train.tuning import apply_tune, learnable, param_groups, reachable
 
 logging.disable_progress_bar()

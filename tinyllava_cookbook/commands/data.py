@@ -53,6 +53,6 @@ def _bench_args(p):
 
 @command('bench', 'measure how many samples a second a data set and its collator give', _bench_args)
 def _bench(a):
-    from tinyllava_cookbook.data.bench import bench_data, table
+    from tinyllava_cookbook.data.bench import bench_data
     rows = bench_data(a.n)
-    print(json.dumps(rows) if a.json else table(rows))
+    print(json.dumps(rows) if a.json else rows)

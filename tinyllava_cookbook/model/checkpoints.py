@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import BitsAndBytesConfig, GenerationConfig
+from transformers import BitsAndBytesConfig
 
 from ..core import pick_device, pick_dtype, write_json
 from ..data.images import target_size
@@ -110,18 +110,17 @@ def _check_halves(model, processor, path):
                 "the processor")
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
-    if odd := [o for o in stops if o is not None and not (isinstance(o, int) and 0 <= o < rows)]:
-        raise ValueError(f"{str(path)!r}: generation_config.json ends at token {odd[0]!r}, but there are {rows}")
+    if odd := [o for o in stops if o is not None and not (type(o) is int and 0 <= o < rows)]:
+        raise ValueError(f"{str(path)!r}: generation_config.json ends at token {odd[0]}, but there are {rows}")
 
 # %% ../../nbs/26_model.checkpoints.ipynb #ec8cffdf
 def _open_ours(path, trusted, **kwargs):
     "Model and processor of a folder of ours"
     _check_whole(path, trusted)
-    if (Path(path)/'generation_config.json').exists():
-        with reading(path, 'generation_config.json'): GenerationConfig.from_pretrained(path)
-    model = load_strict(VLMForConditionalGeneration, path, current=current_name, **kwargs)
-    processor = load_processor(path)
-    _check_halves(model, processor, path)
+    with reading(path, 'checkpoint'):
+        model = load_strict(VLMForConditionalGeneration, path, current=current_name, **kwargs)
+        processor = load_processor(path)
+        _check_halves(model, processor, path)
     return model, processor
 
 def load(

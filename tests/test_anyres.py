@@ -7,7 +7,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers.utils import logging
 from tinyllava_cookbook.core import IGNORE
-from tinyllava_cookbook.data.batches import PackCollator, PadCollator
+from tinyllava_cookbook.data.batches import PadCollator
+from tinyllava_cookbook.data.packing import PackCollator
 from tinyllava_cookbook.data.images import image_size
 from tinyllava_cookbook.infer.generate import answers
 from tinyllava_cookbook.ingredients import tiny_checkpoint

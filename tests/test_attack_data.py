@@ -7,15 +7,16 @@ torch = pytest.importorskip('torch')
 import numpy as np
 from PIL import Image
 from transformers import SiglipImageProcessorPil
-from tinyllava_cookbook.data.batches import BatchLoader, PadCollator, lengths
+from tinyllava_cookbook.data.batches import BatchLoader, PadCollator
 from tinyllava_cookbook.data.datasets import Encoder, VLMDataset
+from tinyllava_cookbook.data.packing import lengths
 from tinyllava_cookbook.data.preflight import preflight, report_dict, write_clean
 from tinyllava_cookbook.data.records import read_captions, read_data, read_hf, read_llava, read_sample
 from tinyllava_cookbook.ingredients import tiny_checkpoint, tiny_tokenizer
 from tinyllava_cookbook.json_records import read_records
-from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Stage
-from tinyllava_cookbook.train.trainer import train_stage
+from tinyllava_cookbook.train.stages import train_stage
 
 def turn(who, text): return {'from': who, 'value': text}
 

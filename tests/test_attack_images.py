@@ -71,7 +71,7 @@ def test_no_other_image_open(root):
     "The package opens image files in one place"
     calls = [f'{p.name}: {line.strip()}' for p in (root/'tinyllava_cookbook').rglob('*.py')
              for line in p.read_text().splitlines() if 'Image.open(' in line]
-    assert [o.split(':')[0] for o in calls] == ['images.py'] and 'formats=IMAGE_FORMATS' in calls[0]
+    assert [o.split(':')[0] for o in calls] == ['image_files.py'] and 'formats=IMAGE_FORMATS' in calls[0]
 
 # addresses
 

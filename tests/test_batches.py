@@ -5,8 +5,9 @@ import pytest
 torch = pytest.importorskip('torch')
 from hypothesis import given, settings, strategies as st
 from tinyllava_cookbook.core import IGNORE, cache_dir
-from tinyllava_cookbook.data.batches import GroupedSampler, PadCollator, _key, lengths, padding_share
+from tinyllava_cookbook.data.batches import GroupedSampler, PadCollator, padding_share
 from tinyllava_cookbook.data.datasets import Encoder
+from tinyllava_cookbook.data.packing import lengths, lengths_key
 from tinyllava_cookbook.data.records import read_sample
 
 def sample(rng, image=True):
@@ -110,25 +111,26 @@ def test_lengths_are_counted_once(source, monkeypatch):
     used.tokenizer(['a', 'b c d'], truncation=True, max_length=2)             # leaves its wish to cut in the tokenizer
     assert lengths(ds, used, progress=False).tokens.tolist() == first.tokens.tolist()
 
+@pytest.mark.slow
 def test_another_process_finds_them(source, tmp_path):
     "The hash depends on content, not on addresses or the order of sets"
     ds, encoder = source
     code = ("import sys; sys.path.insert(0, 'tests')\nfrom pathlib import Path\nimport test_batches as t\n"
-            "ds, encoder = t.read_source(Path(sys.argv[1]))\nprint(t._key(ds, encoder()))")
+            "ds, encoder = t.read_source(Path(sys.argv[1]))\nprint(t.lengths_key(ds, encoder()))")
     root = os.path.dirname(os.path.dirname(__file__))
     got = subprocess.run([sys.executable, '-c', code, str(tmp_path)], env=dict(os.environ, PYTHONHASHSEED='9'), cwd=root, check=True,
                          capture_output=True, text=True)
-    assert got.stdout.split()[-1] == _key(ds, encoder())
+    assert got.stdout.split()[-1] == lengths_key(ds, encoder())
 
 def test_what_changes_lengths_changes_the_hash(source):
     ds, encoder = source
     rows = [dict(ds[i]) for i in range(3)]
-    keys = [_key(ds, e) for e in (encoder(), encoder('pretrain'), encoder(image_seq_length=6), encoder(max_length=30))]
-    keys += [_key(o, encoder()) for o in (ds.select(range(5)), rows, rows[:2], [read_sample(r) for r in rows])]
+    keys = [lengths_key(ds, e) for e in (encoder(), encoder('pretrain'), encoder(image_seq_length=6), encoder(max_length=30))]
+    keys += [lengths_key(o, encoder()) for o in (ds.select(range(5)), rows, rows[:2], [read_sample(r) for r in rows])]
     assert len(set(keys)) == len(keys)
     longer = encoder()
     longer.tokenizer.add_tokens(['circle'])
-    assert _key(ds, longer) not in keys
+    assert lengths_key(ds, longer) not in keys
 
 def test_bad_samples(source):
     ds, encoder = source

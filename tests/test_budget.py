@@ -30,6 +30,7 @@ def test_tracker_counts_known_allocations():
         del y
         assert m.now == 2*2**18
 
+@pytest.mark.slow
 def test_tracker_against_the_allocator():
     "Within two per cent of what the profiler saw PyTorch's allocator give out"
     code = """import sys, torch
@@ -95,12 +96,12 @@ def test_states_equal_deepspeeds_own_estimates(base, world):
 
 def test_weights_are_in_the_precision_that_the_trainer_gives_them(tmp_path):
     "If the trainer keeps frozen weights otherwise some day, the forecast must follow"
-    from tinyllava_cookbook.train.trainer import _float_weights
+    from tinyllava_cookbook.train.stages import float_weights
     model = compose(*(tiny_checkpoint(o, tmp_path/o) for o in ('siglip', 'llama')))[0]
     with torch.device('meta'): shell = VLMForConditionalGeneration(copy.deepcopy(model.config))
     stage = Stage('x', tune=dict(connector='full'))
     apply_tune(model, stage)
-    _float_weights(model, True)
+    float_weights(model, True)
     assert M.states(A.annotate(shell, stage), stage)['weights'] == sum(p.numel()*p.element_size() for p in model.parameters())
 
 # ---------------------------------------------------------------------------------------------------- activations
@@ -247,6 +248,7 @@ def test_forecast_under_autocast(tmp_path, monkeypatch, name):
     got, said = measured(tmp_path, Stage('tiny', **(dict(global_batch_size=8, max_steps=2, max_length=384) | stage)), **parts)
     assert said/got == pytest.approx(1, abs=.1), f'{name}: measured {got/2**20:.1f} MiB, forecast {said/2**20:.1f} MiB'
 
+@pytest.mark.slow
 def test_bench_gpu_runs_anywhere(root, tmp_path):
     r = subprocess.run([sys.executable, root/'tools/bench_gpu.py', '--tiny', '--device', 'cpu', '--steps', '2', '--only', 'stage 1, 0.4 B',
                         '--out', tmp_path/'gpu.json'], capture_output=True, text=True)

@@ -2,6 +2,7 @@
 import json, os, resource, subprocess, sys, types
 import pytest
 from tinyllava_cookbook import cli
+from tinyllava_cookbook.commands.evaluation import question_items
 
 def run(capsys, *argv):
     "Exit code, output, errors"
@@ -96,7 +97,7 @@ def test_eval_pope(capsys, home):
     res = json.loads(out)
     assert code == 0 and list(res['by_kind']) == ['random', 'popular', 'adversarial'] and 0 <= res['f1'] <= 1
     from tinyllava_cookbook.eval.benchmarks import SHORT
-    def suffixed(*more): return {o.prompt.endswith(SHORT) for o in cli._items(cli.parser().parse_args([*map(str, args), *more]))}
+    def suffixed(*more): return {o.prompt.endswith(SHORT) for o in question_items(cli.parser().parse_args([*map(str, args), *more]))}
     assert (suffixed(), suffixed('--no-short'), suffixed('--short')) == ({True}, {False}, {True})
 
 def test_train_dry_run(capsys, monkeypatch):
@@ -122,7 +123,7 @@ def test_commands_reach_their_functions(capsys, monkeypatch):
     calls = stand_in(monkeypatch, 'tinyllava_cookbook.recipes.bake', 'bake', {'micro-llama': dict(report={})})
     assert run(capsys, 'bake', '--out', 'x y', '--only', 'micro-llama')[0] == 0
     assert calls == [((), dict(out='x y', seed=0, only='micro-llama'))]
-    calls = stand_in(monkeypatch, 'tinyllava_cookbook.train.trainer', 'train_recipe')
+    calls = stand_in(monkeypatch, 'tinyllava_cookbook.train.stages', 'train_recipe')
     assert run(capsys, 'train', 'micro', 'finetune', '--set', 'seed=5', '--out', 'here')[0] == 0
     (r, out), kw = calls[0]
     assert (r.name, r.seed, out, kw['stages']) == ('micro', 5, 'here', ['finetune'])

@@ -160,6 +160,7 @@ def test_export(parts, tmp_path, image, v, t, mode, kw):
     assert (q.image_mode, q.template) == (mode, proc.template)
     assert (vllm_problems(d) == []) == (v != 'dinov2')
 
+@pytest.mark.slow
 def test_without_this_package(parts, tmp_path, image):
     "A process that cannot import this package opens the folder and says the same; the chat template is there"
     model,proc = compose(parts['siglip'], parts['qwen2'])

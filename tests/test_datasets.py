@@ -374,7 +374,8 @@ def test_mixture(world, tok):
     assert pickle.loads(pickle.dumps(mix))[7]['id'] == mix[7]['id']
 
 def test_lengths_of_a_mixture_are_cached(world, tok):
-    from tinyllava_cookbook.data.batches import lengths, plan_packs
+    from tinyllava_cookbook.data.batches import plan_packs
+    from tinyllava_cookbook.data.packing import lengths
     a = read_llava(put(world, records(6), 'a.json'))
     mix = Mixture(dict(a=a, b=[dict(r, id='b' + r['id']) for r in a]), shares=dict(b=.5))
     n = lengths(mix, tiny_encoder(tok), progress=False)
@@ -418,7 +419,7 @@ def tiny_model(folder):
 def test_training_survives_bad_samples(world, pack):
     "And says afterwards which they were"
     from tinyllava_cookbook.train.recipes import Stage
-    from tinyllava_cookbook.train.trainer import train_stage
+    from tinyllava_cookbook.train.stages import train_stage
     f, bad = spoiled(world)
     stage = Stage('s', tune=dict(connector='full'), global_batch_size=4, max_length=256, pack=pack)
     with pytest.raises(ValueError, match="sample 'r5': 0 <image>"): train_stage(*tiny_model(world), stage, world/'out', f, device='cpu', progress=False)

@@ -190,6 +190,7 @@ def test_light_import():
     "Importing the package imports neither torch nor transformers"
     run("import sys, tinyllava_cookbook; assert not {'torch', 'transformers'} & set(sys.modules)")
 
+@pytest.mark.slow
 @pytest.mark.parametrize('first', ['transformers', 'tinyllava_cookbook'])
 def test_pipeline(pair, img, tmp_path, first):
     "A saved folder answers in a pipeline after a plain import, in either order"
@@ -209,6 +210,7 @@ def test_pipeline(pair, img, tmp_path, first):
     assert out.stdout.split() == ['VLMProcessor', 'True', 'True']
     assert 'not supported' not in out.stderr and 'Error' not in out.stderr
 
+@pytest.mark.slow
 @pytest.mark.parametrize('auto', ['AutoProcessor', 'AutoConfig', 'AutoModelForImageTextToText'])
 def test_auto_class_alone(pair, tmp_path, auto):
     "Each Auto class finds ours when it is the first to be asked"

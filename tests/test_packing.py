@@ -7,8 +7,8 @@ from hypothesis import given, settings, strategies as st
 from tinyllava_cookbook.core import IGNORE
 from tinyllava_cookbook.ingredients import tiny_llms
 from tinyllava_cookbook.model.llms import llm_families
-from tinyllava_cookbook.data.batches import (GroupedSampler, Lengths, PackCollator, PackSampler, PadCollator, block_mask,
-                                             fill_packs, plan_packs)
+from tinyllava_cookbook.data.batches import GroupedSampler, Lengths, PadCollator, fill_packs, plan_packs
+from tinyllava_cookbook.data.packing import PackCollator, PackSampler, block_mask
 
 # ---------------------------------------------------------------------------------------------------- plan
 
@@ -58,6 +58,7 @@ def measure(x, ranks, budget=None, **weights):
                 of_memory=positions.mean()/positions.max(), waiting=works.max(0).sum()/works.mean(0).sum() - 1,
                 imbalance=each.max()/each.mean() - 1, batches=max(map(len, ranks)))
 
+@pytest.mark.slow
 def test_665k(mix):
     "Every sample once, >= 95 % useful at 4096, < 10 s on one core, < 3 % imbalance over 8 ranks: against padding"
     start = time.process_time()

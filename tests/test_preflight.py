@@ -90,6 +90,7 @@ def spoilt(world):
 def report(world, spoilt, encoder):
     return preflight(spoilt[0], world[0]/'images', encoder, progress=False, workers=0, fix=world[0]/'clean.json', out=world[0]/'out')
 
+@pytest.mark.slow
 def test_every_fault_and_no_other(report, spoilt):
     "216 faults of 12 kinds among 10,000 samples: the same indices, kinds and numbers"
     assert set(INJECT) == set(FAULTS) and len(spoilt[2]) == 216

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 def tinyllava(*words, cwd=None, **env):
     "One run of the command line, on all cores"
     env = {k:v for k,v in os.environ.items() if k != 'OMP_NUM_THREADS'} | env

@@ -11,7 +11,8 @@ from tinyllava_cookbook.durable import MARKER, REQUEUE, check_complete, checkpoi
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Recipe, Stage, recipe, to_dict
-from tinyllava_cookbook.train.trainer import stage_dataset, train_recipe, train_stage
+from tinyllava_cookbook.train.stages import train_recipe, train_stage
+from tinyllava_cookbook.train.trainer import stage_dataset
 
 logging.disable_progress_bar()
 COLORS = 'red', 'green', 'blue', 'yellow'
@@ -44,7 +45,7 @@ import sys
 from transformers import TrainerCallback
 from transformers.utils import logging; logging.disable_progress_bar()
 from tinyllava_cookbook.train.recipes import recipe
-from tinyllava_cookbook.train.trainer import train_recipe
+from tinyllava_cookbook.train.stages import train_recipe
 class Tell(TrainerCallback):
     def on_step_end(self, args, state, control, **kw): print(args.output_dir.split('/')[-1], state.global_step, flush=True)
 _,_,results = train_recipe(recipe(sys.argv[1]), sys.argv[2], device='cpu', progress=False, resume='auto', callbacks=[Tell()])
@@ -82,6 +83,7 @@ def same_end(a, b):
     one,two = (load_file(d/'model/model.safetensors') for d in (a, b))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
+@pytest.mark.slow
 def test_kill_at_five_random_moments(job, whole):
     "kill -9, five times, wherever it happens to be, also while it saves"
     out,moments = job/'killed', random.Random(7)
@@ -95,6 +97,7 @@ def test_kill_at_five_random_moments(job, whole):
     assert p.returncode == 0, err[-3000:]
     same_end(whole, out)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sig', [signal.SIGTERM, signal.SIGUSR1])
 def test_asked_to_stop(job, whole, sig):
     "Saves at the next step, ends with 85, and goes on from exactly there"

@@ -1,10 +1,11 @@
 "The reference pages: every exported name has an entry, both site builders use it, and none of them touches README.md."
-import ast, importlib, inspect, re
+import ast, importlib, inspect, json, re
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
 
 pytest.importorskip('nbdev')
+from nbdev.showdoc import BasicMarkdownRenderer
 from tinyllava_cookbook._modidx import d as index
 from tinyllava_cookbook.site import AddColab, AddLinks, Entry, entry, link_names, parameters, source_of
 
@@ -45,6 +46,7 @@ def test_inherited_annotations_need_no_import(module, name):
     "Configurations inherit annotations of types that their module does not import; fields are those of the class itself"
     sym = getattr(importlib.import_module(f'tinyllava_cookbook.{module}'), name)
     shown = Entry(sym)
+    assert BasicMarkdownRenderer(sym)._repr_markdown_()   # nbdev's own evaluates them all
     tree = ast.parse(inspect.getsource(sym)).body[0]
     own = [o.target.id for o in tree.body if isinstance(o, ast.AnnAssign) and not o.target.id.startswith('_')]
     init = [o for o in tree.body if getattr(o, 'name', '') == '__init__']
@@ -94,3 +96,40 @@ def test_both_sites_are_configured_alike():
     import sys; sys.path.insert(0, str(ROOT/'tools'))
     import docs
     assert docs.WORK.parent == docs.PROC and docs.WORK.name.startswith('_') and docs.SRC.is_relative_to(docs.WORK)
+
+def pages():
+    "`(name, cells)` of every notebook, as nbdev reads it"
+    from execnb.nbio import read_nb
+    for path in sorted((ROOT/'nbs').glob('*.ipynb')): yield path.name, read_nb(path)
+
+NESTED = re.compile(r'\[[^\[\]]*\[`[^`]+`\]\([^)]*\)[^\[\]]*\]\(')
+
+def test_no_link_in_a_link_and_no_word_mistaken_for_a_name():
+    "On every page, with the names that the library really exports"
+    linked = 0
+    for name, nb in pages():
+        add = AddLinks(nb)
+        for cell in nb.cells:
+            if cell.cell_type != 'markdown': continue
+            before = cell.source
+            add(cell)
+            assert not NESTED.search(cell.source), (name, cell.source)
+            new = set(re.findall(r'\[`([^`]+?)(?:\(\))?`\]\(https?://', cell.source)) - set(re.findall(r'\[`([^`]+?)(?:\(\))?`\]\(', before))
+            words = {o for o in new if o.isalpha() and o.islower()}
+            assert words <= add.known, (name, words - add.known)
+            linked += len(new)
+    assert linked > 50
+
+def test_a_page_as_nbdev_processes_it(tmp_path, monkeypatch):
+    "By nbdev's own driver and our settings, as `nbdev_docs` would: link to Colab, call, table, folded source"
+    from nbdev.processors import FilterDefaults
+    from nbdev.serve_drv import exec_nb
+    monkeypatch.chdir(ROOT/'nbs')
+    exec_nb(ROOT/'nbs/05_durable.ipynb', tmp_path/'05_durable.ipynb', FilterDefaults)
+    cells = json.loads((tmp_path/'05_durable.ipynb').read_text())['cells']
+    text = '\n'.join(''.join(c['source']) for c in cells)
+    shown = [''.join(o['data'].get('text/markdown', '')) for c in cells for o in c.get('outputs', []) if 'data' in o]
+    entries = [o for o in shown if '<details class="source">' in o]
+    assert text.count('class="colab"') == 1 and 'nbs/05_durable.ipynb' in text and len(entries) >= 5
+    assert all(o.startswith('### ') and '```python\n' in o for o in entries) and any('<table class="params">' in o for o in entries)
+    assert 'tinyllava-cookbook[dev]' not in text   # the cell for Colab is hidden

@@ -22,7 +22,7 @@ from .batches import parallel_map
 from .datasets import BAD, Encoder, image_counts
 from .records import FORMATS, Sample, guess_format, read_sample, record_name
 from .images import image_size, load_image, sample_aspect
-from .templates import show_mask
+from .masks import show_mask
 
 # %% ../../nbs/16_data.preflight.ipynb #fceecbfa
 FAULTS = {   # Kind to what it means

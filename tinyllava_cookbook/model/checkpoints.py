@@ -147,6 +147,12 @@ def _open_ours(path, trusted, **kwargs):
     return model, processor
 
 # %% ../../nbs/26_model.checkpoints.ipynb #25ca150e
+def _open_foreign(foreign, path, config, **kwargs):
+    "Model and processor of a folder of another layout, some fields set otherwise"
+    foreign.config |= config or {}
+    return build(foreign, path, **kwargs)
+
+# %% ../../nbs/26_model.checkpoints.ipynb #5d268ca4
 def load(
     path,              # A folder of a layout that `layout` knows, or its name on the Hub
     device=None,       # 'cpu', 'cuda', ...; `None` takes the best one here
@@ -174,9 +180,7 @@ def load(
     if kind == 'ours':
         model,processor = _open_ours(path, trust_remote_code, **kwargs)
     else:
-        foreign = readers[kind](path, llm, vision)
-        foreign.config |= config or {}
-        model,processor = build(foreign, path, **kwargs)
+        model,processor = _open_foreign(readers[kind](path, llm, vision), path, config, **kwargs)
     if verify:
         verify_files(path)
     return model if 'device_map' in kwargs else model.to(device), processor

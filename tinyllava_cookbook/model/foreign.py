@@ -407,9 +407,11 @@ _ENDS = 'language_model.model.embed_tokens.weight', 'language_model.lm_head.weig
 def _untie(hf, state):
     "Where the whole is not tied, its language model is not, though its own configuration may say so"
     embedding,output = (state.get(name) for name in _ENDS)
-    if hf.tie_word_embeddings or embedding is None or output is None or embedding.shape == output.shape and torch.equal(embedding, output):
+    if hf.tie_word_embeddings or embedding is None or output is None:
         return
-    hf.text_config.tie_word_embeddings = False
+    same = embedding.shape == output.shape and torch.equal(embedding, output)
+    if not same:
+        hf.text_config.tie_word_embeddings = False
 
 # %% ../../nbs/25_model.foreign.ipynb #a52faa50
 @readers.register('llava_next')

@@ -584,6 +584,7 @@ class Selfcheck:
 def on_purpose(error):
     "Was this error raised by a `raise` of ours, with a message?"
     if not isinstance(error, (ValueError, OSError, LookupError, TypeError, RuntimeError, NotImplementedError)) or not str(error).strip(): return False
+    if isinstance(error, OSError) and error.errno and error.filename: return True   # the system names the file
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1]
     return '/tinyllava_cookbook/' in last.filename.replace('\\', '/') and 'raise' in linecache.getline(last.filename, last.lineno)

@@ -31,9 +31,10 @@ def _encoder_of(a):
     from tinyllava_cookbook.model.checkpoints import load_processor
     if (Path(a.recipe)/'processor_config.json').exists(): return load_processor(a.recipe).encoder()
     from tinyllava_cookbook.train.recipes import recipe
-    from tinyllava_cookbook.train.trainer import _start, stage_encoder
+    from tinyllava_cookbook.train.stages import start_model
+    from tinyllava_cookbook.train.trainer import stage_encoder
     r = recipe(a.recipe)
-    _,processor = _start(r, None, 0, trusted=a.trust_remote_code)
+    _,processor = start_model(r, '', trust_remote_code=a.trust_remote_code)
     return stage_encoder(processor, r.stage(a.stage) if a.stage else r.stages[-1])
 
 @command('check', 'look at every sample of a data set before training does', _check_args)

@@ -61,6 +61,9 @@ def _train_args(p):
     _input_args(p)
     p.add_argument('--resume', metavar='auto|DIR',
                    help='auto: leave out what is finished, resume from the newest complete checkpoint; or a checkpoint')
+    p.add_argument('--accept', metavar='NAME', action='append', default=[],
+                   help='resume although this differs from what the run began with: data, images, start or '
+                        'template (repeatable)')
     p.add_argument('--parallel', metavar='NAME', default='ddp',
                    help='ddp, zero1, zero2, zero3, zero1-offload ..., fsdp (default: %(default)s)')
     _watch_args(p)
@@ -85,7 +88,8 @@ def _stage_data(given, stages, names):
 def _train_words(a, out):
     "The command as it would be typed"
     options = {'--out': [out], '--set': a.changes, '--data': a.data, '--images': [a.images], '--start': [a.start],
-        '--resume': [a.resume], '--parallel': [a.parallel], '--eval-data': [a.eval_data], '--report-to': a.report_to,
+        '--resume': [a.resume], '--accept': a.accept, '--parallel': [a.parallel], '--eval-data': [a.eval_data],
+        '--report-to': a.report_to,
         '--ask-every': [a.ask_every and str(a.ask_every)], '--device': [a.device]}
     given = [w for k,vs in options.items() for v in vs if v and (k, v) not in _usual for w in (k, v)]
     given += ['--trust-remote-code']*a.trust_remote_code
@@ -108,9 +112,10 @@ _ASKED = 'images', 'start', 'resume', 'parallel', 'device', 'eval_data', 'ask_ev
 def _run_recipe(a, r, todo, out, data):
     "Train; a stop that was asked for says where it saved"
     from tinyllava_cookbook.durable import Stopped
-    from tinyllava_cookbook.train.trainer import train_recipe
+    from tinyllava_cookbook.train.stages import train_recipe
     hide_progress()
     given = {k: getattr(a, k) for k in _ASKED}
+    if a.accept: given['accept'] = a.accept
     if a.trust_remote_code: given['trust_remote_code'] = True
     try: train_recipe(r, out, data=data, stages=todo, **given)
     except Stopped as e:

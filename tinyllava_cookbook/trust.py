@@ -227,10 +227,10 @@ def reading(
         text = ' '.join(str(e).split())
         if 'custom code' in text:
             raise said("needs code that comes with it, which is not run here") from None
-        if isinstance(e, ValueError) and str(path) in text and len(text) < 500:
+        if isinstance(e, ValueError) and str(path) in text and len(text) < 700:
             raise
         text = text if isinstance(e, ValueError) else f'{type(e).__name__}: {text}'
-        raise said(f"cannot be used: {textwrap.shorten(text, 300)}") from e
+        raise said(f"cannot be used: {textwrap.shorten(text, 700)}") from e
 
 # %% ../nbs/09_trust.ipynb #b1ecdff1
 def _check_code(config, path):

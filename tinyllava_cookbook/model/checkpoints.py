@@ -146,6 +146,16 @@ def _open_ours(path, trusted, **kwargs):
         _check_halves(model, processor, path)
     return model, processor
 
+# %% ../../nbs/26_model.checkpoints.ipynb #a2ccdeb8
+def _placed(device, dtype, quantization, device_map):
+    "Arguments of `from_pretrained` that decide precision and place"
+    kwargs = {'dtype': 'auto' if dtype == 'file' else pick_dtype(device, str(dtype or 'auto'))}
+    if quantization:
+        kwargs['quantization_config'] = quantization_config(quantization, pick_dtype(device))
+    if device_map or quantization:
+        kwargs['device_map'] = device_map or {'': str(device)}
+    return kwargs
+
 # %% ../../nbs/26_model.checkpoints.ipynb #25ca150e
 def _open_foreign(foreign, path, config, **kwargs):
     "Model and processor of a folder of another layout, some fields set otherwise"
@@ -172,11 +182,7 @@ def load(
     kind = layout(path)
     device = pick_device(device or 'auto')
     _check_config(config or {}, kind)
-    kwargs['dtype'] = 'auto' if dtype == 'file' else pick_dtype(device, str(dtype or 'auto'))
-    if quantization:
-        kwargs['quantization_config'] = quantization_config(quantization, pick_dtype(device))
-    if device_map or quantization:
-        kwargs['device_map'] = device_map or {'': str(device)}
+    kwargs |= _placed(device, dtype, quantization, device_map)
     if kind == 'ours':
         model,processor = _open_ours(path, trust_remote_code, **kwargs)
     else:

@@ -15,7 +15,7 @@ from tinyllava_cookbook.model.adapters import adapted, restore
 from tinyllava_cookbook.model.checkpoints import load
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import ADAPTERS, PARTS, Recipe, Stage, Tune
-from tinyllava_cookbook.train.trainer import train_recipe, train_stage
+from tinyllava_cookbook.train.stages import train_recipe, train_stage
 from tinyllava_cookbook.train.tuning import apply_tune, learnable
 
 logging.disable_progress_bar()
@@ -89,7 +89,7 @@ def test_two_towers_are_tuned_alike(world, tmp_path):
     parts = ' + '.join(map(str, eyes)), tiny_checkpoint('llama', tmp_path/'llama', **WIDE)
     model,processor = compose(*parts, connector='mof_mlp')
     before = copy.deepcopy(model)
-    layer = lambda names: {(n.split('.')[1], next(o for o in n.split('.') if o.isdigit())) for n in names if '.encoder.' in n}
+    layer = lambda names: {(n.split('.')[2], next(o for o in n.split('.') if o.isdigit())) for n in names if '.encoder.' in n}
     assert layer(learnable(model, 'vision', Tune('partial', from_layer=1))) == {('first', '1'), ('second', '1')}
     assert layer(learnable(model, 'vision', Tune('lora'))) == {(t, i) for t in ('first', 'second') for i in '01'}   # of three: the last is not run
     with pytest.raises(ValueError, match='from_layer must be 0 to 1'): learnable(model, 'vision', Tune('partial', from_layer=2))
@@ -141,7 +141,7 @@ def test_next_stage_starts_from_the_merged_model(parts, world, tmp_path):
     model,_,_ = train_recipe(r, tmp_path, dict(one=world, two=world), progress=False, device='cpu')
     one,_ = load(tmp_path/'one', device='cpu', dtype='float32')
     same = {k for k,v in one.state_dict().items() if torch.equal(v, model.state_dict()[k])}
-    assert {k.split('.')[0] for k in set(one.state_dict()) - same} == {'connector'}
+    assert {k.split('.')[1] for k in set(one.state_dict()) - same} == {'connector'}
     assert read_json(tmp_path/'model'/'recipe.json')['stages'][0]['tune']['llm']['r'] == 4
 
 def test_the_log_shows_the_rate_of_the_stage(parts, world, tmp_path):
@@ -174,7 +174,7 @@ import torch.distributed as dist
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Stage, Tune
-from tinyllava_cookbook.train.trainer import train_stage
+from tinyllava_cookbook.train.stages import train_stage
 siglip, llm, data, out, jobs = sys.argv[1:]
 for mode,parallel in json.loads(jobs).items():
     torch.manual_seed(0)

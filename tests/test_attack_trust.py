@@ -233,7 +233,7 @@ def test_a_pickle_is_not_run(good, tmp_path, kind):
 def test_kernels_of_the_hub_are_code(good, tmp_path, field):
     "A configuration cannot have them fetched; neither can a recipe"
     from tinyllava_cookbook.train.recipes import Recipe, Stage
-    from tinyllava_cookbook.train.trainer import train_recipe
+    from tinyllava_cookbook.train.stages import train_recipe
     for keys in (), ('text_config',), ('vision_config',):
         d = shutil.copytree(good['ours'], tmp_path/f'd{len(keys)}', dirs_exist_ok=True)
         change(d/'config.json', *keys, **{field: 'somebody/kernel'})

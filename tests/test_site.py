@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip('nbdev')
+from nbdev.showdoc import BasicMarkdownRenderer
 from tinyllava_cookbook._modidx import d as index
 from tinyllava_cookbook.site import AddColab, AddLinks, Entry, entry, link_names, parameters, source_of
 
@@ -45,6 +46,7 @@ def test_inherited_annotations_need_no_import(module, name):
     "Configurations inherit annotations of types that their module does not import; fields are those of the class itself"
     sym = getattr(importlib.import_module(f'tinyllava_cookbook.{module}'), name)
     shown = Entry(sym)
+    assert BasicMarkdownRenderer(sym)._repr_markdown_()   # nbdev's own evaluates them all
     tree = ast.parse(inspect.getsource(sym)).body[0]
     own = [o.target.id for o in tree.body if isinstance(o, ast.AnnAssign) and not o.target.id.startswith('_')]
     init = [o for o in tree.body if getattr(o, 'name', '') == '__init__']

@@ -6,7 +6,8 @@ import pytest
 pytest.importorskip('transformers')
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tinyllava_cookbook.core import IGNORE
-from tinyllava_cookbook.data.templates import chat_template, read_messages, show_mask, templates
+from tinyllava_cookbook.data.masks import show_mask
+from tinyllava_cookbook.data.templates import chat_template, read_messages, templates
 
 IMAGE = -200
 OWN = [o for o in templates if o != 'hf']

@@ -26,7 +26,7 @@ class UnknownName(KeyError):
     "A name that a registry does not hold; the message lists those that it does"
     def __str__(self) -> str: return str(self.args[0])   # KeyError would show the repr, quotes and all
 
-# %% ../nbs/00_core.ipynb #f0a1c2d3
+# %% ../nbs/00_core.ipynb #ca622d3b
 def registering_modules(
     variable:str,  # What modules call a registry: 'recipes'
 ) -> list[str]:    # Names of modules, sorted
@@ -40,39 +40,45 @@ def registering_modules(
         if file.exists() and pattern.search(file.read_text(encoding='utf-8')): found.append(name)
     return found
 
+# %% ../nbs/00_core.ipynb #937a48f4
 def _importing() -> bool:
     "Is a module of the package being imported at this moment?"
-    modules = [module for name,module in sys.modules.items() if name.startswith('tinyllava_cookbook')]
+    modules = [module for name, module in sys.modules.items() if name.startswith('tinyllava_cookbook')]
     return any(getattr(getattr(module, '__spec__', None), '_initializing', False) for module in modules)
 
+# %% ../nbs/00_core.ipynb #4c8a457a
+def _find_parts(registry):
+    "Import the modules that register something there, once; not in the middle of an import"
+    if registry._variable is None or _importing(): return
+    variable = registry._variable
+    registry._variable = None
+    for name in registering_modules(variable): importlib.import_module(name)
 
-# %% ../nbs/00_core.ipynb #80276529
-def _same_source(a, b) -> bool:
-    "Are these one definition, run once more in a notebook?"
-    names = [getattr(o, '__qualname__', None) for o in (a, b)]
-    here = '__main__' in [getattr(o, '__module__', None) for o in (a, b)]
-    return here and names[0] == names[1] and names[0] not in (None, '<lambda>')
-
-def _unknown(kind, name, names) -> UnknownName:
+# %% ../nbs/00_core.ipynb #80897de2
+def _unknown(kind:str, name, names:list[str]) -> UnknownName:
     "The error for a name that is not there, with the nearest one"
     near = difflib.get_close_matches(str(name), names, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ''
     return UnknownName(f"no {kind} {name!r}; choose from {names}{hint}")
 
-# %% ../nbs/00_core.ipynb #f0a1c2d5
+# %% ../nbs/00_core.ipynb #80276529
+def _same_source(a, b) -> bool:
+    "Are these one definition, run once more in a notebook?"
+    def of(attribute): return [getattr(o, attribute, None) for o in (a, b)]
+    first, second = of('__qualname__')
+    named = first == second and first not in (None, '<lambda>')
+    return named and '__main__' in of('__module__')
+
+# %% ../nbs/00_core.ipynb #976bca53
 class Registry:
     "Named parts of one kind, found by exact name"
     def __init__(self,
-        kind:str,            # What the parts are, for messages: 'connector', 'template'
+        kind:str,                # What the parts are, for messages: 'connector', 'template'
         variable:str|None=None,  # What modules call it when they register; they are imported once a name is missing
     ):
-        self.kind,self._variable,self._parts = kind,variable,{}
-
-    def _find(self):
-        "Import the modules that register something here, once; not in the middle of an import"
-        if self._variable is None or _importing(): return
-        variable,self._variable = self._variable,None
-        for name in registering_modules(variable): importlib.import_module(name)
+        self.kind = kind
+        self._variable = variable
+        self._parts = {}
 
     def register(self,
         name:str,       # The exact name
@@ -85,18 +91,16 @@ class Registry:
             raise ValueError(f"{self.kind} {name!r} is registered already; take another name or `remove` the old one")
         self._parts[name] = obj
         return obj
-
     def remove(self,
         name:str,  # The exact name
     ) -> Any:      # The part that was there
         "Take a part out again, to give its name to another"
         return self._parts.pop(name) if name in self else self[name]
-
     def names(self) -> list[str]:
-        self._find()
+        _find_parts(self)
         return sorted(self._parts)
     def __contains__(self, name) -> bool:
-        if name not in self._parts: self._find()
+        if name not in self._parts: _find_parts(self)
         return name in self._parts
     def __iter__(self): return iter(self.names())
     def __len__(self) -> int: return len(self.names())
@@ -111,15 +115,19 @@ def seed_everything(
 ) -> int:      # The seed, for printing
     "Seed Python, NumPy and torch (every GPU too)"
     import numpy as np, torch
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     return seed
 
 # %% ../nbs/00_core.ipynb #0bec6712
 def _devices() -> list[str]:
+    "Kinds of devices on this machine, the best first"
     import torch
-    mps = torch.backends.mps.is_available()
-    return (['cuda'] if torch.cuda.is_available() else []) + (['mps'] if mps else []) + ['cpu']
+    kinds = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    return [name for name, there in kinds.items() if there]
 
+# %% ../nbs/00_core.ipynb #40285a75
 def pick_device(
     name:str='auto',  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 ) -> 'torch.device':  # The device
@@ -127,12 +135,14 @@ def pick_device(
     import torch
     here = _devices()
     if name == 'auto': return torch.device(here[0])
-    kind, _, i = str(name).partition(':')
-    if kind not in here: raise ValueError(f"no device {str(name)!r} on this machine; choose from {['auto'] + here}")
-    if i and kind == 'cuda' and not (i.isdigit() and int(i) < torch.cuda.device_count()):
-        have = [f'cuda:{o}' for o in range(torch.cuda.device_count())]
-        raise ValueError(f"no device {str(name)!r} on this machine; choose from {have}")
-    return torch.device(name)
+    kind, _, number = str(name).partition(':')
+    choices = ['auto'] + here
+    known = kind in here
+    if known and kind == 'cuda' and number:
+        choices = [f'cuda:{i}' for i in range(torch.cuda.device_count())]
+        known = number.isdigit() and int(number) < len(choices)
+    if known: return torch.device(name)
+    raise ValueError(f"no device {str(name)!r} on this machine; choose from {choices}")
 
 # %% ../nbs/00_core.ipynb #a47b9771
 _DTYPES = ('float32', 'bfloat16', 'float16')
@@ -156,7 +166,8 @@ def replacing(
     "Write a file in one step: it takes its place at the end of the block, and not after an error"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')   # its own in every thread
+    unique = uuid.uuid4().hex   # in every thread and process
+    part = path.with_name(f'{path.name}.{unique}.tmp')
     try:
         yield part
         os.replace(part, path)
@@ -175,6 +186,7 @@ def read_json(
     except UnicodeDecodeError as e:
         raise ValueError(f"{str(path)!r} is not UTF-8: byte {e.start} is 0x{e.object[e.start]:02x}") from None
 
+# %% ../nbs/00_core.ipynb #468bd83d
 def to_json(
     obj:Any,              # Anything JSON can hold
     indent:int|None=None, # Spaces per level; `None`: one line
@@ -185,6 +197,7 @@ def to_json(
     except UnicodeEncodeError: return json.dumps(obj, indent=indent)
     return text
 
+# %% ../nbs/00_core.ipynb #e5a4f985
 def write_json(
     path,          # Where to; folders are made
     obj:Any,       # Anything JSON can hold
@@ -236,23 +249,37 @@ def package_data(
     return path
 
 # %% ../nbs/00_core.ipynb #f9d5f918
+def _shown(value) -> str:
+    "A value in a cell of a table"
+    if value is None: return ''
+    if isinstance(value, int): return f'{value:,}'
+    return f'{value:g}' if isinstance(value, float) else str(value)
+
+def _row(cells:list[str], tag:str) -> str:
+    "A row in HTML"
+    return '<tr>' + ''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells) + '</tr>'
+
+# %% ../nbs/00_core.ipynb #ad537f62
 class Table(list):
     "Rows (dicts with the same keys) that print as a table, in text and in HTML"
     def _cells(self) -> list[list[str]]:
-        def fmt(v):
-            if isinstance(v, int): return f'{v:,}'
-            return '' if v is None else f'{v:g}' if isinstance(v, float) else str(v)
-        return [list(self[0])] + [[fmt(v) for v in r.values()] for r in self] if self else [[]]
+        if not self: return [[]]
+        body = [list(map(_shown, row.values())) for row in self]
+        return [list(self[0]), *body]
+
     def __repr__(self) -> str:
-        cells = self._cells()
-        width = [max(map(len, col)) for col in zip(*cells)]
-        right = [isinstance(v, (int, float)) for v in self[0].values()] if self else []
-        line = lambda r: '  '.join(c.rjust(w) if n else c.ljust(w) for c,w,n in zip(r, width, right)).rstrip()
-        return '\n'.join(map(line, cells))
+        columns = []
+        for name, *body in zip(*self._cells()):
+            width = max(map(len, [name, *body]))
+            number = isinstance(self[0][name], (int, float))
+            columns.append([o.rjust(width) if number else o.ljust(width) for o in (name, *body)])
+        lines = ['  '.join(cells).rstrip() for cells in zip(*columns)]
+        return '\n'.join(lines)
+
     def _repr_html_(self) -> str:
-        row = lambda r,t: '<tr>' + ''.join(f'<{t}>{html.escape(c)}</{t}>' for c in r) + '</tr>'
-        head,*body = self._cells()
-        return f"<table>{row(head, 'th')}{''.join(row(r, 'td') for r in body)}</table>"
+        head, *body = self._cells()
+        rows = ''.join(_row(cells, 'td') for cells in body)
+        return f"<table>{_row(head, 'th')}{rows}</table>"
 
 # %% ../nbs/00_core.ipynb #4931b3ae
 @contextmanager

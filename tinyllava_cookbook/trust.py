@@ -8,7 +8,7 @@ __all__ = ['CONFIGS', 'LARGEST', 'WEIGHTS', 'inside', 'check_links', 'read_objec
            'check_finite', 'meta_model', 'checkpoint_path', 'load_strict', 'vouched']
 
 # %% ../nbs/19_trust.ipynb #3c53ef94
-import copy, math, pickle, re, zipfile
+import copy, math, pickle, re, textwrap, zipfile
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +61,8 @@ def read_object(
     file,   # A JSON file
 ) -> dict:  # What it holds
     "Read a JSON file that must hold an object"
+    if Path(file).is_file() and Path(file).open('rb').read(3) == b'\xef\xbb\xbf':   # `transformers` cannot read it
+        raise ValueError(f"{str(file)!r} begins with a byte order mark; save it as plain UTF-8")
     try: found = read_json(file)
     except RecursionError: raise ValueError(f"{str(file)!r} is nested too deeply") from None
     except ValueError as e:
@@ -94,7 +96,9 @@ def _rule(name, value):
     if name in LARGEST and value is not None and not (type(value) is int and 1 <= value <= LARGEST[name]):
         return f'be a whole number from 1 to {LARGEST[name]}'
     if name.endswith('_eps') and isinstance(value, float) and not 0 <= value < 1: return 'be between 0 and 1'
-    if name in ('image_std', 'rescale_factor') and value is not None and not value > 0: return 'be above 0'
+    number = type(value) in (int, float)
+    if name in ('image_std', 'rescale_factor') and value is not None and not (number and value > 0): return 'be above 0'
+    if name.endswith('_token_id') and value is not None and type(value) is not int: return 'be a whole number'
     if 'attn_implementation' in name and '/' in str(value): return 'not name code on the Hub'
 
 def check_values(
@@ -139,13 +143,14 @@ def reading(
     said = lambda text: ValueError(f"{str(path)!r}: its {what} {text}")
     try:
         with quiet(): yield
-    except OSError: raise
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError): raise
     except BaseException as e:   # the Rust of `tokenizers` panics with one that is no Exception
         if not isinstance(e, Exception) and type(e).__name__ != 'PanicException': raise
         text = ' '.join(str(e).split())
         if 'custom code' in text: raise said("needs code that comes with it, which is not run here") from None
-        if isinstance(e, ValueError) and str(path) in text: raise
-        raise said(f"cannot be used: {text if isinstance(e, ValueError) else f'{type(e).__name__}: {text}'}") from e
+        if isinstance(e, ValueError) and str(path) in text and len(text) < 500: raise
+        text = text if isinstance(e, ValueError) else f'{type(e).__name__}: {text}'
+        raise said(f"cannot be used: {textwrap.shorten(text, 300)}") from e
 
 # %% ../nbs/19_trust.ipynb #b1ecdff1
 def _check_code(config, path):
@@ -385,7 +390,7 @@ def load_strict(
     "`from_pretrained` that fails when a tensor is missing, misshapen, left over or not finite, and runs no code"
     state = kwargs.get('state_dict')
     _check_before(cls, path, kwargs, lambda key: named(current(key)), current)
-    with quiet():
+    with reading(path, 'model'):
         model,info = cls.from_pretrained(path if state is None else None, output_loading_info=True,
             ignore_mismatched_sizes=True, trust_remote_code=False, **kwargs)
     _check_report(info, type(model).__name__, path, extra, named)

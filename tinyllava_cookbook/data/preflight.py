@@ -21,7 +21,7 @@ from .datasets import Encoder
 from .faults import FAULTS, Count, Fault, ImageCheck, TextCheck, count
 from .images import load_image
 from .records import FORMATS, Sample, guess_format, read_sample
-from .templates import show_mask
+from .masks import show_mask
 
 # %% ../../nbs/16_data.preflight.ipynb #760d615f
 @dataclass(repr=False)

@@ -16,7 +16,8 @@ from ..core import read_json, write_json, write_lines
 from ..endpoint import Endpoint, without_key
 from ..paid_requests import Asker, Cache, Estimate, Request, estimate, run_jobs
 from .choice import mmbench, mmbench_gold, mmbench_infer, mmbench_passes
-from .records import Score, find, match, read_answers, said
+from .items import find
+from .records import Score, match, read_answers, said
 from .scoring import llavabench, llavaw_parse, mmvet
 
 # %% ../../nbs/55_eval.judge.ipynb #b6d23295

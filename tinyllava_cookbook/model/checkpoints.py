@@ -20,7 +20,7 @@ from .foreign import bench_names, build, layout, load_processor, read_weights, r
 from .llms import check_tokenizer, own_code
 from .vision import input_size
 from .vlm import VLMConfig, VLMForConditionalGeneration, current_name
-from ..trust import check_folder, checkpoint_path, load_strict
+from ..trust import check_folder, checkpoint_path, load_strict, reading
 
 # %% ../../nbs/26_model.checkpoints.ipynb #ff0a4496
 def _plain(recipe):
@@ -110,16 +110,17 @@ def _check_halves(model, processor, path):
                 "the processor")
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
-    if odd := [o for o in stops if o is not None and not 0 <= o < rows]:
+    if odd := [o for o in stops if o is not None and not (type(o) is int and 0 <= o < rows)]:
         raise ValueError(f"{str(path)!r}: generation_config.json ends at token {odd[0]}, but there are {rows}")
 
 # %% ../../nbs/26_model.checkpoints.ipynb #ec8cffdf
 def _open_ours(path, trusted, **kwargs):
     "Model and processor of a folder of ours"
     _check_whole(path, trusted)
-    model = load_strict(VLMForConditionalGeneration, path, current=current_name, **kwargs)
-    processor = load_processor(path)
-    _check_halves(model, processor, path)
+    with reading(path, 'checkpoint'):
+        model = load_strict(VLMForConditionalGeneration, path, current=current_name, **kwargs)
+        processor = load_processor(path)
+        _check_halves(model, processor, path)
     return model, processor
 
 def load(

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LLAVA_CONNECTORS', 'SHARD', 'FORMATS', 'select_strategy', 'hf_image_processor', 'why_not_llava', 'llava_kind',
-           'llava_hf_config', 'llava_hf_state', 'model_card', 'llava_hf_processor', 'compare_llava', 'to_llava',
-           'vllm_problems', 'llama_cpp_commands', 'to_llama_cpp', 'compose_folder', 'convert_folder', 'push_to_hub']
+           'llava_hf_config', 'llava_hf_state', 'old_rope_fields', 'plain_markdown', 'code_markdown', 'model_card',
+           'llava_hf_processor', 'compare_llava', 'to_llava', 'vllm_problems', 'llama_cpp_commands', 'to_llama_cpp',
+           'compose_folder', 'convert_folder', 'push_to_hub']
 
 # %% ../../nbs/27_model.export.ipynb #99704d08
-import copy, json, shutil
+import copy, json, re, shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from huggingface_hub import HfApi, save_torch_state_dict
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
-from transformers import (AutoModelForCausalLM, AutoProcessor, CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration,
-    LlavaImageProcessorPil, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil,
+from transformers import (AutoModelForCausalLM, AutoProcessor, CLIPImageProcessorPil, LlavaConfig,
+    LlavaForConditionalGeneration, LlavaImageProcessorPil, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil,
     LlavaNextProcessor, LlavaProcessor)
 
 from ..core import quiet, read_json, write_json
@@ -77,12 +78,19 @@ def _head_is_plain(model):
         h = 1e3*torch.randn(2, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(head.weight)
         return torch.allclose(model.output_head(h), h @ head.weight.T, rtol=.02, atol=1)
 
+_SCALED_INSIDE = 'gemma', # LLMs that before version 5 multiply all embeddings, images too, in their forward pass
+
 def why_not_llava(
-    model,       # A `VLMForConditionalGeneration`
-    processor,   # Its processor
-) -> list[str]:  # Reasons; empty if it can
+    model,             # A `VLMForConditionalGeneration`
+    processor,         # Its processor
+    oldest:str='4.57', # Oldest version of `transformers` that shall open it: '4.57' or '5'
+) -> list[str]:        # Reasons; empty if it can
     "What keeps a model from being a `LlavaForConditionalGeneration`"
+    if oldest not in ('4.57', '5'): raise ValueError(f"no version {oldest!r}; choose from ['4.57', '5']")
     c,no = model.config, []
+    if oldest != '5' and c.text_config.model_type in _SCALED_INSIDE: no.append(
+        f"{c.text_config.model_type} multiplies image features, too, before version 5, so the export is exact with "
+        "transformers ≥ 5 alone; pass oldest='5'")
     if c.connector not in LLAVA_CONNECTORS: no.append(
         f"connector {c.connector!r} has no counterpart there; choose from {list(LLAVA_CONNECTORS)}")
     if select_strategy(c) is None: no.append(f"vision_feature_select {c.vision_feature_select!r} of "
@@ -135,18 +143,54 @@ def llava_hf_state(
             if f'connector.{o}' in state: state[f'connector.{o}'] = state[f'connector.{o}']*root
     return {rename(k, names, back=True): v for k,v in state.items()}
 
+# %% ../../nbs/27_model.export.ipynb #252de759
+_NESTED_ROPE = {'full_attention': 'rope_theta', 'sliding_attention': 'rope_local_base_freq'}   # Kinds of layers
+
+def old_rope_fields(
+    text_config:dict,  # Of a `config.json` of version 5
+) -> dict:             # Fields that version 4.57 reads
+    "Rotary settings under their old names"
+    rope = text_config.get('rope_parameters') or {}
+    kinds = {kind: rope[kind] for kind in _NESTED_ROPE if isinstance(rope.get(kind), dict)}
+    if kinds:
+        fields = {_NESTED_ROPE[kind]: one['rope_theta'] for kind,one in kinds.items() if 'rope_theta' in one}
+        rope = kinds.get('full_attention', {})
+    else: fields = {'rope_theta': rope['rope_theta']} if 'rope_theta' in rope else {}
+    if 'partial_rotary_factor' in rope: fields['partial_rotary_factor'] = rope['partial_rotary_factor']
+    scaling = {k: v for k,v in rope.items() if k not in ('rope_theta', 'partial_rotary_factor')}
+    if scaling.get('rope_type', 'default') != 'default': fields['rope_scaling'] = scaling
+    return fields
+
 # %% ../../nbs/27_model.export.ipynb #507b9300
+def plain_markdown(
+    text,         # Any value, from a recipe or a file
+) -> str:         # One line that Markdown and HTML show as it is
+    "Words of others for a model card: no markup, no new lines"
+    line = ' '.join(''.join(o if o.isprintable() else ' ' for o in str(text)).split())
+    return re.sub(r'([\\`*_\[\]<>|#~&$!])', r'\\\1', line)
+
+def code_markdown(
+    text,         # Any value, from a recipe or a file
+) -> str:         # In backticks
+    "A name of others for a model card, as code"
+    line = ' '.join(''.join(o if o.isprintable() else ' ' for o in str(text)).split())
+    return '`' + line.replace('`', "'") + '`'
+
 def _table(head, rows):
     "A table in Markdown"
-    lines = [head, ['---']*len(head), *rows]
-    return '\n'.join('| ' + ' | '.join(str(o).replace('|', '\\|') for o in r) + ' |' for r in lines)
+    lines = [' | '.join(plain_markdown(cell) for cell in row) for row in rows]
+    return '\n'.join(f'| {line} |' for line in [' | '.join(head), ' | '.join(['---']*len(head)), *lines])
 
+# %% ../../nbs/27_model.export.ipynb #31e87df0
 def _tensors(folder):
     "Name to shape, from the headers of the weight files"
     out = {}
     for f in sorted(Path(folder).glob('model*.safetensors')):
         with safe_open(f, 'pt') as o: out |= {k: o.get_slice(k).get_shape() for k in o.keys()}
     return out
+
+_PARTS = {'vision encoder': 'vision_tower.', 'connector': ('connector.', 'multi_modal_projector.', 'image_newline'),
+    'language model': 'language_model.'}
 
 def _sizes(folder):
     "Million parameters of each part"
@@ -156,9 +200,6 @@ def _sizes(folder):
         part = next(p for p,words in _PARTS.items() if k.startswith(words))
         size[part] = size.get(part, 0) + np.prod(shape)/1e6
     return size
-
-_PARTS = {'vision encoder': 'vision_tower.', 'connector': ('connector.', 'multi_modal_projector.', 'image_newline'),
-    'language model': 'language_model.'}
 
 def _scores(scores):
     "A table of scores, from benchmark to number or from what `tinyllava eval` wrote"
@@ -198,8 +239,8 @@ tags:
 ```python
 {first}from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained('{name}', dtype='auto')
-processor = AutoProcessor.from_pretrained('{name}')
+model = AutoModelForImageTextToText.from_pretrained({place}, dtype='auto')
+processor = AutoProcessor.from_pretrained({place})
 question = [{{'type': 'image', 'url': 'photo.jpg'}}, {{'type': 'text', 'text': 'What is it?'}}]
 inputs = processor.apply_chat_template([{{'role': 'user', 'content': question}}], add_generation_prompt=True,
     tokenize=True, return_dict=True, return_tensors='pt')
@@ -222,11 +263,13 @@ def model_card(
     v,t,ours = cfg['vision_config'], cfg['text_config'], cfg['model_type'] == 'tinyllava_cookbook'
     kinds = [v['model_type'], cfg.get('connector', 'mlp2x_gelu'), t['model_type']]
     rows = [[part, kind, f'{n:,.3g} M'] for (part,n),kind in zip(sorted(_sizes(folder).items(), key=_order), kinds)]
-    what = (f"A vision-language model in the format of `{cfg['architectures'][0]}`. An image is "
-        f"{cfg.get('image_seq_length')} tokens.")
-    card = _CARD.format(name=name or folder.name, what=what, parts=_table(['part', 'kind', 'parameters'], rows),
+    what = (f"A vision-language model in the format of {code_markdown(cfg['architectures'][0])}. An image is "
+        f"{plain_markdown(cfg.get('image_seq_length'))} tokens.")
+    name = name or folder.name
+    table = _table(['part', 'kind', 'parameters'], rows)
+    card = _CARD.format(name=plain_markdown(name), place=ascii(name), what=what, parts=table,
         first='import tinyllava_cookbook\n' if ours else '')
-    if recipe: card += f"\n## Training\n\nRecipe `{recipe.get('name', '?')}`.\n\n{_stages(recipe)}\n"
+    if recipe: card += f"\n## Training\n\nRecipe {code_markdown(recipe.get('name', '?'))}.\n\n{_stages(recipe)}\n"
     if scores: card += f"\n## Scores\n\n{_scores(scores)}\n"
     return card
 
@@ -275,6 +318,8 @@ def _write(out, cfg, state, processor, generation):
     out.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict({k: v.contiguous() for k,v in state.items()}, out, max_shard_size=SHARD)
     cfg.save_pretrained(out)
+    raw = read_json(out/'config.json')
+    write_json(out/'config.json', raw | {'text_config': raw['text_config'] | old_rope_fields(raw['text_config'])})
     generation.save_pretrained(out)
     processor.save_pretrained(out)
     processor.image_processor.save_pretrained(out)   # where older versions look for it
@@ -290,9 +335,11 @@ def to_llava(
     recipe=None,     # The recipe, or its dictionary, for the model card
     scores=None,     # Benchmark to score, for the model card
     check:bool=True, # Open it again and compare
+    oldest:str='4.57', # Oldest version of `transformers` that shall open it: '4.57' or '5'
 ) -> Path:           # The folder
     "Write a folder that `LlavaForConditionalGeneration` opens"
-    if no := why_not_llava(model, processor): raise ValueError(f"cannot be exported to LLaVA: {'; '.join(no)}")
+    if no := why_not_llava(model, processor, oldest):
+        raise ValueError(f"cannot be exported to LLaVA: {'; '.join(no)}")
     proc = llava_hf_processor(processor, model.config)
     out = _write(out, llava_hf_config(model), llava_hf_state(model), proc, model.generation_config)
     if check: compare_llava(model, processor, out)

@@ -12,6 +12,7 @@ import math, re, shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal # PreTrainedConfig hands on annotations that name it, and tools look it up here
 
 import torch
 import torch.nn.functional as F
@@ -359,6 +360,12 @@ def _embeddings_name(model):
     words = model.get_input_embeddings()
     return next(name for name,module in model.named_modules() if module is words)
 
+def _fit_features(config, encoded):
+    "Image features that another model encoded; empty ones where they do not fit, so that an assistant guesses without"
+    width = config.text_config.hidden_size
+    features = [o if o.shape[-1] == width else o.new_zeros(len(o), width) for o in encoded.pooler_output]
+    return BaseModelOutputWithPooling(encoded.last_hidden_state, features)
+
 class VLMWithHead(VLMPreTrainedModel, GenerationMixin):
     "What a model with an output layer offers besides its forward pass"
     @property
@@ -379,6 +386,14 @@ class VLMWithHead(VLMPreTrainedModel, GenerationMixin):
         if kwargs.get('pixel_values') is None:
             return {k: v for k,v in kwargs.items() if k not in ('pixel_values', 'image_sizes')}
         return super()._prepare_multimodal_encoder_kwargs_for_generation(kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, inputs_embeds=None,
+        is_first_iteration=False, **kwargs):
+        if past_key_values is None or not past_key_values.get_seq_length(): is_first_iteration = True   # an assistant's
+        given = kwargs.get('mm_encoder_outputs') or {}
+        if 'image' in given: kwargs['mm_encoder_outputs'] = {'image': _fit_features(self.config, given['image'])}
+        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
         kwargs = self._prepare_multimodal_encoder_kwargs_for_generation(kwargs)   # a row takes all its images along
@@ -412,12 +427,12 @@ class VLMForConditionalGeneration(VLMWithHead):
         logits_to_keep:int|Tensor|None=None,  # How many from the end, or which; 0 is all
         image_sizes:Tensor|None=None,         # (images, 2) heights and widths, for 'anyres'
         mm_encoder_outputs=None,              # {'image': of `get_image_features`}, instead of pixels
-        shift_labels:Tensor|None=None,        # (b, t) labels where they are predicted, instead of `labels`
         num_items_in_batch=None,              # What to divide the loss by; `None`: the labels here
         return_logits:bool|None=None,         # `None`: unless there are labels in training
-        **kwargs,                             # For the decoder
+        **kwargs,                             # For the decoder; `shift_labels`: (b, t) labels where they are predicted
     ) -> VLMOutput:
         "Logits of the next token, and a loss where there are labels"
+        shift_labels = kwargs.pop('shift_labels', None)   # no parameter, or Trainer would wait for it in every batch
         supervised = labels is not None or shift_labels is not None
         if supervised: kwargs.setdefault('use_cache', False)
         out = self.model(input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds,

@@ -85,6 +85,7 @@ def test_a_changed_model_does_not_inherit_answers(capsys, home, own, tmp_path, n
     assert run(capsys, *args)[0] == 0                        # the same model: resumed
     old = (tmp_path/'out'/'rank-0.jsonl').read_bytes()
     change(tmp_path/'model')
+    (tmp_path/'model'/'complete.json').unlink(missing_ok=True)       # whoever edits a model by hand
     code, out, err = run(capsys, *args)
     assert (code, out) == (1, '') and named in err and 'start anew with --anew' in err and err.count('\n') == 1
     assert (tmp_path/'out'/'rank-0.jsonl').read_bytes() == old
@@ -114,6 +115,7 @@ def test_benchmarks_are_protected_alike(capsys, home, tmp_path):
     args = ['eval', tmp_path/'model', '--bench', 'gqa,mmmu', '--data', home/'data', '--out', tmp_path/'out', '--limit', '4', '--device', 'cpu']
     assert run(capsys, *args)[0] == 0
     CHANGES['image_mean'][0](tmp_path/'model')
+    (tmp_path/'model'/'complete.json').unlink(missing_ok=True)
     code, out, err = run(capsys, *args)
     assert code == 1 and 'image_mean' in err
     assert run(capsys, *args, '--anew')[0] == 0

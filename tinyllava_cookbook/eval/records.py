@@ -230,6 +230,9 @@ def _other_prompts(by_id, ids, asked):
     if not asked:
         return []
     known = [id for id in ids if 'prompt' in by_id.get(id, {})]
+    for id in known:
+        prompt = by_id[id]['prompt']
+        if not isinstance(prompt, str): raise ValueError(f"question {id!r}: 'prompt' is {prompt!r}, not a text")
     return [id for id in known if not _asks(by_id[id]['prompt'], asked[id])]
 
 # %% ../../nbs/49_eval.records.ipynb #6d0c69d5

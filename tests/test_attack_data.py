@@ -14,7 +14,7 @@ from tinyllava_cookbook.data.preflight import preflight, report_dict, write_clea
 from tinyllava_cookbook.data.records import read_captions, read_data, read_hf, read_llava, read_sample
 from tinyllava_cookbook.ingredients import tiny_checkpoint, tiny_tokenizer
 from tinyllava_cookbook.json_records import read_records
-from tinyllava_cookbook.model.vlm import compose
+from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Stage
 from tinyllava_cookbook.train.trainer import train_stage
 

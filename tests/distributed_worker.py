@@ -16,7 +16,8 @@ from tinyllava_cookbook.core import write_json
 from tinyllava_cookbook.data.batches import PadCollator
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Stage
-from tinyllava_cookbook.train.trainer import _parallel, _save_whole, _units, stage_dataset, train_stage
+from tinyllava_cookbook.train.trainer import parallel_args, stage_dataset
+from tinyllava_cookbook.train.stages import fsdp_units, save_finished, train_stage
 from tinyllava_cookbook.train.tuning import apply_tune
 
 logging.disable_progress_bar()
@@ -35,8 +36,8 @@ def fsdp(vision, llm, data, out, stage):
     Its own `prepare` takes GPUs for granted; what it calls, and what gathers the weights, does not."""
     model,processor = compose(vision, llm)
     stage = Stage(**stage)
-    args = TrainingArguments(out, use_cpu=True, report_to='none', **_parallel('fsdp', stage, cuda=True))
-    plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args | dict(transformer_cls_names_to_wrap=','.join(_units(model))))
+    args = TrainingArguments(out, use_cpu=True, report_to='none', **parallel_args('fsdp', stage, cuda=True))
+    plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args | dict(transformer_cls_names_to_wrap=','.join(fsdp_units(model))))
     apply_tune(model, stage)
     acc = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision='no', is_main_process=not dist.get_rank(),
                           device=torch.device('cpu'), distributed_type=DistributedType.FSDP, is_fsdp2=True)
@@ -51,7 +52,7 @@ def fsdp(vision, llm, data, out, stage):
     local = sum(p.to_local().numel() for p in model.parameters())
     units = sum(type(m).__name__.startswith('FSDP') for m in model.modules())
     acc.get_state_dict = partial(Accelerator.get_state_dict, acc)
-    _save_whole(SimpleNamespace(is_deepspeed_enabled=False, is_fsdp_enabled=True, accelerator=acc, model=model, model_wrapped=model,
+    save_finished(SimpleNamespace(is_deepspeed_enabled=False, is_fsdp_enabled=True, accelerator=acc, model=model, model_wrapped=model,
         stage=stage, processor=processor, args=SimpleNamespace(should_save=not dist.get_rank())), Path(out)/'model', None)
     write_json(Path(out)/f'rank-{dist.get_rank()}.json', dict(local=local, losses=losses, units=units))
 

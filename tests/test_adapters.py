@@ -15,7 +15,7 @@ from tinyllava_cookbook.model.adapters import adapted, restore
 from tinyllava_cookbook.model.checkpoints import load
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import ADAPTERS, PARTS, Recipe, Stage, Tune
-from tinyllava_cookbook.train.trainer import train_recipe, train_stage
+from tinyllava_cookbook.train.stages import train_recipe, train_stage
 from tinyllava_cookbook.train.tuning import apply_tune, learnable
 
 logging.disable_progress_bar()
@@ -174,7 +174,7 @@ import torch.distributed as dist
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Stage, Tune
-from tinyllava_cookbook.train.trainer import train_stage
+from tinyllava_cookbook.train.stages import train_stage
 siglip, llm, data, out, jobs = sys.argv[1:]
 for mode,parallel in json.loads(jobs).items():
     torch.manual_seed(0)

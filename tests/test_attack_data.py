@@ -16,7 +16,7 @@ from tinyllava_cookbook.ingredients import tiny_checkpoint, tiny_tokenizer
 from tinyllava_cookbook.json_records import read_records
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Stage
-from tinyllava_cookbook.train.trainer import train_stage
+from tinyllava_cookbook.train.stages import train_stage
 
 def turn(who, text): return {'from': who, 'value': text}
 

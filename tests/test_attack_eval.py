@@ -43,6 +43,13 @@ def edit(name, change):
         write_json(folder/name, found)
     return do
 
+def both(change):
+    "The same change of the model's and the processor's configuration, which have to agree"
+    def do(folder):
+        for name in ('config.json', 'processor_config.json'): edit(name, change)(folder)
+        (folder/'complete.json').unlink(missing_ok=True)
+    return do
+
 def swap_words(folder):
     "Two words of the tokenizer change places"
     found = read_json(folder/'tokenizer.json')
@@ -61,8 +68,8 @@ def nudge(folder):
     (folder/'complete.json').unlink(missing_ok=True)
 
 CHANGES = dict(
-    template=(edit('processor_config.json', lambda o: o.update(template='chatml')), 'template'),
-    image_mode=(edit('processor_config.json', lambda o: o.update(image_mode='squash')), "image_mode 'pad', not 'squash'"),
+    template=(both(lambda o: o.update(template='chatml')), 'template'),
+    image_mode=(both(lambda o: o.update(image_mode='squash')), "image_mode 'pad', not 'squash'"),
     image_mean=(edit('processor_config.json', lambda o: o['image_processor'].update(image_mean=[.1, .2, .3])), 'image_mean [0.5, 0.5, 0.5], not [0.1, 0.2, 0.3]'),
     resample=(edit('processor_config.json', lambda o: o['image_processor'].update(resample=0)), 'resample 3, not 0'),
     generation=(lambda folder: write_json(folder/'generation_config.json', dict(repetition_penalty=1.5, eos_token_id=2, pad_token_id=0, bos_token_id=1)), 'repetition_penalty None, not 1.5'),
@@ -78,6 +85,7 @@ def test_a_changed_model_does_not_inherit_answers(capsys, home, own, tmp_path, n
     assert run(capsys, *args)[0] == 0                        # the same model: resumed
     old = (tmp_path/'out'/'rank-0.jsonl').read_bytes()
     change(tmp_path/'model')
+    (tmp_path/'model'/'complete.json').unlink(missing_ok=True)       # whoever edits a model by hand
     code, out, err = run(capsys, *args)
     assert (code, out) == (1, '') and named in err and 'start anew with --anew' in err and err.count('\n') == 1
     assert (tmp_path/'out'/'rank-0.jsonl').read_bytes() == old
@@ -107,6 +115,7 @@ def test_benchmarks_are_protected_alike(capsys, home, tmp_path):
     args = ['eval', tmp_path/'model', '--bench', 'gqa,mmmu', '--data', home/'data', '--out', tmp_path/'out', '--limit', '4', '--device', 'cpu']
     assert run(capsys, *args)[0] == 0
     CHANGES['image_mean'][0](tmp_path/'model')
+    (tmp_path/'model'/'complete.json').unlink(missing_ok=True)
     code, out, err = run(capsys, *args)
     assert code == 1 and 'image_mean' in err
     assert run(capsys, *args, '--anew')[0] == 0
@@ -290,7 +299,7 @@ def test_line_separators_in_mme(tmp_path, mark):
     folder = tmp_path/'release'/'count'
     folder.mkdir(parents=True)
     (folder/'a.txt').write_text(f'Two {mark}dogs?\tYes\nNine {mark}dogs?\tNo\n', encoding='utf-8')
-    from tinyllava_cookbook.eval.choice import mme
+    from tinyllava_cookbook.eval.yesno import mme
     assert mme(tmp_path/'release', [dict(question_id='count/a.png', prompt=f'{q} {mark}dogs?', text='yes') for q in ('Two', 'Nine')]).n == 1
 
 @pytest.mark.parametrize('text,why', [(b'{"question_id": 1, "text": "\xff"}', 'line 1: byte 0xff is not UTF-8'), (b'[' * 100_000, 'not JSON'), (b'{"question_id": ' + b'9'*5000 + b'}', 'not JSON'), (b'\xff\xfe{\x00', 'not UTF-8')])

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load, save
-from tinyllava_cookbook.model.foreign import read_weights
+from tinyllava_cookbook.weights import read_weights
 from tinyllava_cookbook.model.llms import load_llm, load_tokenizer
 from tinyllava_cookbook.model.vision import load_vision
 from tinyllava_cookbook.model.processor import compose
@@ -233,7 +233,7 @@ def test_a_pickle_is_not_run(good, tmp_path, kind):
 def test_kernels_of_the_hub_are_code(good, tmp_path, field):
     "A configuration cannot have them fetched; neither can a recipe"
     from tinyllava_cookbook.train.recipes import Recipe, Stage
-    from tinyllava_cookbook.train.trainer import train_recipe
+    from tinyllava_cookbook.train.stages import train_recipe
     for keys in (), ('text_config',), ('vision_config',):
         d = shutil.copytree(good['ours'], tmp_path/f'd{len(keys)}', dirs_exist_ok=True)
         change(d/'config.json', *keys, **{field: 'somebody/kernel'})

@@ -96,12 +96,12 @@ def test_states_equal_deepspeeds_own_estimates(base, world):
 
 def test_weights_are_in_the_precision_that_the_trainer_gives_them(tmp_path):
     "If the trainer keeps frozen weights otherwise some day, the forecast must follow"
-    from tinyllava_cookbook.train.trainer import _float_weights
+    from tinyllava_cookbook.train.stages import float_weights
     model = compose(*(tiny_checkpoint(o, tmp_path/o) for o in ('siglip', 'llama')))[0]
     with torch.device('meta'): shell = VLMForConditionalGeneration(copy.deepcopy(model.config))
     stage = Stage('x', tune=dict(connector='full'))
     apply_tune(model, stage)
-    _float_weights(model, True)
+    float_weights(model, True)
     assert M.states(A.annotate(shell, stage), stage)['weights'] == sum(p.numel()*p.element_size() for p in model.parameters())
 
 # ---------------------------------------------------------------------------------------------------- activations

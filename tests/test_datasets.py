@@ -419,7 +419,7 @@ def tiny_model(folder):
 def test_training_survives_bad_samples(world, pack):
     "And says afterwards which they were"
     from tinyllava_cookbook.train.recipes import Stage
-    from tinyllava_cookbook.train.trainer import train_stage
+    from tinyllava_cookbook.train.stages import train_stage
     f, bad = spoiled(world)
     stage = Stage('s', tune=dict(connector='full'), global_batch_size=4, max_length=256, pack=pack)
     with pytest.raises(ValueError, match="sample 'r5': 0 <image>"): train_stage(*tiny_model(world), stage, world/'out', f, device='cpu', progress=False)

@@ -7,14 +7,15 @@ torch = pytest.importorskip('torch')
 from PIL import Image
 from safetensors.torch import load_file
 from transformers.utils import logging
+from tinyllava_cookbook.data.batches import EpochBatches
 from tinyllava_cookbook.core import read_json, write_json
 from tinyllava_cookbook.data.batches import PadCollator
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Stage
-from tinyllava_cookbook.data.batches import EpochBatches
-from tinyllava_cookbook.train.trainer import _parallel, _units, stage_dataset, train_stage
+from tinyllava_cookbook.train.trainer import parallel_args, stage_dataset
+from tinyllava_cookbook.train.stages import fsdp_units, train_stage
 from tinyllava_cookbook.train.tuning import apply_tune
 
 logging.disable_progress_bar()
@@ -158,8 +159,8 @@ def test_fsdp_gathers(two, base):
 def test_fsdp_settings(monkeypatch, base):
     "What goes to accelerate: version 2, whole state dicts, and only classes that the model has"
     monkeypatch.setenv('RANK', '0')
-    assert _parallel('fsdp', Stage('x'), cuda=True) == dict(fsdp=True, fsdp_config=dict(version=2, state_dict_type='FULL_STATE_DICT'))
-    with pytest.raises(ValueError, match='needs GPUs'): _parallel('fsdp', Stage('x'), cuda=False)
+    assert parallel_args('fsdp', Stage('x'), cuda=True) == dict(fsdp=True, fsdp_config=dict(version=2, state_dict_type='FULL_STATE_DICT'))
+    with pytest.raises(ValueError, match='needs GPUs'): parallel_args('fsdp', Stage('x'), cuda=False)
     model,_ = compose(base[0]['vision'], base[0]['llm'])
     have = {type(m).__name__ for m in model.modules()}
-    assert {'LlamaDecoderLayer', 'SiglipEncoderLayer'} <= set(_units(model)) <= have
+    assert {'LlamaDecoderLayer', 'SiglipEncoderLayer'} <= set(fsdp_units(model)) <= have

@@ -334,7 +334,7 @@ def test_compose_command(parts, tmp_path, capsys):
 def test_training_with_its_code(parts, tmp_path):
     "Two stages: what the caller trusts is trusted when the second opens what the first has saved; a recipe cannot say so"
     from tinyllava_cookbook.train.recipes import Recipe, Stage
-    from tinyllava_cookbook.train.trainer import train_recipe
+    from tinyllava_cookbook.train.stages import train_recipe
     talk = [dict(role='user', content='<image>\nWhat color?'), dict(role='assistant', content='red')]
     for k in range(4): Image.new('RGB', (9, 9), 'red').save(tmp_path/f'{k}.png')
     data = [dict(id=str(k), messages=talk, image=str(tmp_path/f'{k}.png')) for k in range(4)]

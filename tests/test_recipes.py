@@ -8,7 +8,7 @@ from tinyllava_cookbook.core import read_json
 from tinyllava_cookbook.model.adapters import is_quantized
 from tinyllava_cookbook.model.checkpoints import load
 from tinyllava_cookbook.train.recipes import batch_sizes, from_dict, recipe, recipe_names, to_dict
-from tinyllava_cookbook.train.trainer import _start, train_recipe
+from tinyllava_cookbook.train.stages import start_model, train_recipe
 from tinyllava_cookbook.train.tuning import learnable
 from tinyllava_cookbook.train.twin import tiny_twin
 
@@ -19,7 +19,7 @@ NAMES = [*recipe_names(), 'train_llava:variant=use_lora', 'train_llava:variant=f
 @pytest.mark.parametrize('name', NAMES)
 def test_twin_trains_and_changes_exactly_what_it_means_to(name, tmp_path):
     r = tiny_twin(name, tmp_path/'parts')
-    before,_ = _start(r, tmp_path/'run', 0)
+    before,_ = start_model(r, tmp_path/'run', 0)
     model,_,results = train_recipe(r, tmp_path/'run', progress=False, device='cpu')
     for i,s in enumerate(r.stages):
         folder = tmp_path/'run'/('model' if i == len(r.stages)-1 else s.name)

@@ -11,7 +11,8 @@ from tinyllava_cookbook.durable import MARKER, REQUEUE, check_complete, checkpoi
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Recipe, Stage, recipe, to_dict
-from tinyllava_cookbook.train.trainer import stage_dataset, train_recipe, train_stage
+from tinyllava_cookbook.train.stages import train_recipe, train_stage
+from tinyllava_cookbook.train.trainer import stage_dataset
 
 logging.disable_progress_bar()
 COLORS = 'red', 'green', 'blue', 'yellow'
@@ -44,7 +45,7 @@ import sys
 from transformers import TrainerCallback
 from transformers.utils import logging; logging.disable_progress_bar()
 from tinyllava_cookbook.train.recipes import recipe
-from tinyllava_cookbook.train.trainer import train_recipe
+from tinyllava_cookbook.train.stages import train_recipe
 class Tell(TrainerCallback):
     def on_step_end(self, args, state, control, **kw): print(args.output_dir.split('/')[-1], state.global_step, flush=True)
 _,_,results = train_recipe(recipe(sys.argv[1]), sys.argv[2], device='cpu', progress=False, resume='auto', callbacks=[Tell()])

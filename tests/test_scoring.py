@@ -3,7 +3,7 @@ import json, os, random, subprocess, sys
 import pytest
 from hypothesis import given, settings, strategies as st
 from tinyllava_cookbook.eval import scoring as S
-from tinyllava_cookbook.eval.choice import MME_TASKS
+from tinyllava_cookbook.eval.yesno import MME_TASKS
 from tinyllava_cookbook.eval.records import match
 
 def dump(path, o):
@@ -211,7 +211,7 @@ def test_intervals_are_those_of_the_long_bootstrap(files):
     import numpy as np
     rng = np.random.default_rng(1)
     items = [dict(id=i, stratum='count' if i<60 else 'color', n_right=int(rng.integers(0, 3)), score=0) for i in range(100)]
-    from tinyllava_cookbook.eval.choice import mme_perception
+    from tinyllava_cookbook.eval.yesno import mme_perception
     s = S.Score('mme', 'perception', dict(perception=0.), {}, items, {}, cols=('n_right',), stat=mme_perception)
     n = np.array([o['n_right'] for o in items])
     task = lambda k: 100*k.sum()/(2*len(k)) + 100*(k==2).mean()

@@ -9,7 +9,7 @@ from tinyllava_cookbook import cli
 from tinyllava_cookbook.core import read_json
 from tinyllava_cookbook.durable import REQUEUE, Stopped
 from tinyllava_cookbook.microworld import write_world
-from tinyllava_cookbook.train import trainer
+from tinyllava_cookbook.train import stages
 from tinyllava_cookbook.train.recipes import batch_sizes, recipe, recipes
 
 def run(capsys, *argv):
@@ -31,7 +31,7 @@ QUICK = [w for o in ('pretrain.max_steps=2', 'finetune.max_steps=2', 'pretrain.g
 
 def test_every_option_reaches_the_trainer(capsys, monkeypatch):
     calls = []
-    monkeypatch.setattr(trainer, 'train_recipe', lambda *a, **k: calls.append((a, k)))
+    monkeypatch.setattr(stages, 'train_recipe', lambda *a, **k: calls.append((a, k)))
     line = ['micro', 'finetune', '--out', 'o', '--data', 'd=1.json', '--images', 'i', '--start', 's', '--resume', 'auto',
             '--parallel', 'zero2', '--eval-data', 'e', '--ask-every', '7', '--report-to', 'wandb', '--report-to', 'trackio',
             '--device', 'cpu', '--set', 'finetune.lr=1']
@@ -64,7 +64,7 @@ def test_what_does_not_fit_together(capsys, argv, says):
     ([], "stage 'pretrain' has no data"),
 ])
 def test_mistakes_are_found_before_weights_are_loaded(capsys, monkeypatch, tmp_path, argv, says):
-    monkeypatch.setattr(trainer, '_start', None)
+    monkeypatch.setattr(stages, 'start_model', None)
     monkeypatch.delenv('RANK', raising=False)
     code,out,err = run(capsys, 'train', 'micro', *argv, '--device', 'cpu', '--out', tmp_path)
     assert (code, out, err.count('\n')) == (1, '', 1) and says in err
@@ -96,7 +96,7 @@ def test_a_run_from_the_shell(capsys, data, tmp_path):
 
 def test_asked_to_stop_says_so(capsys, monkeypatch):
     def stop(*a, **k): raise Stopped("asked to stop: saved in 'x' at step 1 of 2")
-    monkeypatch.setattr(trainer, 'train_recipe', stop)
+    monkeypatch.setattr(stages, 'train_recipe', stop)
     assert run(capsys, 'train', 'micro') == (REQUEUE, '', "tinyllava train: asked to stop: saved in 'x' at step 1 of 2\n")
 
 # ---- where the log goes

@@ -45,7 +45,11 @@ SAMPLE_ASPECT = 20    # The same, of an image to learn from
 
 def sample_aspect() -> float:
     "The aspect limit of samples, in the check and in training: TINYLLAVA_MAX_ASPECT, or `SAMPLE_ASPECT`"
-    return float(os.environ.get('TINYLLAVA_MAX_ASPECT') or SAMPLE_ASPECT)
+    said = os.environ.get('TINYLLAVA_MAX_ASPECT') or SAMPLE_ASPECT
+    try: limit = float(said)
+    except ValueError: limit = math.nan
+    if limit >= 1: return limit   # not for a NaN
+    raise ValueError(f"TINYLLAVA_MAX_ASPECT is {said!r}; give a number from 1 on, such as {SAMPLE_ASPECT}")
 
 # %% ../nbs/09_image_files.ipynb #2fe67ae6
 def check_size(

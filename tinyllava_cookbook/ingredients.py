@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, BitImageProcessorPil, CLIPImageProcessorPil,
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, BitImageProcessorPil,
+    CLIPImageProcessorPil,
     PreTrainedTokenizerFast, SiglipImageProcessorPil, ViTImageProcessorPil)
 from transformers.utils import logging
 
@@ -25,39 +26,49 @@ def tiny_text(
 ) -> list[str]:  # Sentences about coloured shapes
     "Sentences about coloured shapes, some of them questions with answers"
     rng = random.Random(seed)
-    sizes,colors,shapes = 'small large'.split(), 'red green blue yellow'.split(), 'circle square triangle star'.split()
+    sizes = 'small large'.split()
+    colors = 'red green blue yellow'.split()
+    shapes = 'circle square triangle star'.split()
     places = 'top left', 'top right', 'bottom left', 'bottom right', 'center'
     def one():
-        s,c,o,p = (rng.choice(w) for w in (sizes, colors, shapes, places))
-        return rng.choice([f"A {s} {c} {o} at the {p}.",
-            f"USER: What color is the {o}? Answer with one word. ASSISTANT: {c}",
-            f"USER: Is there a {c} {o} in the image? ASSISTANT: {rng.choice(['Yes', 'No'])}",
-            f"USER: How many {o}s are there? ASSISTANT: {rng.randint(0, 9)}"])
+        size,color,shape,place = (rng.choice(words) for words in (sizes, colors, shapes, places))
+        return rng.choice([f"A {size} {color} {shape} at the {place}.",
+            f"USER: What color is the {shape}? Answer with one word. ASSISTANT: {color}",
+            f"USER: Is there a {color} {shape} in the image? ASSISTANT: {rng.choice(['Yes', 'No'])}",
+            f"USER: How many {shape}s are there? ASSISTANT: {rng.randint(0, 9)}"])
     return [one() for _ in range(n)]
 
 # %% ../nbs/03_ingredients.ipynb #aab3bf61
-_END,_CHAT = '<|endoftext|>', ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
-_LLAMA,_LLAMA3 = ['<unk>', '<s>', '</s>'], ['<|begin_of_text|>', '<|end_of_text|>']
-_GEMMA = dict(first=['<pad>', '<eos>', '<bos>', '<unk>', '<start_of_turn>', '<end_of_turn>'], bos='<bos>', eos='<eos>',
+_END = '<|endoftext|>'
+_CHAT = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
+_LLAMA = ['<unk>', '<s>', '</s>']
+_LLAMA3 = ['<|begin_of_text|>', '<|end_of_text|>']
+_GEMMA = dict(first=['<pad>', '<eos>', '<bos>', '<unk>', '<start_of_turn>', '<end_of_turn>'],
+    bos='<bos>', eos='<eos>',
     unk='<unk>', pad='<pad>')
 tiny_tokenizers = Registry('tokenizer family')
 for _name,_tokens in dict(
     llama = dict(first=_LLAMA, bos='<s>', eos='</s>', unk='<unk>'),
     mistral = dict(first=_LLAMA, bos='<s>', eos='</s>', unk='<unk>'),
-    llama3 = dict(last=_LLAMA3 + ['<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>'], bos=_LLAMA3[0],
+    llama3 = dict(last=_LLAMA3 + ['<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>'],
+    bos=_LLAMA3[0],
         eos='<|eot_id|>'),
     phi = dict(last=[_END], eos=_END, unk=_END),
-    phi3 = dict(first=_LLAMA, last=[_END, '<|assistant|>', '<|system|>', '<|end|>', '<|user|>'], bos='<s>',
+    phi3 = dict(first=_LLAMA, last=[_END, '<|assistant|>', '<|system|>', '<|end|>', '<|user|>'],
+    bos='<s>',
         adds_bos=False, eos=_END, unk='<unk>', pad=_END),
     qwen2 = dict(last=_CHAT, eos=_END, pad=_END),
     qwen3 = dict(last=_CHAT, eos='<|im_end|>', pad=_END),
     gemma = _GEMMA, gemma2 = dict(_GEMMA), gemma3_text = dict(_GEMMA, last=['<image_soft_token>']),
     stablelm = dict(last=_CHAT, eos=_END, pad=_END),
-    smollm2 = dict(first=_CHAT, bos='<|im_start|>', adds_bos=False, eos='<|im_end|>', unk=_END, pad='<|im_end|>'),
+    smollm2 = dict(first=_CHAT, bos='<|im_start|>', adds_bos=False, eos='<|im_end|>', unk=_END,
+    pad='<|im_end|>'),
     smollm3 = dict(last=_LLAMA3 + _CHAT[1:], eos='<|im_end|>', pad='<|im_end|>'),
-    granite = dict(first=_LLAMA3[1:], last=['<|start_of_role|>', '<|end_of_role|>'], bos=_LLAMA3[1], adds_bos=False,
+    granite = dict(first=_LLAMA3[1:], last=['<|start_of_role|>', '<|end_of_role|>'],
+    bos=_LLAMA3[1], adds_bos=False,
         eos=_LLAMA3[1], unk=_LLAMA3[1], pad=_LLAMA3[1]),
-).items(): tiny_tokenizers.register(_name, _tokens)
+).items():
+    tiny_tokenizers.register(_name, _tokens)
 
 # %% ../nbs/03_ingredients.ipynb #a2d1782c
 def tiny_tokenizer(
@@ -66,21 +77,26 @@ def tiny_tokenizer(
     vocab_size:int=400,        # Bytes and merges, without the special tokens placed last
 ) -> PreTrainedTokenizerFast:  # A byte-level BPE tokenizer
     "A byte-level BPE tokenizer with the special tokens of `family`"
-    f = tiny_tokenizers[family]
+    facts = tiny_tokenizers[family]
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer,tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tok.train_from_iterator(texts or tiny_text(), trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
-        special_tokens=f.get('first', []), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tok.add_special_tokens(f.get('last', []))
-    if (bos := f.get('bos')) and f.get('adds_bos', True):
-        tok.post_processor = processors.TemplateProcessing(single=f'{bos} $A', pair=f'{bos} $A {bos} $B',
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    tok.train_from_iterator(texts
+        or tiny_text(), trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
+        special_tokens=facts.get('first', []),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok.add_special_tokens(facts.get('last', []))
+    if (bos := facts.get('bos')) and facts.get('adds_bos', True):
+        tok.post_processor = processors.TemplateProcessing(single=f'{bos} $A',
+            pair=f'{bos} $A {bos} $B',
             special_tokens=[(bos, tok.token_to_id(bos))])
-    names = {f'{k}_token': f[k] for k in ('bos', 'eos', 'unk', 'pad') if k in f}
+    names = {f'{role}_token': facts[role] for role in ('bos', 'eos', 'unk', 'pad') if role in facts}
     return PreTrainedTokenizerFast(tokenizer_object=tok, clean_up_tokenization_spaces=False,
         model_input_names=['input_ids', 'attention_mask'], **names)
 
 # %% ../nbs/03_ingredients.ipynb #a5fa4f3d
-_LLM = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+_LLM = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2,
     max_position_embeddings=512, initializer_range=0.08)
 _GEMMA_LLM = dict(_LLM, head_dim=16, query_pre_attn_scalar=16, sliding_window=16,
     layer_types=['sliding_attention', 'full_attention'])
@@ -97,14 +113,19 @@ for _name,_config in dict(
     stablelm = dict(_LLM, num_key_value_heads=4, pad_vocab=64),
     smollm2 = dict(_LLM, model='llama', tie_word_embeddings=True),
     smollm3 = dict(_LLM, tie_word_embeddings=True, no_rope_layer_interval=2),
-    granite = dict(_LLM, tie_word_embeddings=True, embedding_multiplier=12., residual_multiplier=.22,
+    granite = dict(_LLM, tie_word_embeddings=True, embedding_multiplier=12.,
+    residual_multiplier=.22,
         attention_multiplier=.125, logits_scaling=8.),
-).items(): tiny_llms.register(_name, _config)
+).items():
+    tiny_llms.register(_name, _config)
 
 def _tiny_llm(family, dir, **over):
     tok = tiny_tokenizer(family)
-    kw = dict(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=None, **tiny_llms[family])
-    model,pad,spare = kw.pop('model', family), kw.pop('pad_vocab', 1), kw.pop('spare_rows', 0)
+    kw = dict(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=None,
+        **tiny_llms[family])
+    model = kw.pop('model', family)
+    pad = kw.pop('pad_vocab', 1)
+    spare = kw.pop('spare_rows', 0)
     rows = -(-(len(tok) + spare)//pad)*pad
     cfg = AutoConfig.for_model(model, **{**kw, 'vocab_size': rows, **over})
     AutoModelForCausalLM.from_config(cfg, dtype=torch.float32).save_pretrained(dir)
@@ -115,51 +136,71 @@ def openelm_code(
     dir,         # A checkpoint folder of OpenELM
 ) -> list[Path]: # The files written
     "Give a checkpoint of OpenELM code that runs in `transformers` 5"
-    return [Path(shutil.copy(o, Path(dir)/o.stem)) for o in sorted(package_data('openelm').glob('*.py.txt'))]
+    return [Path(shutil.copy(file, Path(dir)/file.stem))
+        for file in sorted(package_data('openelm').glob('*.py.txt'))]
 
+# %% ../nbs/03_ingredients.ipynb #4e32a172
 def _tiny_openelm(family, dir, **over):
     names = dict(AutoConfig='configuration_openelm.OpenELMConfig',
         AutoModelForCausalLM='modeling_openelm.OpenELMForCausalLM')
-    cfg = dict(model_type='openelm', auto_map=names, vocab_size=len(tiny_tokenizer('llama')), max_context_length=512,
-        num_transformer_layers=2, model_dim=32, head_dim=8, num_query_heads=[2, 4], num_kv_heads=[1, 2],
-        ffn_multipliers=[1., 2.], ffn_dim_divisor=16, normalize_qk_projections=True, share_input_output_layers=True,
+    cfg = dict(model_type='openelm', auto_map=names, vocab_size=len(tiny_tokenizer('llama')),
+        max_context_length=512,
+        num_transformer_layers=2, model_dim=32, head_dim=8, num_query_heads=[2, 4],
+        num_kv_heads=[1, 2],
+        ffn_multipliers=[1., 2.], ffn_dim_divisor=16, normalize_qk_projections=True,
+        share_input_output_layers=True,
         initializer_range=.08)
     openelm_code(dir)
     write_json(dir/'config.json', cfg | over)
     cfg = AutoConfig.from_pretrained(dir, trust_remote_code=True)
-    AutoModelForCausalLM.from_config(cfg, dtype=torch.float32, trust_remote_code=True).save_pretrained(dir)
+    AutoModelForCausalLM.from_config(cfg, dtype=torch.float32,
+        trust_remote_code=True).save_pretrained(dir)
 
 # %% ../nbs/03_ingredients.ipynb #5144c433
-_VISION = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8)
-_TEXT = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64,
+_VISION = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=32,
+    patch_size=8)
+_TEXT = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+    vocab_size=64,
     max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1)
 tiny_visions = Registry('tiny vision encoder')
 
-def _square(px): return dict(size={'shortest_edge': px}, crop_size={'height': px, 'width': px})
+def _square(px):
+    return dict(size={'shortest_edge': px}, crop_size={'height': px, 'width': px})
 
+# %% ../nbs/03_ingredients.ipynb #c8246f29
 @tiny_visions.register('clip')
 def _tiny_clip(px, **over):
-    return (dict(vision_config={**_VISION, 'intermediate_size': 64, **over}, text_config=_TEXT, projection_dim=16),
+    return (dict(vision_config={**_VISION, 'intermediate_size': 64, **over}, text_config=_TEXT,
+        projection_dim=16),
         CLIPImageProcessorPil(**_square(px)))
 
+# %% ../nbs/03_ingredients.ipynb #69d177b8
 @tiny_visions.register('siglip')
 def _tiny_siglip(px, resample=3, **over):
-    return (dict(model='siglip', vision_config={**_VISION, 'intermediate_size': 64, **over}, text_config=_TEXT),
+    return (dict(model='siglip', vision_config={**_VISION, 'intermediate_size': 64, **over},
+        text_config=_TEXT),
         SiglipImageProcessorPil(size={'height': px, 'width': px}, resample=resample))
 
 @tiny_visions.register('siglip2')
-def _tiny_siglip2(px, **over): return _tiny_siglip(px, resample=2, **over)   # fixed resolution: a SigLIP, bilinear
+def _tiny_siglip2(px, **over):
+    return _tiny_siglip(px, resample=2, **over)   # fixed resolution: a SigLIP, bilinear
 
+# %% ../nbs/03_ingredients.ipynb #c8e3e67f
 @tiny_visions.register('dinov2')
-def _tiny_dinov2(px, **over): return {**_VISION, 'mlp_ratio': 2, **over}, BitImageProcessorPil(**_square(px))
+def _tiny_dinov2(px, **over):
+    return {**_VISION, 'mlp_ratio': 2, **over}, BitImageProcessorPil(**_square(px))
 
 @tiny_visions.register('dinov2_with_registers')
-def _tiny_registers(px, **over): return _tiny_dinov2(px, **{'num_register_tokens': 4, **over})
+def _tiny_registers(px, **over):
+    return _tiny_dinov2(px, **{'num_register_tokens': 4, **over})
 
+# %% ../nbs/03_ingredients.ipynb #2064c69c
 @tiny_visions.register('vit')
 def _tiny_vit(px, **over):
-    return {**_VISION, 'intermediate_size': 64, **over}, ViTImageProcessorPil(size={'height': px, 'width': px})
+    return {**_VISION, 'intermediate_size': 64,
+        **over}, ViTImageProcessorPil(size={'height': px, 'width': px})
 
+# %% ../nbs/03_ingredients.ipynb #5e509875
 def _tiny_vision(family, dir, **over):
     cfg,proc = tiny_visions[family](over.get('image_size', _VISION['image_size']), **over)
     cfg = AutoConfig.for_model(cfg.pop('model', family), **cfg)
@@ -174,11 +215,14 @@ def tiny_checkpoint(
     **config,    # Configuration fields to set otherwise, e.g. `hidden_size=64`
 ) -> Path:       # The folder
     "Write a random checkpoint of the right shape, in the format of the real ones"
-    dir,kinds = Path(dir), {**dict.fromkeys(tiny_visions, _tiny_vision), **dict.fromkeys(tiny_llms, _tiny_llm)}
+    dir = Path(dir)
+    kinds = {**dict.fromkeys(tiny_visions, _tiny_vision), **dict.fromkeys(tiny_llms, _tiny_llm)}
     kinds['openelm'] = _tiny_openelm
-    if family not in kinds: raise KeyError(f"no tiny checkpoint {family!r}; choose from {sorted(kinds)}")
+    if family not in kinds:
+        raise KeyError(f"no tiny checkpoint {family!r}; choose from {sorted(kinds)}")
     dir.mkdir(parents=True, exist_ok=True)
-    with quiet(), torch.random.fork_rng(devices=[]):   # SigLIP's default configuration has ids outside its vocabulary
+    with quiet(), torch.random.fork_rng(
+        devices=[]):   # SigLIP's default configuration has ids outside its vocabulary
         torch.manual_seed(seed)
         kinds[family](family, dir, **config)
     return dir
@@ -190,5 +234,6 @@ def ingredient(
     name:str,  # One of `SHIPPED`
 ) -> Path:     # Its checkpoint folder
     "The folder of a pretrained part that ships with the package"
-    if name not in SHIPPED: raise UnknownName(f"no ingredient {name!r}; choose from {sorted(SHIPPED)}")
+    if name not in SHIPPED:
+        raise UnknownName(f"no ingredient {name!r}; choose from {sorted(SHIPPED)}")
     return package_data(name)

@@ -226,11 +226,11 @@ class Caches:
         from tinyllava_cookbook.ingredients import ingredient
         self.encoder = compose(ingredient('micro-siglip'), ingredient('micro-llama'), template='llama', image_mode='squash')[1].encoder()
         self.rows,self.lengths = self.read()
-        self.whole = {p: p.read_bytes() for p in sorted((folder/'cache').rglob('*')) if p.is_file()}
+        self.whole = {p: p.read_bytes() for p in sorted((folder/'cache').rglob('*')) if p.is_file() and p.stat().st_size}   # not the locks
         assert len(self.whole) >= 2, 'no caches were written'
 
     def read(self):
-        from tinyllava_cookbook.data.batches import lengths
+        from tinyllava_cookbook.data.packing import lengths
         from tinyllava_cookbook.data.datasets import read_data
         ds = read_data(self.file, self.folder/'world/images')
         return list(ds), [int(o) for o in lengths(ds, self.encoder, workers=0, progress=False).tokens]
@@ -584,6 +584,7 @@ class Selfcheck:
 def on_purpose(error):
     "Was this error raised by a `raise` of ours, with a message?"
     if not isinstance(error, (ValueError, OSError, LookupError, TypeError, RuntimeError, NotImplementedError)) or not str(error).strip(): return False
+    if isinstance(error, OSError) and error.errno and error.filename: return True   # the system names the file
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1]
     return '/tinyllava_cookbook/' in last.filename.replace('\\', '/') and 'raise' in linecache.getline(last.filename, last.lineno)
@@ -665,7 +666,9 @@ class Runner:
         self.process.stdin.write(f'{name} {i}\n'.encode())
         self.process.stdin.flush()
         first = self.line(self.limit*10)          # a target is made when it is first asked for
-        if isinstance(first, str): raise SystemExit(f'target {name} cannot be made: {first}; try --target {name} --only {i}')
+        if isinstance(first, str):
+            self.stop()
+            return dict(kind='TRACEBACK', why=f'the target cannot be made: {first}', case='')
         last = self.line(self.limit if name in self.known else self.limit*10)   # the first one imports
         self.known.add(name)
         if isinstance(last, dict): return dict(kind=last['ends'], why=last['why'], case=first['begins'])
@@ -687,6 +690,7 @@ def fuzz(names, cases, seed, limit=20., stop=None):
                 r = runner.run(name, i)
                 counts[name][r['kind']] += 1
                 if r['kind'] in FAILURES: failures.append(dict(target=name, number=i, **r))
+                if not r['case']: break   # no other case of it would fare better
     finally: runner.stop()
     return counts, failures
 

@@ -127,9 +127,9 @@ def _forged(text:str, words:bytes, ids:list[int], spans:Spans, facts:Facts, allo
     out = []
     for i, span in zip(ids, spans):
         if i not in facts.control or i in allowed: continue
-        a, b = _trimmed(text, *span)
-        if not _acts(facts, i, text[a:b]): continue
-        inside = [k for k in range(a, b) if words[k]]
+        start, end = _trimmed(text, *span)
+        if not _acts(facts, i, text[start:end]): continue
+        inside = [at for at in range(start, end) if words[at]]
         if inside: out.append((inside[0], inside[-1] + 1))
     return out
 
@@ -152,15 +152,15 @@ def _pieces(parts:list[Part], plain:Spans, image_known:bool, run:str='run') -> l
     "The joined text, cut only where it must be; with `run` 'cut' between words and all else, too"
     out = []
     start = 0
-    for p in parts:
+    for part in parts:
         at = 0
-        end = start + len(p.text)
-        inside = [(a - start, b - start) for a, b in plain if start <= a < end and p.kind == 'text']
-        for a, b in inside:
-            _add(out, p.text[at:a], run)
-            _add(out, p.text[a:b], 'plain')
-            at = b
-        _add(out, p.text[at:], 'image' if p.kind == 'image' and not image_known else run)
+        end = start + len(part.text)
+        inside = [span for span in plain if start <= span[0] < end and part.kind == 'text']
+        for first, last in inside:
+            _add(out, part.text[at:first - start], run)
+            at = last - start
+            _add(out, part.text[first - start:at], 'plain')
+        _add(out, part.text[at:], 'image' if part.kind == 'image' and not image_known else run)
         start = end
     return out
 
@@ -187,8 +187,8 @@ def _ids(tokenizer, text:str, extra:str='') -> tuple[list[int], Spans]:
     if not extra: return ids, spans
     skip = _encode(tokenizer, extra)[0] if extra == '\n' else []
     if ids[:len(skip)] != skip: return _encode(tokenizer, text)
-    k = len(extra)
-    moved = [(max(a - k, 0), max(b - k, 1)) for a, b in spans[len(skip):]]
+    shift = len(extra)
+    moved = [(max(start - shift, 0), max(end - shift, 1)) for start, end in spans[len(skip):]]
     return ids[len(skip):], moved
 
 # %% ../../nbs/10_data.encoding.ipynb #044a934a
@@ -198,12 +198,12 @@ def _plain_ids(facts:Facts, text:str, extra:str) -> tuple[list[int], Spans]:
     if not any(_acts(facts, i, text) for i in ids): return ids, spans
     ids = []
     spans = []
-    for k, character in enumerate(text):
+    for at, character in enumerate(text):
         new = _ids(facts.bare, character, extra)[0]
         if any(_acts(facts, i, character) for i in new):
             raise ValueError(f"this tokenizer cannot write {text!r} but as a control token; take it out of the sample")
         ids += new
-        spans += [(k, k + 1)] * len(new)
+        spans += [(at, at + 1)] * len(new)
     return ids, spans
 
 # %% ../../nbs/10_data.encoding.ipynb #565aea6b
@@ -216,14 +216,14 @@ def _encode_pieces(pieces, tokenizer, facts:Facts, image_id:int|None, adds_bos:b
     if ids and facts.mark and pieces and pieces[0].how == 'plain': ids += _ids(tokenizer, ' ')[0]
     spans = [(0, 0)] * len(ids)
     before = '' if adds_bos else 'run'
-    for p in pieces:
-        extra = _extra(p.how, before, p.text, facts.mark)
-        if p.how == 'image': new, where = _image_ids(image_id, p.text)
-        elif p.how == 'plain': new, where = _plain_ids(facts, p.text, extra)
-        else: new, where = _ids(tokenizer, p.text, extra)
+    for piece in pieces:
+        extra = _extra(piece.how, before, piece.text, facts.mark)
+        if piece.how == 'image': new, where = _image_ids(image_id, piece.text)
+        elif piece.how == 'plain': new, where = _plain_ids(facts, piece.text, extra)
+        else: new, where = _ids(tokenizer, piece.text, extra)
         ids += new
-        spans += [(p.at + a, p.at + b) for a, b in where]
-        before = p.how
+        spans += [(piece.at + start, piece.at + end) for start, end in where]
+        before = piece.how
     return ids, spans
 
 # %% ../../nbs/10_data.encoding.ipynb #77d04574
@@ -257,8 +257,12 @@ def _written(parts:list[Part], tokenizer, facts:Facts) -> int:
 # %% ../../nbs/10_data.encoding.ipynb #74c19cb2
 def _present(text:str, words:bytes, ids:list[int], spans:Spans, facts:Facts) -> int:
     "How many there are in the result"
-    inside = [(i, _trimmed(text, *span)) for i, span in zip(ids, spans) if i in facts.control and span[0] < span[1]]
-    return sum(_acts(facts, i, text[a:b]) and not any(words[a:b]) for i, (a, b) in inside)
+    total = 0
+    for i, span in zip(ids, spans):
+        if i not in facts.control or span[0] == span[1]: continue
+        start, end = _trimmed(text, *span)
+        total += _acts(facts, i, text[start:end]) and not any(words[start:end])
+    return total
 
 # %% ../../nbs/10_data.encoding.ipynb #f8788e93
 def _unforged(parts, tokenizer, image_id:int|None, adds_bos:bool, allowed:set, run:str) -> tuple[list[int], Spans]:
@@ -305,5 +309,5 @@ def control_end(
     "Where the first control token of a text ends"
     facts = tokenizer_facts(tokenizer)
     for i, span in zip(*_ids(tokenizer, text)):
-        a, b = _trimmed(text, *span)
-        if _acts(facts, i, text[a:b]): return b
+        start, end = _trimmed(text, *span)
+        if _acts(facts, i, text[start:end]): return end

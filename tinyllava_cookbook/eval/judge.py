@@ -9,6 +9,8 @@ __all__ = ['MMVET_PROMPT', 'LLAVAW_RULE', 'MMBENCH_PROMPT', 'MMVET_JUDGE', 'LLAV
 
 # %% ../../nbs/55_eval.judge.ipynb #ef90644a
 import random, re
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Callable
 
@@ -16,25 +18,30 @@ from ..core import read_json, write_json, write_lines
 from ..endpoint import Endpoint, without_key
 from ..paid_requests import Asker, Cache, Estimate, Request, estimate, run_jobs
 from .choice import mmbench, mmbench_gold, mmbench_infer, mmbench_passes
-from .records import Score, find, match, read_answers, said
+from .items import find
+from .records import Score, match, read_answers, said
 from .scoring import llavabench, llavaw_parse, mmvet
 
 # %% ../../nbs/55_eval.judge.ipynb #b6d23295
-def _one_line(text): return ' '.join(text.split())
-
+def _one_line(text):
+    return ' '.join(text.split())
 _meme = _one_line("""Can you explain this meme? | This meme is poking fun at the fact that the names of the countries
 Iceland and Greenland are misleading. Despite its name, Iceland is known for its beautiful green landscapes, while
 Greenland is mostly covered in ice and snow. The meme is saying that the person has trust issues because the names
 of these countries do not accurately represent their landscapes. |""")
 _x = 'What is x in the equation? | -1 <AND> -5 |'
+
+# %% ../../nbs/55_eval.judge.ipynb #1c2af824
 MMVET_PROMPT = '\n'.join([
     _one_line("""Compare the ground truth and prediction from AI models, to give a correctness score for the prediction.
     <AND> in the ground truth means it is totally right only when all elements in the ground truth are present in the
     prediction, and <OR> means it is totally right when any one element in the ground truth is present in the
     prediction. The correctness score is 0.0 (totally wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, or 1.0
     (totally right). Just complete the last space of the correctness score."""), '',
-    'Question | Ground truth | Prediction | Correctness', '--- | --- | --- | ---', f'{_x} x = 3 | 0.0',
-    f'{_x} x = -1 | 0.5', f'{_x} x = -5 | 0.5', f'{_x} x = -5 or 5 | 0.5', f'{_x} x = -1 or x = -5 | 1.0',
+    'Question | Ground truth | Prediction | Correctness', '--- | --- | --- | ---',
+                          f'{_x} x = 3 | 0.0',
+    f'{_x} x = -1 | 0.5', f'{_x} x = -5 | 0.5', f'{_x} x = -5 or 5 | 0.5',
+                          f'{_x} x = -1 or x = -5 | 1.0',
     _one_line(f"""{_meme} The meme talks about Iceland and Greenland. It's pointing out that despite their names,
     Iceland is not very icy and Greenland isn't very green. | 0.4"""),
     _one_line(f"""{_meme} The meme is using humor to point out the misleading nature of Iceland's and Greenland's names.
@@ -50,7 +57,9 @@ def mmvet_request(
     again:bool=False,  # After a reply that could not be read?
 ) -> list[dict]:       # Messages for the judge
     "What MM-Vet's judge is asked"
-    row = ' | '.join([question, answer.replace('<AND>', ' <AND> ').replace('<OR>', ' <OR> '), prediction, ''])
+    row = ' | '.join([question,
+                      answer.replace('<AND>', ' <AND> ').replace('<OR>', ' <OR> '),
+                      prediction, ''])
     more = '\nPredict the correctness of the answer (digit): ' if again else ''
     return [dict(role='user', content=f'{MMVET_PROMPT}\n{row}{more}')]
 
@@ -59,10 +68,13 @@ def mmvet_grade(
     content:str,     # The judge's reply
 ) -> float|None:     # From 0 to 1 (or nan); `None` where it cannot be read
     "The grade in a reply of MM-Vet's judge"
-    try: g = float(content.split(' ')[0].strip())
-    except ValueError: return None
-    return None if g>1 or g<0 else g
+    try:
+        grade = float(content.split(' ')[0].strip())
+    except ValueError:
+        return None
+    return None if grade>1 or grade<0 else grade
 
+# %% ../../nbs/55_eval.judge.ipynb #ba46c7c9
 def grade_answer(
     ask:Callable,   # From messages and temperature to a reply
     question:str,   # MM-Vet's question
@@ -71,9 +83,11 @@ def grade_answer(
 ) -> tuple[str, float]: # The last reply and the grade
     "Ask until a grade can be read, as MM-Vet does"
     content = ask(mmvet_request(question, answer, prediction), 0.)
-    for n in range(5):
-        if (g := mmvet_grade(content)) is not None: return content.split(' ')[0].strip(), g
-        content = ask(mmvet_request(question, answer, prediction, again=True), n*.5)
+    for number in range(5):
+        if (grade := mmvet_grade(content)) is not None:
+            return content.split(' ')[0].strip(), grade
+        content = ask(mmvet_request(question, answer, prediction, again=True),
+                      number*.5)
     return content, 0.
 
 # %% ../../nbs/55_eval.judge.ipynb #150d2aa2
@@ -96,7 +110,8 @@ def llavaw_request(
 ) -> list[dict]:            # Messages for the judge
     "What LLaVA-Bench's judge is asked"
     context = '\n'.join(caption) if isinstance(caption, list) else caption
-    both = ''.join(f'[Assistant {i}]\n{t}\n\n[End of Assistant {i}]\n\n' for i,t in ((1, gpt4), (2, model)))
+    both = ''.join(f'[Assistant {i}]\n{text}\n\n[End of Assistant {i}]\n\n'
+                   for i,text in ((1, gpt4), (2, model)))
     content = f'[Context]\n{context}\n\n[Question]\n{question}\n\n{both}[System]\n{LLAVAW_RULE}\n\n'
     return [dict(role='system', content=_SYSTEM), dict(role='user', content=content)]
 
@@ -116,11 +131,14 @@ def mmbench_request(
     "What MMBench's judge is asked"
     if re.search('[\u4e00-\u9fff]', question):
         raise ValueError(f"{question!r}: the Chinese MMBench has another request")
-    shown = [_EXAMPLE.format(i, *_MAIN, *o) + '\n' for i,o in ((1, ('a cute teddy bear', 'A')), (2, ('Spider', 'Z')))]
-    options = 'There are several options: \n' + ''.join(f'{k}. {v}\n' for k,v in choices.items())
+    shown = [_EXAMPLE.format(i, *_MAIN, *example) + '\n'
+             for i,example in ((1, ('a cute teddy bear', 'A')), (2, ('Spider', 'Z')))]
+    options = 'There are several options: \n' + ''.join(f'{letter}. {option}\n'
+                                                        for letter,option in choices.items())
     return [dict(role='user', content=MMBENCH_PROMPT + ''.join(shown)
                  + _EXAMPLE.format(3, question, options, prediction, ''))]
 
+# %% ../../nbs/55_eval.judge.ipynb #8ca73399
 def match_choice(
     ask:Callable,      # From messages to a reply
     question:str,      # MMBench's question
@@ -130,11 +148,14 @@ def match_choice(
 ) -> tuple[str,str]:   # A letter (Z: none of them), and how it was found
     "Ask until a letter can be read, as VLMEvalKit does"
     said = prediction.strip()
-    if len(said)<10 and (letter := mmbench_infer(said, choices)): return letter, said
+    if len(said)<10 and (letter := mmbench_infer(said, choices)):
+        return letter, said
     for _ in range(3):
         reply = ask(mmbench_request(question, choices, said))
-        if letter := mmbench_infer(reply, choices): return letter, reply
-    return random.Random(seed).choice([*choices, 'Z']), 'guessed: no reply could be read'
+        if letter := mmbench_infer(reply, choices):
+            return letter, reply
+    return random.Random(seed).choice([*choices,
+                                       'Z']), 'guessed: no reply could be read'
 
 # %% ../../nbs/55_eval.judge.ipynb #e841c947
 MMVET_JUDGE = Endpoint('gpt-4-0613', price=(30, 60))
@@ -157,6 +178,7 @@ def _texts(where, record, *names):
             raise ValueError(f"{where}: {name!r} is no text; is it the benchmark's own file?")
     return [record[name] for name in names]
 
+# %% ../../nbs/55_eval.judge.ipynb #d060463d
 def _one(tag, messages, max_tokens, temperature):
     "A request whose reply is its own, even if the same is asked again"
     return Request(tag, messages, max_tokens, dict(temperature=temperature), own=True)
@@ -169,13 +191,39 @@ def _signed(score, endpoint):
 # %% ../../nbs/55_eval.judge.ipynb #0c51bd4d
 def _by_vet_id(rows, data):
     "Answers by MM-Vet's id; LLaVA's 7 is `v1_7`"
-    return [{**r, 'question_id': k if (k := str(r['question_id'])) in data else f'v1_{k}'} for r in rows]
+    return [{**row, 'question_id': id if (id := str(row['question_id'])) in data
+             else f'v1_{id}'} for row in rows]
 
 def _subset(data, some):
-    if some is None: return data
+    if some is None:
+        return data
     ids = some if isinstance(some, (list,set)) else read_json(some)
-    return {k: v for k,v in data.items() if k in ids}
+    return {id: entry for id,entry in data.items() if id in ids}
 
+# %% ../../nbs/55_eval.judge.ipynb #5a1d0443
+def _vet_rows(path, answers, subset):
+    "What MM-Vet's judge is asked of each question: the question, its answer, the prediction"
+    every = read_json(path)
+    data = _subset(every, subset)
+    rest = every.keys() - data.keys()
+    rows = [row for row in _by_vet_id(read_answers(answers), every)
+            if row['question_id'] not in rest]
+    by_id, _ = match(rows, list(data))
+    asked = {}
+    for id,entry in data.items():
+        where = f'{path}, question {id!r}'
+        asked[id] = *_texts(where, entry, 'question', 'answer'), said(by_id[id])
+    return asked
+
+def _vet_grades(done, ids, runs, model):
+    "MM-Vet's own grade file: judge, reply and grade of each run"
+    grades = {}
+    for id in ids:
+        contents, scores = zip(*(done[f'{id} run {run}'] for run in runs))
+        grades[id] = dict(model=[model]*len(runs), content=list(contents), score=list(scores))
+    return grades
+
+# %% ../../nbs/55_eval.judge.ipynb #f554cdba
 def judge_mmvet(
     annotations,                   # `mm-vet.json` or its folder
     answers,                       # A file of answers: LLaVA's, or MM-Vet's object of id to text
@@ -190,45 +238,56 @@ def judge_mmvet(
 ) -> Score|Estimate:               # The official score, or with `dry_run` the price
     "Have MM-Vet's answers graded, and score them"
     path = find(annotations, 'mm-vet.json', source='github.com/yuweihao/MM-Vet')
-    every = read_json(path)
-    data = _subset(every, subset)
-    rows, rest = _by_vet_id(read_answers(answers), every), every.keys() - data.keys()
-    by, _ = match([r for r in rows if r['question_id'] not in rest], list(data))
+    rows = _vet_rows(path, answers, subset)
     asker = _asker(out, endpoint, budget, answers, path)
-    ask = {k: (*_texts(f'{path}, question {k!r}', v, 'question', 'answer'), said(by[k])) for k,v in data.items()}
-    args = {f'{k} run {j}': ask[k] for j in range(1, runs+1) for k in data}
-    todo = estimate([_one(f'{t} try 1', mmvet_request(*a), 3, 0.) for t,a in args.items()], endpoint, asker.cache)
-    if dry_run: return todo
-    jobs = {t: lambda t=t, a=a: _grade(asker, t, a) for t,a in args.items()}
+    numbers = range(1, runs+1)
+    asked = {f'{id} run {run}': rows[id] for run in numbers for id in rows}
+    first = [_one(f'{tag} try 1', mmvet_request(*row), 3, 0.) for tag,row in asked.items()]
+    todo = estimate(first, endpoint, asker.cache)
+    if dry_run:
+        return todo
+    jobs = {tag: partial(_grade, asker, tag, row) for tag,row in asked.items()}
     done = run_jobs(jobs, asker, todo, workers, progress=progress, unit='grade')
-    of = lambda k: zip(*(done[f'{k} run {j}'] for j in range(1, runs+1)))
-    grades = {k: dict(zip(('model','content','score'), ([endpoint.model]*runs, *map(list, of(k))))) for k in data}
+    grades = _vet_grades(done, rows, numbers, endpoint.model)
     write_json(out, without_key(grades, endpoint), indent=4)
-    return _signed(mmvet(path, [dict(question_id=k, **g) for k,g in grades.items()], subset=list(data)), endpoint)
+    graded = [dict(question_id=id, **grade) for id,grade in grades.items()]
+    return _signed(mmvet(path, graded, subset=list(rows)), endpoint)
 
 # %% ../../nbs/55_eval.judge.ipynb #3e74a6e8
 def _grade(asker, tag, args):
     "One grade of MM-Vet; each attempt has a cache entry of its own"
-    n = iter(range(1, 9))
-    return grade_answer(lambda messages, t: asker.ask(_one(f'{tag} try {next(n)}', messages, 3, t)), *args)
+    number = iter(range(1, 9))
+    return grade_answer(lambda messages,
+                        t: asker.ask(_one(f'{tag} try {next(number)}', messages, 3,
+                                          t)), *args)
 
 # %% ../../nbs/55_eval.judge.ipynb #823a6354
+def _llavaw_of(question, row):
+    "The judge's request about one answer"
+    return llavaw_request(question['caption'], question['text'], said(question['gpt4']), said(row))
+
+_KINDS = 'conv', 'detail', 'complex'
+
 def _bench_questions(place):
     "Question records with caption and GPT-4's answer, by id"
     source = 'huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild'
-    at = lambda name: read_answers(find(place, name, source=source))
-    captions, out = {o.get('image'): o.get('caption') for o in at('context.jsonl')}, {}
-    gpt4 = {str(o['question_id']): o for o in at('answers_gpt4.jsonl')}
-    for q in at('questions.jsonl'):
-        k = str(q['question_id'])
-        _texts(f'question {k!r}', q, 'image', 'text', 'category')
-        if q['category'] not in ('conv','detail','complex'):
-            raise ValueError(f"question {k!r}: category {q['category']!r} is not one of conv, detail, complex")
-        if k not in gpt4 or q['image'] not in captions:
-            raise ValueError(f"question {k!r} has no caption or no GPT-4 answer")
-        out[k] = dict(q, caption=captions[q['image']], gpt4=gpt4[k])
-    return out
+    def rows_of(name):
+        return read_answers(find(place, name, source=source))
+    captions = {row.get('image'): row.get('caption') for row in rows_of('context.jsonl')}
+    gpt4 = {str(row['question_id']): row for row in rows_of('answers_gpt4.jsonl')}
+    found = {}
+    for question in rows_of('questions.jsonl'):
+        id = str(question['question_id'])
+        image, _, kind = _texts(f'question {id!r}', question, 'image', 'text', 'category')
+        if kind not in _KINDS:
+            raise ValueError(f"question {id!r}: category {kind!r} is not one of "
+                             f"{', '.join(_KINDS)}")
+        if id not in gpt4 or image not in captions:
+            raise ValueError(f"question {id!r} has no caption or no GPT-4 answer")
+        found[id] = dict(question, caption=captions[image], gpt4=gpt4[id])
+    return found
 
+# %% ../../nbs/55_eval.judge.ipynb #8191da27
 def judge_llavabench(
     annotations,                    # Folder of questions.jsonl, context.jsonl, answers_gpt4.jsonl
     answers,                        # LLaVA's answers file
@@ -241,39 +300,71 @@ def judge_llavabench(
 ) -> Score|Estimate:                # The official score, or with `dry_run` the price
     "Have LLaVA-Bench's answers reviewed, and score them"
     asked = _bench_questions(annotations)
-    by, _ = match(read_answers(answers), list(asked), asked={k: q['text'] for k,q in asked.items()})
+    texts = {id: question['text'] for id,question in asked.items()}
+    by_id, _ = match(read_answers(answers), list(asked), asked=texts)
     asker = _asker(out, endpoint, budget, answers)
-    ask = [_one(k, llavaw_request(q['caption'], q['text'], said(q['gpt4']), said(by[k])), 1024, .2)
-           for k,q in asked.items()]
-    todo = estimate(ask, endpoint, asker.cache)
-    if dry_run: return todo
-    done = run_jobs({r.tag: lambda r=r: asker.ask(r) for r in ask}, asker, todo, workers, progress=progress,
-                    unit='review')
-    rows = [without_key(_review(i, q, by[k], done[k]), endpoint) for i,(k,q) in enumerate(asked.items(), 1)]
+    requests = [_one(id, _llavaw_of(question, by_id[id]), 1024, .2)
+                for id,question in asked.items()]
+    todo = estimate(requests, endpoint, asker.cache)
+    if dry_run:
+        return todo
+    jobs = {request.tag: partial(asker.ask, request) for request in requests}
+    done = run_jobs(jobs, asker, todo, workers, progress=progress, unit='review')
+    rows = [_review(i, question, by_id[id], endpoint.hide(done[id]))
+            for i,(id,question) in enumerate(asked.items(), 1)]
     write_lines(out, rows)
     return _signed(llavabench(None, rows), endpoint)
 
 # %% ../../nbs/55_eval.judge.ipynb #cad156b9
-def _review(i, q, r, content):
+def _review(i, question, r, content):
     "A line of LLaVA's review file"
-    ids = [o.get('answer_id', o['question_id']) for o in (q['gpt4'], r)]
-    return dict(id=i, question_id=q['question_id'], answer1_id=ids[0], answer2_id=ids[1],
-                category=f"llava_bench_{q['category']}", content=content, tuple=llavaw_parse(content))
+    ids = [row.get('answer_id', row['question_id']) for row in (question['gpt4'], r)]
+    return dict(id=i, question_id=question['question_id'], answer1_id=ids[0],
+                answer2_id=ids[1],
+                category=f"llava_bench_{question['category']}", content=content,
+                tuple=llavaw_parse(content))
 
 # %% ../../nbs/55_eval.judge.ipynb #a2ed02dd
 def _match_passes(asker, gold, passes):
     "Letters for the unread passes of one question, up to the first that is wrong"
     found = {}
-    for o in (o for o in passes if not o['read']):
-        i, g, n = o['index'], gold[o['index']], iter(range(1, 9))
-        ask = lambda m: asker.ask(_one(f'{i} try {next(n)}', m, 2048, 0.))
-        found[i] = match_choice(ask, g['question'], g['options'], o['text'], f'{i}')
-        if found[i][0]!=g['answer']: break
+    for one in passes:
+        if one['read']:
+            continue
+        index, number = one['index'], count(1)
+        def ask(messages):
+            return asker.ask(_one(f'{index} try {next(number)}', messages, 2048, 0.))
+        question = gold[index]
+        found[index] = match_choice(ask, question['question'], question['options'],
+                                    one['text'], f'{index}')
+        if found[index][0]!=question['answer']:
+            break
     return found
 
+# %% ../../nbs/55_eval.judge.ipynb #b373630c
 def _undecided(passes):
-    return any(not o['read'] for o in passes) and all(o['read'] in (False, o['answer']) for o in passes)
+    return any(not one['read']
+               for one in passes) and all(one['read'] in (False, one['answer'])
+                                          for one in passes)
 
+# %% ../../nbs/55_eval.judge.ipynb #60218abb
+def _first_tries(undecided, gold):
+    "The requests that will be sent at least, as far as no reading decides before"
+    requests = []
+    for passes in undecided.values():
+        for one in passes:
+            if one['read']:
+                continue
+            question = gold[one['index']]
+            ask = mmbench_request(question['question'], question['options'], one['text'].strip())
+            requests.append(_one(f"{one['index']} try 1", ask, 2048, 0.))
+    return requests
+
+def _unjudged(row):
+    "A record without what an earlier judge has said"
+    return {name: value for name,value in row.items() if name not in ('choice', 'reply')}
+
+# %% ../../nbs/55_eval.judge.ipynb #59bf545e
 def judge_mmbench(
     annotations,                     # `mmbench_dev_20230712.tsv` or its folder
     answers,                         # A file of answers
@@ -285,15 +376,19 @@ def judge_mmbench(
     dry_run:bool=False,              # Only say the price?
 ) -> Score|Estimate:                 # The official score, or with `dry_run` the price
     "Have the answers read that no rule can read, and score MMBench"
-    gold, rows, asker = mmbench_gold(annotations), read_answers(answers), _asker(out, endpoint, budget, answers)
-    rows = [{k: v for k,v in r.items() if k not in ('choice', 'reply')} for r in rows]
-    ask = {i: of for i,of in mmbench_passes(gold, rows)[0].items() if _undecided(of)}
-    first = [_one(f"{o['index']} try 1", mmbench_request(g['question'], g['options'], o['text'].strip()), 2048, 0.)
-             for of in ask.values() for o in of if not o['read'] and (g := gold[o['index']])]
-    todo = estimate(first, endpoint, asker.cache)
-    if dry_run: return todo
-    jobs = {str(i): lambda of=of: _match_passes(asker, gold, of) for i,of in ask.items()}
+    gold, rows = mmbench_gold(annotations), [_unjudged(row) for row in read_answers(answers)]
+    asker = _asker(out, endpoint, budget, answers)
+    passes, _ = mmbench_passes(gold, rows)
+    undecided = {index: some for index,some in passes.items() if _undecided(some)}
+    todo = estimate(_first_tries(undecided, gold), endpoint, asker.cache)
+    if dry_run:
+        return todo
+    jobs = {str(index): partial(_match_passes, asker, gold, some)
+            for index,some in undecided.items()}
     done = run_jobs(jobs, asker, todo, workers, progress=progress, unit='question')
-    found = {str(i): dict(choice=c, reply=endpoint.hide(t)) for some in done.values() for i,(c,t) in some.items()}
-    write_lines(out, [r | found.get(str(r['question_id']), {}) for r in rows])
+    letters = {}
+    for some in done.values():
+        for index,(letter,reply) in some.items():
+            letters[str(index)] = dict(choice=letter, reply=endpoint.hide(reply))
+    write_lines(out, [row | letters.get(str(row['question_id']), {}) for row in rows])
     return _signed(mmbench(annotations, read_answers(out)), endpoint)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ANEW', 'plan', 'ranks', 'rank_device', 'Shard', 'read_shards', 'fingerprint', 'identity', 'set_aside', 'image_hash',
-           'asked_hash', 'answer_chats', 'answer_batch', 'answer_items', 'merge', 'load_all', 'run_eval',
+           'asked_hash', 'answer_chats', 'answer_batch', 'merge', 'answer_items', 'load_all', 'run_eval',
            'answer_and_score']
 
 # %% ../../nbs/57_eval.run.ipynb #b3a7bb53
 import json, os, tempfile, time
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 import torch
 from tqdm.auto import tqdm
@@ -29,10 +30,12 @@ def plan(
     batch_size:int,   # Questions answered at a time
 ) -> list[list[int]]: # Batches of indices, longest prompts first
     "Batches of questions of similar length"
-    if batch_size<1: raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    size = lambda i: (-len(items[i].images), -len(items[i].prompt), i)  # characters are near enough to tokens
+    if batch_size<1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    def size(i):      # characters are near enough to tokens
+        return -len(items[i].images), -len(items[i].prompt), i
     order = sorted(range(len(items)), key=size)
-    return [order[k:k+batch_size] for k in range(0, len(order), batch_size)]
+    return [order[start:start+batch_size] for start in range(0, len(order), batch_size)]
 
 # %% ../../nbs/57_eval.run.ipynb #80797305
 def ranks(
@@ -40,12 +43,21 @@ def ranks(
 ) -> tuple[int,int]:    # This process's rank, and how many there are
     "Rank and world size, as torchrun or srun gives them"
     env = os.environ if env is None else env
-    srun = 'SLURM_PROCID' in env and ('SLURM_STEP_ID' in env or 'SLURM_JOB_ID' not in env)
-    if 'RANK' in env: rank, world = env['RANK'], env.get('WORLD_SIZE', 1)
-    elif srun: rank, world = env['SLURM_PROCID'], env.get('SLURM_STEP_NUM_TASKS', env.get('SLURM_NTASKS', 1))
-    else: rank, world = 0, 1
-    rank, world = int(rank), int(world)
-    if not 0<=rank<world: raise ValueError(f"rank {rank} of {world} processes; ranks are 0 to {world-1}")
+    srun = 'SLURM_PROCID' in env and ('SLURM_STEP_ID' in env
+                                      or 'SLURM_JOB_ID' not in env)
+    if 'RANK' in env:
+        rank = env['RANK']
+        world = env.get('WORLD_SIZE', 1)
+    elif srun:
+        rank = env['SLURM_PROCID']
+        world = env.get('SLURM_STEP_NUM_TASKS', env.get('SLURM_NTASKS', 1))
+    else:
+        rank = 0
+        world = 1
+    rank = int(rank)
+    world = int(world)
+    if not 0<=rank<world:
+        raise ValueError(f"rank {rank} of {world} processes; ranks are 0 to {world-1}")
     return rank, world
 
 # %% ../../nbs/57_eval.run.ipynb #1a3b7426
@@ -55,8 +67,9 @@ def rank_device(
     "The GPU of this process, or 'auto' where it is alone"
     env = os.environ if env is None else env
     import torch
-    local, n = env.get('LOCAL_RANK', env.get('SLURM_LOCALID')), torch.cuda.device_count()
-    return f'cuda:{int(local)%n}' if local is not None and n else 'auto'  # SLURM may show each task one GPU only
+    local = env.get('LOCAL_RANK', env.get('SLURM_LOCALID'))
+    name = torch.cuda.device_count()
+    return f'cuda:{int(local)%name}' if local is not None and name else 'auto'  # SLURM may show each task one GPU only
 
 # %% ../../nbs/57_eval.run.ipynb #a25838ce
 class Shard:
@@ -73,39 +86,55 @@ class Shard:
         self.file.truncate(whole.rfind(b'\n')+1)
 
     def _lock(self):
-        try: import fcntl
-        except ImportError: return                     # Windows has no such locks
-        try: fcntl.flock(self.file, fcntl.LOCK_EX|fcntl.LOCK_NB)
+        try:
+            import fcntl
+        except ImportError:
+            return                     # Windows has no such locks
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX|fcntl.LOCK_NB)
         except BlockingIOError:
             self.file.close()
             raise RuntimeError(f"another process is writing {str(self.path)!r}; is this run started twice?") from None
-        except OSError: pass                           # some network disks have none either
+        except OSError:
+            pass                           # some network disks have none either
 
     def add(self,
         rows:Iterable[dict], # Answers of a batch
     ):
         "Append, and return once they are on the disk"
-        self.file.write(b''.join(to_json(r).encode()+b'\n' for r in rows))
+        self.file.write(b''.join(to_json(row).encode()+b'\n' for row in rows))
         self.file.flush()
         os.fsync(self.file.fileno())
 
-    def __enter__(self): return self
-    def __exit__(self, *_): self.file.close()
+    def __enter__(self):
+        return self
+    def __exit__(self, *_):
+        self.file.close()
 
 # %% ../../nbs/57_eval.run.ipynb #3cd246dc
+_TEXTS = 'answer_id', 'prompt', 'text'
+
+def _shard_row(line):
+    "An answer; `None` where a line holds none"
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict): return None
+    return row if all(isinstance(row.get(name), str) for name in _TEXTS) else None
+
+# %% ../../nbs/57_eval.run.ipynb #33d77f8b
 def read_shards(
     folder:str|Path, # Holds `rank-*.jsonl`
 ) -> dict[str,dict]: # `answer_id` -> answer
-    "All whole lines that any process has written"
+    "All complete lines that any process has written"
     done = {}
     for path in sorted(Path(folder).glob('rank-*.jsonl')):
-        *lines, _ = path.read_bytes().split(b'\n')     # what follows the last line break is not written yet
-        for k,line in enumerate(lines, 1):
-            try: row = json.loads(line)
-            except (ValueError, RecursionError): row = None
-            texts = [row.get(k) for k in ('answer_id', 'prompt', 'text')] if isinstance(row, dict) else [None]
-            if not all(isinstance(t, str) for t in texts):
-                raise ValueError(f"{path}, line {k}: no answer; delete the line or the file") from None
+        *lines, _ = path.read_bytes().split(b'\n')  # what follows the last line break is under way
+        for number,line in enumerate(lines, 1):
+            row = _shard_row(line)
+            if row is None:
+                raise ValueError(f"{path}, line {number}: no answer; delete the line or the file")
             done.setdefault(row['answer_id'], row)
     return done
 
@@ -130,11 +159,15 @@ _CHANGES_NOTHING = '_name_or_path', 'name_or_path', 'transformers_version', 'arc
 def _settled(found):
     "A configuration as JSON holds it, without what says only where it came from, and without what is not set"
     if isinstance(found, dict):
-        rest = {str(k): _settled(v) for k,v in found.items() if k not in _CHANGES_NOTHING}
-        return {k: v for k,v in rest.items() if v is not None}
-    if isinstance(found, (list, tuple)): return [_settled(o) for o in found]
-    return found if isinstance(found, (str, int, float, bool)) or found is None else str(found)
+        rest = {str(key): _settled(value)
+                for key,value in found.items() if key not in _CHANGES_NOTHING}
+        return {key: value for key,value in rest.items() if value is not None}
+    if isinstance(found, (list, tuple)):
+        return [_settled(item) for item in found]
+    return found if isinstance(found, (str, int, float,
+                                       bool)) or found is None else str(found)
 
+# %% ../../nbs/57_eval.run.ipynb #6594c722
 def _files_of(processor) -> dict:
     "What a processor writes when it is saved: configurations, and hashes of what is not one"
     found = {}
@@ -147,44 +180,68 @@ def _files_of(processor) -> dict:
     return found
 
 # %% ../../nbs/57_eval.run.ipynb #e31f62ea
-_PROBE = [dict(role='user', content='<image>\nWhat?'), dict(role='assistant', content='That.'),
+_PROBE = [dict(role='user', content='<image>\nWhat?'),
+          dict(role='assistant', content='That.'),
           dict(role='user', content='Why?')]
 
 def _rendered(processor) -> str:
     "A conversation as the template and the tokenizer make it, image and end of turn included"
     template = chat_template(processor.template)
-    ids,_ = template.encode(_PROBE, processor.tokenizer, processor.image_token_id, generate=True)
+    ids,_ = template.encode(_PROBE, processor.tokenizer, processor.image_token_id,
+                            generate=True)
     return f'{processor.tokenizer.decode(ids)} | {template.stop}'
 
+# %% ../../nbs/57_eval.run.ipynb #2e742d03
 def identity(
     model,      # A `VLMForConditionalGeneration`
     processor,  # Its processor
 ) -> dict:      # JSON
     "All of a model that decides its answers"
-    return dict(weights=fingerprint(model), dtype=str(model.dtype).removeprefix('torch.'),
+    return dict(weights=fingerprint(model),
+                dtype=str(model.dtype).removeprefix('torch.'),
                 attention=str(getattr(model.config, '_attn_implementation', None)),
-                config=_settled(model.config.to_dict()), generation=_settled(model.generation_config.to_dict()),
-                template=_rendered(processor), processor=_files_of(processor), versions=versions())
+                config=_settled(model.config.to_dict()),
+                generation=_settled(model.generation_config.to_dict()),
+                template=_rendered(processor), processor=_files_of(processor),
+                versions=versions())
 
 # %% ../../nbs/57_eval.run.ipynb #2e9ddc41
-def _flat(found, at=''):
+def _flat(found, place=''):
     "Path and value of everything in a configuration"
-    if not isinstance(found, dict): return {at: found}
-    return {k: v for key,o in found.items() for k,v in _flat(o, f'{at}.{key}' if at else key).items()}
+    if not isinstance(found, dict):
+        return {place: found}
+    flat = {}
+    for key,inner in found.items():
+        flat |= _flat(inner, f'{place}.{key}' if place else key)
+    return flat
 
 ANEW = 'take another folder, or start anew with --anew (anew=True), which keeps the old answers in a folder beside'
+
+# %% ../../nbs/57_eval.run.ipynb #5ecbb069
+def _words(value):
+    text = repr(value)
+    return text if len(text)<=80 else text[:80]+'…'
 
 def _claim(folder, who):
     "Note in `folder` whose answers it holds; an error if they are another's"
     path = Path(folder)/'run.json'
-    if not path.exists(): write_json(path, who)
-    was, now = _flat(read_json(path)), _flat(json.loads(to_json(who)))
-    odd = [k for k in [*now, *(k for k in was if k not in now)] if was.get(k)!=now.get(k)]
-    if not odd: return
-    cut = lambda o: r if len(r := repr(o))<=80 else r[:80]+'…'
-    what = '; '.join(f'{k} {cut(was.get(k))}, not {cut(now.get(k))}' for k in odd[:4])
-    more = f'; and {len(odd)-4} more' if len(odd)>4 else ''
-    raise ValueError(f"{str(folder)!r} holds answers with {what}{more}; {ANEW}")
+    if not path.exists():
+        write_json(path, who)
+    was = _flat(read_json(path))
+    now = _flat(json.loads(to_json(who)))
+    odd = [key for key in now | was if was.get(key)!=now.get(key)]
+    if not odd:
+        return
+    changes = [f'{key} {_words(was.get(key))}, not {_words(now.get(key))}' for key in odd[:4]]
+    if len(odd)>4: changes.append(f'and {len(odd)-4} more')
+    raise ValueError(f"{str(folder)!r} holds answers with {'; '.join(changes)}; {ANEW}")
+
+# %% ../../nbs/57_eval.run.ipynb #43842d5a
+def _free_name(folder):
+    number = 1
+    while (folder/f'old-{number}').exists():
+        number += 1
+    return folder/f'old-{number}'
 
 def set_aside(
     folder:str|Path,  # Of a run
@@ -193,30 +250,39 @@ def set_aside(
     folder = Path(folder)
     shards = sorted(folder.glob('rank-*.jsonl'))
     for path in shards:
-        with Shard(path): pass             # an error where a process is still writing it
-    files = [*shards, *(folder/o for o in ('run.json', 'answers.jsonl') if (folder/o).exists())]
-    if not files: return None
-    old = next(p for k in range(1, 10**6) if not (p := folder/f'old-{k}').exists())
+        Shard(path).file.close()       # an error where a process is still writing it
+    named = [folder/'run.json', folder/'answers.jsonl']
+    files = [path for path in (*shards, *named) if path.exists()]
+    if not files:
+        return None
+    old = _free_name(folder)
     old.mkdir()
-    for path in files: path.rename(old/path.name)
+    for path in files:
+        path.rename(old/path.name)
     return old
 
 # %% ../../nbs/57_eval.run.ipynb #9818d3ee
 @lru_cache(200_000)
-def _file_hash(path, size, time): return xxh3_128(Path(path).read_bytes()).hexdigest()
+def _file_hash(path, size, time):
+    return xxh3_128(Path(path).read_bytes()).hexdigest()
 
+# %% ../../nbs/57_eval.run.ipynb #31e0459d
 def image_hash(
     image,    # Path, URL, bytes of a file, or PIL image
 ) -> str:     # Of its content; of a URL itself
     "A hash that changes with the image"
-    if isinstance(image, bytes): return xxh3_128(image).hexdigest()
+    if isinstance(image, bytes):
+        return xxh3_128(image).hexdigest()
     if hasattr(image, 'tobytes'):
-        return xxh3_128(f'{image.mode} {image.size}'.encode() + image.tobytes()).hexdigest()
+        return xxh3_128(f'{image.mode} {image.size}'.encode()
+                        + image.tobytes()).hexdigest()
     path = Path(image)
-    if not path.is_file(): return xxh3_128(str(image).encode()).hexdigest()
+    if not path.is_file():
+        return xxh3_128(str(image).encode()).hexdigest()
     facts = path.stat()
     return _file_hash(str(path), facts.st_size, facts.st_mtime_ns)
 
+# %% ../../nbs/57_eval.run.ipynb #ad3b0677
 def asked_hash(
     item:Item,  # A question
 ) -> str:       # Of its words and images
@@ -234,10 +300,14 @@ def answer_chats(
     temperature:float=0, # 0: always the likeliest token
 ) -> list[str]:        # In their order
     "Answer one batch of conversations"
-    prompts, images = [prompt_ids(processor, *o) for o in chats], [i for _,some in chats for i in some]
-    new = answer_ids(model, processor, prompts, images, max_new_tokens, blind, temperature)
-    return [processor.tokenizer.decode(o, skip_special_tokens=True).strip() for o in new]
+    prompts = [prompt_ids(processor, *chat) for chat in chats]
+    images = [image for _,some in chats for image in some]
+    new = answer_ids(model, processor, prompts, images, max_new_tokens, blind,
+                     temperature)
+    return [processor.tokenizer.decode(chat, skip_special_tokens=True).strip()
+            for chat in new]
 
+# %% ../../nbs/57_eval.run.ipynb #37f157ed
 def answer_batch(
     model,            # A `VLMForConditionalGeneration`
     processor,        # Its processor
@@ -246,15 +316,73 @@ def answer_batch(
     blind:bool=False, # Zero the pixels
 ) -> list[str]:       # In their order
     "Ask one batch, greedily"
-    chats = [([user_turn(o.prompt, len(o.images))], o.images) for o in items]
+    chats = [([user_turn(item.prompt, len(item.images))], item.images)
+             for item in items]
     return answer_chats(model, processor, chats, max_new_tokens, blind)
 
 # %% ../../nbs/57_eval.run.ipynb #ed1b5a69
+def _answer_rest(model, processor, batches, done, shard, bar, **how):
+    "Ask each batch that lacks an answer; all of it, so that it has the same neighbours"
+    limits = how['max_new_tokens'], how['blind']
+    for batch in batches:
+        if any(str(item.id) not in done for item in batch):
+            texts = answer_batch(model, processor, batch, *limits)
+            rows = [answer_row(item, text, how['model_id']) | dict(asked=asked_hash(item))
+                    for item,text in zip(batch, texts)]
+            shard.add(row for row in rows if row['answer_id'] not in done)
+        bar.update(len(batch))
+
+# %% ../../nbs/57_eval.run.ipynb #cf236bb3
+def _bar(name, batches, rank, progress):
+    hide = None if progress and not rank else True     # `None`: no bar where the output is no terminal, such as a log
+    return tqdm(total=sum(map(len, batches)), unit=' answers', desc=name, disable=hide)
+
+def _begin(folder, world):
+    "Set the old answers aside, where no other process can be reading them"
+    if world>1:
+        raise ValueError(f"--anew cannot be told to {world} processes at once; start one alone with it, "
+                         "or take another folder")
+    set_aside(folder)
+
+# %% ../../nbs/57_eval.run.ipynb #894af10c
+def _same_questions(items, mine, done, folder):
+    "An answer to another wording of the question, or about another image, is not an answer"
+    place = f"{str(folder)!r} answers question"
+    for item in items:
+        row = done.get(str(item.id))
+        if row and row['prompt']!=item.record.get('prompt', item.prompt):
+            said = row['prompt'][:60]
+            raise ValueError(f"{place} {item.id!r} with another prompt, {said!r}; {ANEW}")
+    for item in mine:
+        row = done.get(str(item.id))
+        if row and row.get('asked')!=asked_hash(item):
+            names = [str(image) if isinstance(image, (str, Path)) else 'in its file'
+                     for image in item.images]
+            shown = ', '.join(names) or 'none'
+            raise ValueError(f"{place} {item.id!r} about another image; the one of now is "
+                             f"{shown}; {ANEW}")
+
+# %% ../../nbs/57_eval.run.ipynb #c3664940
+def merge(
+    folder:str|Path,  # Of the shards
+    items:list[Item], # All questions
+) -> Path|None:       # answers.jsonl, or `None` while some are unanswered
+    "One answers file in the order of the questions, once all are answered"
+    done = read_shards(folder)
+    if any(str(item.id) not in done for item in items):
+        return None
+    rows = []
+    for item in items:
+        row = done[str(item.id)]
+        rows.append({key: value for key,value in row.items() if key!='asked'})
+    return write_lines(Path(folder)/'answers.jsonl', rows)
+
+# %% ../../nbs/57_eval.run.ipynb #655005ca
 def answer_items(
     model,                  # A `VLMForConditionalGeneration`
     processor,              # Its processor
     items:list[Item],       # All questions
-    folder:str|Path,        # Gets `run.json`, `rank-*.jsonl` and, when all is answered, `answers.jsonl`
+    folder:str|Path,        # Gets `run.json`, `rank-*.jsonl` and, in the end, `answers.jsonl`
     batch_size:int=16,      # Questions answered at a time
     max_new_tokens:int=128, # Longest answer
     model_id:str='',        # Name for the records
@@ -268,52 +396,17 @@ def answer_items(
     "Answer what is not answered yet"
     folder = Path(folder)
     if anew: _begin(folder, world)
-    facts = dict(model_id=model_id, max_new_tokens=max_new_tokens, blind=blind) | (who or identity(model, processor))
-    _claim(folder, facts)
-    done, mine = read_shards(folder), plan(items, batch_size)[rank::world]
-    _same_questions(items, [items[i] for b in mine for i in b], done, folder)
-    with Shard(folder/f'rank-{rank}.jsonl') as shard, _bar(folder.name, mine, rank, progress) as bar:
-        for batch in ([items[i] for i in b] for b in mine):
-            if any(str(o.id) not in done for o in batch):
-                texts = answer_batch(model, processor, batch, max_new_tokens, blind)  # all of it: the same neighbours
-                rows = [answer_row(o, t, model_id) | dict(asked=asked_hash(o)) for o,t in zip(batch, texts)]
-                shard.add(r for r in rows if r['answer_id'] not in done)
-            bar.update(len(batch))
+    how = dict(model_id=model_id, max_new_tokens=max_new_tokens, blind=blind)
+    _claim(folder, how | (who or identity(model, processor)))
+    done = read_shards(folder)
+    mine = plan(items, batch_size)[rank::world]
+    batches = []
+    for indices in mine: batches.append([items[i] for i in indices])
+    _same_questions(items, chain.from_iterable(batches), done, folder)
+    bar = _bar(folder.name, mine, rank, progress)
+    with Shard(folder/f'rank-{rank}.jsonl') as shard, bar:
+        _answer_rest(model, processor, batches, done, shard, bar, **how)
     return merge(folder, items)
-
-# %% ../../nbs/57_eval.run.ipynb #cf236bb3
-def _bar(name, batches, rank, progress):
-    hide = None if progress and not rank else True     # `None`: no bar where the output is no terminal, such as a log
-    return tqdm(total=sum(map(len, batches)), unit=' answers', desc=name, disable=hide)
-
-def _begin(folder, world):
-    "Set the old answers aside, where no other process can be reading them"
-    if world>1: raise ValueError(f"--anew cannot be told to {world} processes at once; start one alone with it, "
-                                 "or take another folder")
-    set_aside(folder)
-
-def _same_questions(items, mine, done, folder):
-    "An answer to another wording of the question, or about another image, is not an answer"
-    for o in items:
-        row = done.get(str(o.id))
-        if row and row['prompt']!=o.record.get('prompt', o.prompt): raise ValueError(
-            f"{str(folder)!r} answers question {o.id!r} with another prompt, {row['prompt'][:60]!r}; {ANEW}")
-    for o in mine:
-        row = done.get(str(o.id))
-        if row and row.get('asked')!=asked_hash(o):
-            names = ', '.join(str(i) if isinstance(i, (str, Path)) else 'in its file' for i in o.images)
-            raise ValueError(f"{str(folder)!r} answers question {o.id!r} about another image; the one of now is "
-                             f"{names or 'none'}; {ANEW}")
-
-def merge(
-    folder:str|Path,  # Of the shards
-    items:list[Item], # All questions
-) -> Path|None:       # answers.jsonl, or `None` while some are unanswered
-    "One answers file in the order of the questions, once all are answered"
-    done, path = read_shards(folder), Path(folder)/'answers.jsonl'
-    if any(str(o.id) not in done for o in items): return None
-    rows = (done[str(o.id)] for o in items)
-    return write_lines(path, ({k: v for k,v in row.items() if k!='asked'} for row in rows))
 
 # %% ../../nbs/57_eval.run.ipynb #2601ae7c
 def load_all(
@@ -324,32 +417,63 @@ def load_all(
     allow_partial:bool=False, # Are files fine that lack some of the questions?
 ) -> dict:                 # Benchmark -> its questions
     "Read every benchmark, before a model is loaded or asked"
-    for what, some in (('split', splits), ('judge\'s file', graded)):
-        if odd := [n for n in some or {} if n not in benches]:
-            raise ValueError(f"a {what} for {odd[0]!r}, which is not asked; choose from {list(benches)}")
-    for path in (graded or {}).values():
-        if not Path(path).is_file(): raise FileNotFoundError(f"no judge's file {str(path)!r}")
-    return {n: load_benchmark(n, data_dir, (splits or {}).get(n), allow_partial) for n in benches}
+    splits = splits or {}
+    graded = graded or {}
+    for what, some in {'split': splits, "judge's file": graded}.items():
+        if odd := [name for name in some if name not in benches]:
+            raise ValueError(f"a {what} for {odd[0]!r}, which is not asked; "
+                             f"choose from {list(benches)}")
+    for path in graded.values():
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no judge's file {str(path)!r}")
+    return {name: load_benchmark(name, data_dir, splits.get(name), allow_partial)
+            for name in benches}
 
 # %% ../../nbs/57_eval.run.ipynb #bd688756
+def _wants_submission(name, splits):
+    "Is there a server for this? VQAv2's is for the test splits alone"
+    return name in SUBMISSIONS and (name!='vqav2' or splits.get(name, 'val')!='val')
+
 def _collect(items, done, out, data_dir, splits, graded, partial, allow_partial):
     "Scores of all benchmarks, once every rank has answered; else `None`"
-    if any((done[n] or merge(out/n, o)) is None for n,o in items.items()): return None
+    for name,some in items.items():
+        if (done[name] or merge(out/name, some)) is None:
+            return None
     results = {}
-    for n in items:
-        if n in SUBMISSIONS and not partial and (n!='vqav2' or splits.get(n, 'val')!='val'):
-            submission(n, out/n/'answers.jsonl', data_dir, splits.get(n))
-        answers = graded.get(n, out/n/'answers.jsonl')
-        results[n] = score_answers(n, answers, data_dir, splits.get(n), n in graded, partial, allow_partial)
+    for name in items:
+        split = splits.get(name)
+        if _wants_submission(name, splits) and not partial:
+            submission(name, out/name/'answers.jsonl', data_dir, split)
+        answers = graded.get(name, out/name/'answers.jsonl')
+        results[name] = score_answers(name, answers, data_dir, split, name in graded, partial,
+                                      allow_partial)
     return results
 
+# %% ../../nbs/57_eval.run.ipynb #52d0cd72
+def _entry(name, score, splits):
+    "What scores.json says of a benchmark"
+    entry = dict(split=splits.get(name, BENCHES[name].split))
+    if isinstance(score, str): return entry | dict(reason=score)
+    return entry | score.to_dict() | dict(published=as_published(score))
+
 def _report(results, items, out, model_id, splits, **head):
-    def entry(n, s):
-        split = dict(split=splits.get(n, BENCHES[n].split))
-        return split | (dict(reason=s) if isinstance(s, str) else s.to_dict() | dict(published=as_published(s)))
-    head = dict(model_id=model_id, **head, versions=versions())
-    write_json(out/'scores.json', head | dict(benchmarks={n: entry(n, s) for n,s in results.items()}))
+    "Write scores.json and the page"
+    found = dict(model_id=model_id, **head, versions=versions())
+    found['benchmarks'] = {name: _entry(name, score, splits) for name,score in results.items()}
+    write_json(out/'scores.json', found)
     write_page(out/'index.html', results, items, out, model_id or 'Evaluation', splits=splits)
+
+# %% ../../nbs/57_eval.run.ipynb #bc2fccdd
+def _answer_all(model, processor, items, out, longest, world, **how):
+    "Answers files of all benchmarks; `None` where other ranks have work left"
+    who = identity(model, processor)
+    rank, count = world
+    done = {}
+    for name,some in items.items():
+        most = longest or BENCHES[name].max_new_tokens
+        done[name] = answer_items(model, processor, some, out/name, max_new_tokens=most,
+                                  rank=rank, world=count, who=who, **how)
+    return done
 
 # %% ../../nbs/57_eval.run.ipynb #789254e7
 def run_eval(
@@ -372,15 +496,15 @@ def run_eval(
 ) -> dict|None:             # Benchmark -> `Score` or a reason; `None` while other ranks have work left
     "Answer, score and show any of the ten benchmarks"
     out, splits, graded = Path(out), splits or {}, graded or {}
-    items = benches if isinstance(benches, dict) else load_all(benches, data_dir, splits, graded,
-                                                                    allow_partial)
-    items, (rank, n_ranks) = {n: o[:limit] for n,o in items.items()}, ranks() if world is None else world
-    longest, who = lambda n: max_new_tokens or BENCHES[n].max_new_tokens, identity(model, processor)
-    done = {n: answer_items(model, processor, some, out/n, batch_size, longest(n), model_id, blind, rank, n_ranks,
-                            progress, anew, who) for n,some in items.items()}
-    results = _collect(items, done, out, data_dir, splits, graded, limit is not None, allow_partial)
-    size = sum(p.numel() for p in model.parameters())
-    if results: _report(results, items, out, model_id, splits, limit=limit, blind=blind, parameters=size)
+    if not isinstance(benches, dict):
+        benches = load_all(benches, data_dir, splits, graded, allow_partial)
+    items = {name: some[:limit] for name,some in benches.items()}
+    how = dict(batch_size=batch_size, model_id=model_id, blind=blind, progress=progress, anew=anew)
+    done = _answer_all(model, processor, items, out, max_new_tokens, world or ranks(), **how)
+    results = _collect(items, done, out, data_dir, splits, graded, bool(limit), allow_partial)
+    size = sum(weight.numel() for weight in model.parameters())
+    head = dict(limit=limit, blind=blind, parameters=size)
+    if results: _report(results, items, out, model_id, splits, **head)
     return results
 
 # %% ../../nbs/57_eval.run.ipynb #9d538fe6
@@ -396,16 +520,19 @@ def answer_and_score(
     blind:bool=False,       # Zero the pixels
     progress:bool=True,     # Show a bar
     anew:bool=False,        # Begin again, and keep what is there in `old-N`?
-) -> dict|None:             # That of `score_items`, with `blind` and `seconds`; `None` while other ranks have work left
+) -> dict|None:             # `score_items`' result, `blind`, `seconds`; `None`: other ranks have work left
     "Answer questions of one's own, and score them"
-    if not items: raise ValueError("no questions to ask")
+    if not items:
+        raise ValueError("no questions to ask")
     scores[score]                      # an unknown name fails before the work, not after it
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as nowhere:
-        place, (rank, world) = (folder, ranks()) if folder else (nowhere, (0, 1))
-        path = answer_items(model, processor, items, place, batch_size, max_new_tokens, model_id, blind, rank, world,
-                            progress, anew)
-        if path is None: return None
-        texts = [o['text'] for o in read_jsonl(path, ('answer_id', 'text'), 'answer_id')]
+        rank, world = ranks() if folder else (0, 1)
+        path = answer_items(model, processor, items, folder or nowhere, batch_size,
+                            max_new_tokens, model_id, blind, rank, world, progress, anew)
+        if path is None:
+            return None
+        rows = read_jsonl(path, ('answer_id', 'text'), 'answer_id')
     seconds = round(time.perf_counter()-start, 2)
-    return dict(score_items(items, texts, score), blind=blind, seconds=seconds)
+    result = score_items(items, [row['text'] for row in rows], score)
+    return dict(result, blind=blind, seconds=seconds)

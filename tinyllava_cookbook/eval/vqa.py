@@ -11,7 +11,8 @@ import re
 from collections import Counter
 from functools import lru_cache
 from ..core import read_json
-from .records import Score, find, match, mean, place, said, table
+from .items import find
+from .records import Score, match, mean, place, said, table
 
 # %% ../../nbs/51_eval.vqa.ipynb #8bf1219f
 def agreement(

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .vlm import current_name
-from ..trust import check_finite, open_weights
+from ..weights import check_finite, open_weights
 
 # %% ../../nbs/28_model.adapters.ipynb #424f4b4d
 logging.getLogger('bitsandbytes').setLevel(logging.ERROR)   # silent about a kernel that is optional
@@ -30,28 +30,36 @@ def add_adapters(
     dora:bool=False,    # Learn the length of each row of the weight, too
 ):
     "Put a correction beside each of these layers, and freeze all else"
-    if not names: raise ValueError("no layers to adapt")
-    for n in names:
-        if not isinstance(model.get_submodule(n), nn.Linear): raise TypeError(f"{n!r} is not a linear layer")
+    if not names:
+        raise ValueError("no layers to adapt")
+    for name in names:
+        if not isinstance(model.get_submodule(name), nn.Linear):
+            raise TypeError(f"{name!r} is not a linear layer")
     import peft
-    four = any(is_quantized(model.get_submodule(n)) for n in names)
-    cfg = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, use_dora=dora, target_modules=list(names))
+    four = any(is_quantized(model.get_submodule(name)) for name in names)
+    cfg = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, use_dora=dora,
+        target_modules=list(names))
     model.is_loaded_in_4bit = four   # peft asks for this
     peft.inject_adapter_in_model(cfg, model)
     del model.is_loaded_in_4bit, model.peft_config
-    if set(names) - set(adapted(model)): raise ValueError(f"not adapted: {sorted(set(names) - set(adapted(model)))}")
+    if set(names) - set(adapted(model)):
+        raise ValueError(f"not adapted: {sorted(set(names) - set(adapted(model)))}")
 
+# %% ../../nbs/28_model.adapters.ipynb #8af8c8b0
 def adapted(
     model:nn.Module,          # With or without adapters
 ) -> dict[str,nn.Module]:     # Name -> layer
     "The layers that carry a correction"
-    return {n:m for n,m in model.named_modules() if hasattr(m, 'base_layer') and hasattr(m, 'lora_A')}
+    return {name:module for name,module in model.named_modules() if hasattr(module, 'base_layer')
+        and hasattr(module, 'lora_A')}
 
+# %% ../../nbs/28_model.adapters.ipynb #fa3fb679
 def is_quantized(
     layer:nn.Module,  # Any layer
 ) -> bool:            # Whether its weight is in 4 bits
     "Does it hold a 4-bit weight?"
-    return getattr(layer._parameters.get('weight'), 'quant_state', None) is not None   # peft's layers pass it on
+    return getattr(layer._parameters.get('weight'), 'quant_state',
+        None) is not None   # peft's layers pass it on
 
 # %% ../../nbs/28_model.adapters.ipynb #68f700eb
 def plain_name(
@@ -60,36 +68,43 @@ def plain_name(
     "The weight that a parameter is, or corrects"
     return re.sub(r'\.(base_layer|lora_\w+\.default)(?=\.|$)', '', name)
 
+# %% ../../nbs/28_model.adapters.ipynb #f8692d97
 def n_weights(
     p:Tensor,  # A parameter, perhaps with two 4-bit weights in a byte
 ) -> int:      # How many numbers it stands for
     "Size of a parameter"
-    q = getattr(p, 'quant_state', None)
-    return p.numel() if q is None else q.shape.numel()
+    quantized = getattr(p, 'quant_state', None)
+    return p.numel() if quantized is None else quantized.shape.numel()
 
 # %% ../../nbs/28_model.adapters.ipynb #fd829591
 def need_bitsandbytes():
     "An error where 4-bit weights cannot be had"
     if not importlib.util.find_spec('bitsandbytes'):
-        raise ImportError("mode 'qlora' needs bitsandbytes: pip install bitsandbytes, or take mode 'lora'")
+        raise ImportError(
+            "mode 'qlora' needs bitsandbytes: pip install bitsandbytes, or take mode 'lora'")
 
+# %% ../../nbs/28_model.adapters.ipynb #624c0984
 def _nf4(layer):
     "The same layer, its weight in 4 bits"
     import bitsandbytes as bnb
     kw = dict(quant_type='nf4', compress_statistics=True)
     new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, False, device='meta', **kw)
-    new.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, module=new, **kw).to(layer.weight.device)
+    new.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, module=new,
+        **kw).to(layer.weight.device)
     new.bias = layer.bias
-    new.support_avx512bf16_for_cpu = False   # that way of computing is inexact and wants layers 64 wide
+    # that way of computing is inexact and wants layers 64 wide
+    new.support_avx512bf16_for_cpu = False
     return new.train(layer.training)
 
+# %% ../../nbs/28_model.adapters.ipynb #359b52f4
 def quantize(
     model:nn.Module,  # Changed in place
     names:list[str],  # Full names of linear layers
 ):
     "Keep the weights of these layers in 4 bits"
     need_bitsandbytes()
-    for n in names: model.set_submodule(n, _nf4(model.get_submodule(n)))
+    for name in names:
+        model.set_submodule(name, _nf4(model.get_submodule(name)))
 
 # %% ../../nbs/28_model.adapters.ipynb #5572d117
 def _float_weight(layer):
@@ -97,45 +112,54 @@ def _float_weight(layer):
     import bitsandbytes as bnb
     return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
+# %% ../../nbs/28_model.adapters.ipynb #85199ae7
 def _take(state, name, layer):
     "The corrected weight of one layer, its pieces removed from `state`"
     get = lambda k: state.pop(f'{name}.{k}')
-    w = get('base_layer.weight')
-    if is_quantized(layer.base_layer): w = _float_weight(layer.base_layer)
-    a,b = get('lora_A.default.weight').float(), get('lora_B.default.weight').float()
-    if (len(b), a.shape[1]) != tuple(w.shape):
-        raise ValueError(f"the adapter of {name} is for a weight of {(len(b), a.shape[1])}, "
-            f"but that is {tuple(w.shape)}")
-    new = w.float() + b.to(w.device) @ a.to(w.device) * layer.scaling['default']
+    weight = get('base_layer.weight')
+    if is_quantized(layer.base_layer):
+        weight = _float_weight(layer.base_layer)
+    down = get('lora_A.default.weight').float()
+    up = get('lora_B.default.weight').float()
+    if (len(up), down.shape[1]) != tuple(weight.shape):
+        raise ValueError(f"the adapter of {name} is for a weight of {(len(up), down.shape[1])}, "
+            f"but that is {tuple(weight.shape)}")
+    new = weight.float() + up.to(weight.device) @ down.to(weight.device) * layer.scaling['default']
     if f'{name}.lora_magnitude_vector.default.weight' in state:
         length = get('lora_magnitude_vector.default.weight').to(new)
         new = new*(length/torch.linalg.norm(new, dim=1))[:, None]
-    return new.to(w.dtype)
+    return new.to(weight.dtype)
 
+# %% ../../nbs/28_model.adapters.ipynb #0117a74f
 def merged_state(
     model:nn.Module,          # With adapters
     state:dict|None=None,     # Its tensors by name, when they had to be gathered; `None` asks the model
 ) -> dict[str,Tensor]:        # Tensors of the plain model
     "What the weights would be without adapters"
     state = dict(model.state_dict() if state is None else state)
-    layers = {n:m for n,m in model.named_modules() if is_quantized(m)}
-    new = {f'{n}.weight': _take(state, n, m) for n,m in adapted(model).items()}
-    new |= {f'{n}.weight': _float_weight(m) for n,m in layers.items() if f'{n}.weight' in state}
-    drop = tuple(f'{n}.weight.' for n in layers)
-    return {plain_name(k):v for k,v in state.items() if not (drop and k.startswith(drop))} | new
+    layers = {name:module for name,module in model.named_modules() if is_quantized(module)}
+    new = {f'{name}.weight': _take(state, name, module) for name,module in adapted(model).items()}
+    new |= {f'{name}.weight': _float_weight(module) for name,module in layers.items()
+        if f'{name}.weight' in state}
+    drop = tuple(f'{name}.weight.' for name in layers)
+    return {plain_name(key):tensor for key,tensor in state.items()
+        if not (drop and key.startswith(drop))} | new
 
-# %% ../../nbs/28_model.adapters.ipynb #85199ae7
+# %% ../../nbs/28_model.adapters.ipynb #de747809
 def merge_adapters(
     model:nn.Module,  # Changed in place
 ) -> nn.Module:       # The same, without adapters and without 4-bit weights
     "Take the corrections into the weights"
     state = merged_state(model)
-    for n,m in [*adapted(model).items(), *((n, m) for n,m in model.named_modules() if is_quantized(m))]:
-        if '.base_layer' in n: continue
-        base = getattr(m, 'base_layer', m)
+    for name,module in [*adapted(model).items(),
+        *((name, module) for name,module in model.named_modules() if is_quantized(module))]:
+        if '.base_layer' in name:
+            continue
+        base = getattr(module, 'base_layer', module)
         new = nn.Linear(base.in_features, base.out_features, False, device='meta')
-        new.weight,new.bias = nn.Parameter(state[f'{n}.weight'], requires_grad=False), base.bias
-        model.set_submodule(n, new.train(m.training))
+        new.weight = nn.Parameter(state[f'{name}.weight'], requires_grad=False)
+        new.bias = base.bias
+        model.set_submodule(name, new.train(module.training))
     return model
 
 # %% ../../nbs/28_model.adapters.ipynb #1b7bd63a
@@ -143,13 +167,19 @@ def _config(layers, also):
     "peft's configuration for these layers"
     from peft import LoraConfig
     first = next(iter(layers.values()))
-    r,alpha = first.r['default'], first.lora_alpha['default']
-    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=getattr(first.lora_dropout['default'], 'p', 0.),
-        target_modules=list(layers), use_dora=first.use_dora['default'], modules_to_save=list(also) or None,
-        rank_pattern={n:m.r['default'] for n,m in layers.items() if m.r['default'] != r},
-        alpha_pattern={n:m.lora_alpha['default'] for n,m in layers.items() if m.lora_alpha['default'] != alpha},
+    r = first.r['default']
+    alpha = first.lora_alpha['default']
+    return LoraConfig(r=r, lora_alpha=alpha,
+        lora_dropout=getattr(first.lora_dropout['default'], 'p', 0.),
+        target_modules=list(layers), use_dora=first.use_dora['default'], modules_to_save=list(also)
+        or None,
+        rank_pattern={name:module.r['default'] for name,module in layers.items()
+        if module.r['default'] != r},
+        alpha_pattern={name:module.lora_alpha['default'] for name,module in layers.items()
+        if module.lora_alpha['default'] != alpha},
         inference_mode=True)
 
+# %% ../../nbs/28_model.adapters.ipynb #db2b2b83
 def save_adapters(
     model:nn.Module,       # With adapters
     path,                  # A folder; of both kinds, LoRA and DoRA, there are two below it
@@ -157,15 +187,21 @@ def save_adapters(
     state:dict|None=None,  # Its tensors by name, when they had to be gathered
 ) -> Path:                 # The folder
     "Write the corrections as peft does"
-    path,state,layers = Path(path), model.state_dict() if state is None else state, adapted(model)
-    kinds = {d: {n:m for n,m in layers.items() if m.use_dora['default'] == d} for d in (False, True)}
+    path = Path(path)
+    state = model.state_dict() if state is None else state
+    layers = adapted(model)
+    kinds = {dora_: {n:module for n,module in layers.items()
+        if module.use_dora['default'] == dora_} for dora_ in (False, True)}
     both = all(kinds.values())
     for dora,some in kinds.items():
-        if not some: continue
-        to,whole = path/('dora' if dora else 'lora') if both else path, () if both and dora else also
+        if not some:
+            continue
+        to = path/('dora' if dora else 'lora') if both else path
+        whole = () if both and dora else also
         keep = tuple([f'{n}.lora_' for n in some] + [f'{n}.' for n in whole])
-        name = lambda k: re.sub(r'(vector)?\.default(?(1)\.weight)', r'\1', k)
-        out = {f'base_model.model.{name(k)}': v.contiguous().clone() for k,v in state.items() if k.startswith(keep)}
+        name = lambda key: re.sub(r'(vector)?\.default(?(1)\.weight)', r'\1', key)
+        out = {f'base_model.model.{name(key)}': tensor.contiguous().clone()
+            for key,tensor in state.items() if key.startswith(keep)}
         to.mkdir(parents=True, exist_ok=True)
         _config(some, whole).save_pretrained(to)
         save_file(out, to/'adapter_model.safetensors', metadata=dict(format='pt'))
@@ -177,19 +213,27 @@ def restore(
     path,             # A folder with `model*.safetensors`
 ) -> nn.Module:       # The same model
     "Read every tensor of a checkpoint into its place, or fail"
-    files = [open_weights(o) for o in sorted(Path(path).glob('model*.safetensors'))]
-    saved = {current_name(k): read() for opened in files for k,read in opened.items()}
+    files = [open_weights(file) for file in sorted(Path(path).glob('model*.safetensors'))]
+    saved = {current_name(name): read() for opened in files for name,read in opened.items()}
     check_finite(saved.items(), path)
     mine = model.state_dict()
-    here = {mine[k].data_ptr() for k in saved if k in mine}
-    lost = [k for k,v in mine.items() if k not in saved and v.data_ptr() not in here]   # tied ones are there once
-    for what,names in ("lacks", lost), ("holds, but the model does not,", [k for k in saved if k not in mine]):
-        if names: raise ValueError(f"{str(path)!r} {what} {len(names)} tensors: {', '.join(sorted(names)[:4])}")
-    for k,v in saved.items():
-        if '.quant_state.' in k and not torch.equal(mine[k].cpu(), v):
-            raise ValueError(f"{str(path)!r} was trained on other weights than {k} here; start from the same model")
-        if mine[k].shape != v.shape: raise ValueError(f"{str(path)!r}: {k} is {[*v.shape]}, here {[*mine[k].shape]}")
-        if mine[k].is_floating_point() != v.is_floating_point():
-            raise ValueError(f"{str(path)!r}: {k} is {v.dtype}, here {mine[k].dtype}")
-        mine[k].copy_(v)
+    here = {mine[name].data_ptr() for name in saved if name in mine}
+    # tied ones are there once
+    lost = [name for name,tensor in mine.items() if name not in saved
+        and tensor.data_ptr() not in here]
+    for what,names in ("lacks", lost), ("holds, but the model does not,",
+        [name for name in saved if name not in mine]):
+        if names:
+            raise ValueError(
+                f"{str(path)!r} {what} {len(names)} tensors: {', '.join(sorted(names)[:4])}")
+    for name,tensor in saved.items():
+        if '.quant_state.' in name and not torch.equal(mine[name].cpu(), tensor):
+            raise ValueError(
+                f"{str(path)!r} was trained on other weights than {name} here; start from the same model")
+        if mine[name].shape != tensor.shape:
+            raise ValueError(
+                f"{str(path)!r}: {name} is {[*tensor.shape]}, here {[*mine[name].shape]}")
+        if mine[name].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{str(path)!r}: {name} is {tensor.dtype}, here {mine[name].dtype}")
+        mine[name].copy_(tensor)
     return model

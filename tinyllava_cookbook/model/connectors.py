@@ -26,7 +26,8 @@ class Connector(nn.Module):
         d_llm:int, # Width of the LLM embeddings
     ):
         super().__init__()
-        self.d_vis,self.d_llm = d_vis,d_llm
+        self.d_vis = d_vis
+        self.d_llm = d_llm
 
     def n_tokens(self,
         n_patches:int,  # Feature vectors of one image
@@ -51,11 +52,14 @@ class Identity(Connector):
         d_llm:int, # Width of the LLM embeddings
     ):
         if d_vis != d_llm:
-            raise ValueError(f"identity cannot map width {d_vis} to {d_llm}; take 'linear' or 'mlp2x_gelu'")
+            raise ValueError(
+                f"identity cannot map width {d_vis} to {d_llm}; take 'linear' or 'mlp2x_gelu'")
         super().__init__(d_vis, d_llm)
 
-    def forward(self, x_bnv:Tensor) -> Tensor: return x_bnv
+    def forward(self, x_bnv:Tensor) -> Tensor:
+        return x_bnv
 
+# %% ../../nbs/21_model.connectors.ipynb #0a6328fb
 @connectors.register('linear')
 class Linear(Connector):
     "One linear layer, as in the first LLaVA"
@@ -66,7 +70,8 @@ class Linear(Connector):
         super().__init__(d_vis, d_llm)
         self.proj = nn.Linear(d_vis, d_llm)
 
-    def forward(self, x_bnv:Tensor) -> Tensor: return self.proj(x_bnv)
+    def forward(self, x_bnv:Tensor) -> Tensor:
+        return self.proj(x_bnv)
 
 # %% ../../nbs/21_model.connectors.ipynb #52fba709
 @connectors.register('mlp{n}x_gelu')
@@ -78,22 +83,27 @@ class MLP(Connector):
         depth:int=2, # Number of linear layers
     ):
         super().__init__(d_vis, d_llm)
-        more = [o for _ in range(depth-1) for o in (nn.GELU(), nn.Linear(d_llm, d_llm))]
+        more = [layer for _ in range(depth-1) for layer in (nn.GELU(), nn.Linear(d_llm, d_llm))]
         self.layers = nn.Sequential(nn.Linear(d_vis, d_llm), *more)
 
-    def forward(self, x_bnv:Tensor) -> Tensor: return self.layers(x_bnv)
+    def forward(self, x_bnv:Tensor) -> Tensor:
+        return self.layers(x_bnv)
 
 # %% ../../nbs/21_model.connectors.ipynb #da504949
 def _blocks(n, k, grid=None):
     "Rows and columns of the blocks of `k` x `k` patches"
     rows,cols = grid or (math.isqrt(n),)*2
-    if rows*cols != n: raise ValueError(f"{n} patches are no grid of {rows} x {cols}; give grid=(rows, columns), or "
+    if rows*cols != n:
+        raise ValueError(
+            f"{n} patches are no grid of {rows} x {cols}; give grid=(rows, columns), or "
                                         "take a connector that needs no grid")
     if rows%k or cols%k:
-        can = [o for o in range(1, 1+min(rows, cols)) if rows%o == cols%o == 0]
-        raise ValueError(f"a grid of {rows} x {cols} patches has no blocks of {k} x {k}; choose from {can}")
+        can = [side for side in range(1, 1+min(rows, cols)) if rows%side == cols%side == 0]
+        raise ValueError(
+            f"a grid of {rows} x {cols} patches has no blocks of {k} x {k}; choose from {can}")
     return rows//k, cols//k
 
+# %% ../../nbs/21_model.connectors.ipynb #21b9a82f
 @connectors.register('avgpool{k}_mlp{n}x_gelu')
 class AvgPool(MLP):
     "The mean of each block of `k` x `k` patches, through an MLP"
@@ -105,11 +115,15 @@ class AvgPool(MLP):
         grid:tuple[int,int]|None=None, # Rows and columns of the patches; `None`: a square
     ):
         super().__init__(d_vis, d_llm, depth)
-        self.k,self.grid = k,grid
+        self.k = k
+        self.grid = grid
 
-    def n_tokens(self, n_patches): return math.prod(_blocks(n_patches, self.k, self.grid))
-    def token_grid(self, grid): return _blocks(math.prod(grid), self.k, grid)
-    def pool(self, x_bvhw): return F.avg_pool2d(x_bvhw, self.k)
+    def n_tokens(self, n_patches):
+        return math.prod(_blocks(n_patches, self.k, self.grid))
+    def token_grid(self, grid):
+        return _blocks(math.prod(grid), self.k, grid)
+    def pool(self, x_bvhw):
+        return F.avg_pool2d(x_bvhw, self.k)
     def forward(self, x_bnv:Tensor) -> Tensor:
         rows,cols = _blocks(x_bnv.shape[1], self.k, self.grid)
         x_bvhw = x_bnv.transpose(1, 2).unflatten(2, (rows*self.k, cols*self.k))
@@ -129,7 +143,8 @@ class PixelShuffle(AvgPool):
         super().__init__(d_vis*k*k, d_llm, depth, k, grid)
         self.d_vis = d_vis
 
-    def pool(self, x_bvhw): return F.pixel_unshuffle(x_bvhw, self.k)
+    def pool(self, x_bvhw):
+        return F.pixel_unshuffle(x_bvhw, self.k)
 
 # %% ../../nbs/21_model.connectors.ipynb #2bb660d3
 def _attend(q, k, v, heads):
@@ -137,6 +152,7 @@ def _attend(q, k, v, heads):
     q,k,v = (o.unflatten(-1, (heads, -1)).transpose(1, 2) for o in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
+# %% ../../nbs/21_model.connectors.ipynb #10072507
 class PerceiverLayer(nn.Module):
     "Queries attend to patches and queries; then a small MLP"
     def __init__(self,
@@ -146,19 +162,23 @@ class PerceiverLayer(nn.Module):
     ):
         super().__init__()
         self.heads = heads
-        self.norm_x,self.norm_q = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.q,self.kv = nn.Linear(d, heads*d_head, bias=False), nn.Linear(d, 2*heads*d_head, bias=False)
+        self.norm_x = nn.LayerNorm(d)
+        self.norm_q = nn.LayerNorm(d)
+        self.q = nn.Linear(d, heads*d_head, bias=False)
+        self.kv = nn.Linear(d, 2*heads*d_head, bias=False)
         self.out = nn.Linear(heads*d_head, d, bias=False)
-        wide,narrow = nn.Linear(d, 4*d, bias=False), nn.Linear(4*d, d, bias=False)
+        wide = nn.Linear(d, 4*d, bias=False)
+        narrow = nn.Linear(4*d, d, bias=False)
         self.ff = nn.Sequential(nn.LayerNorm(d), wide, nn.GELU(), narrow)
 
     def forward(self, q_bmd:Tensor, x_bnd:Tensor) -> Tensor:
-        x,q = self.norm_x(x_bnd), self.norm_q(q_bmd)
+        x = self.norm_x(x_bnd)
+        q = self.norm_q(q_bmd)
         k,v = self.kv(torch.cat([x, q], 1)).chunk(2, -1)
         q_bmd = q_bmd + self.out(_attend(self.q(q), k, v, self.heads))
         return q_bmd + self.ff(q_bmd)
 
-# %% ../../nbs/21_model.connectors.ipynb #98d270aa
+# %% ../../nbs/21_model.connectors.ipynb #6a0fb053
 @connectors.register('resampler')
 class Resampler(Connector):
     "A perceiver resampler: `n_queries` vectors, whatever the image"
@@ -171,15 +191,20 @@ class Resampler(Connector):
         d_head:int=64,     # Width of a head
     ):
         super().__init__(d_vis, d_llm)
-        self.proj,self.queries = nn.Linear(d_vis, d_llm), nn.Parameter(torch.randn(n_queries, d_llm))
+        self.proj = nn.Linear(d_vis, d_llm)
+        self.queries = nn.Parameter(torch.randn(n_queries, d_llm))
         self.layers = nn.ModuleList(PerceiverLayer(d_llm, heads, d_head) for _ in range(depth))
         self.norm = nn.LayerNorm(d_llm)
 
-    def n_tokens(self, n_patches): return len(self.queries)
-    def token_grid(self, grid): return None   # a query looks everywhere
+    def n_tokens(self, n_patches):
+        return len(self.queries)
+    def token_grid(self, grid):
+        return None   # a query looks everywhere
     def forward(self, x_bnv:Tensor) -> Tensor:
-        x,q = self.proj(x_bnv), self.queries.expand(len(x_bnv), -1, -1)
-        for layer in self.layers: q = layer(q, x)
+        x = self.proj(x_bnv)
+        q = self.queries.expand(len(x_bnv), -1, -1)
+        for layer in self.layers:
+            q = layer(q, x)
         return self.norm(q)
 
 # %% ../../nbs/21_model.connectors.ipynb #16abd947
@@ -188,13 +213,17 @@ class _BertAttention(nn.Module):
     def __init__(self, d, d_x, heads):
         super().__init__()
         self.heads = heads
-        self.q,self.k,self.v,self.out = nn.Linear(d, d), nn.Linear(d_x, d), nn.Linear(d_x, d), nn.Linear(d, d)
+        self.q = nn.Linear(d, d)
+        self.k = nn.Linear(d_x, d)
+        self.v = nn.Linear(d_x, d)
+        self.out = nn.Linear(d, d)
         self.norm = nn.LayerNorm(d, eps=1e-12)
 
     def forward(self, q_bmd, x_bnd):
         y = _attend(self.q(q_bmd), self.k(x_bnd), self.v(x_bnd), self.heads)
         return self.norm(q_bmd + self.out(y))
 
+# %% ../../nbs/21_model.connectors.ipynb #42c867e9
 class QFormerLayer(nn.Module):
     "One of BERT's layers, perhaps with a look at the patches"
     def __init__(self,
@@ -205,16 +234,18 @@ class QFormerLayer(nn.Module):
     ):
         super().__init__()
         self.attn = _BertAttention(d, d, heads)
-        if d_vis: self.cross = _BertAttention(d, d_vis, heads)
+        if d_vis:
+            self.cross = _BertAttention(d, d_vis, heads)
         self.ff = nn.Sequential(nn.Linear(d, d_ff), nn.GELU(), nn.Linear(d_ff, d))
         self.norm = nn.LayerNorm(d, eps=1e-12)
 
     def forward(self, q_bmd:Tensor, x_bnv:Tensor) -> Tensor:
         q_bmd = self.attn(q_bmd, q_bmd)
-        if hasattr(self, 'cross'): q_bmd = self.cross(q_bmd, x_bnv)
+        if hasattr(self, 'cross'):
+            q_bmd = self.cross(q_bmd, x_bnv)
         return self.norm(q_bmd + self.ff(q_bmd))
 
-# %% ../../nbs/21_model.connectors.ipynb #f4725437
+# %% ../../nbs/21_model.connectors.ipynb #42db3bf7
 @connectors.register('qformer')
 class QFormer(Connector):
     "BLIP-2's querying transformer: `n_queries` vectors, whatever the image"
@@ -229,16 +260,22 @@ class QFormer(Connector):
     ):
         super().__init__(d_vis, d_llm)
         self.queries = nn.Parameter(.02*torch.randn(n_queries, d))
-        self.layers = nn.ModuleList(QFormerLayer(d, heads, d_ff, None if i%2 else d_vis) for i in range(depth))
+        self.layers = nn.ModuleList(QFormerLayer(d, heads, d_ff, None if i%2 else d_vis)
+            for i in range(depth))
         for m in self.layers.modules():   # as BERT
-            if isinstance(m, nn.Linear): nn.init.normal_(m.weight, std=.02); nn.init.zeros_(m.bias)
+            if isinstance(m, nn.Linear):
+                nn.init.normal_(m.weight, std=.02)
+                nn.init.zeros_(m.bias)
         self.proj = nn.Linear(d, d_llm)
 
-    def n_tokens(self, n_patches): return len(self.queries)
-    def token_grid(self, grid): return None   # a query looks everywhere
+    def n_tokens(self, n_patches):
+        return len(self.queries)
+    def token_grid(self, grid):
+        return None   # a query looks everywhere
     def forward(self, x_bnv:Tensor) -> Tensor:
         q = F.layer_norm(self.queries, self.queries.shape[1:], eps=1e-12).expand(len(x_bnv), -1, -1)
-        for layer in self.layers: q = layer(q, x_bnv)
+        for layer in self.layers:
+            q = layer(q, x_bnv)
         return self.proj(q)
 
 # %% ../../nbs/21_model.connectors.ipynb #033e6fbf
@@ -253,10 +290,12 @@ class MoFMLP(Connector):
     ):
         super().__init__(d_vis, d_llm)
         self.widths = (d_first or d_vis//2, d_vis - (d_first or d_vis//2))
-        if min(self.widths) < 1: raise ValueError(f"of {d_vis} features {d_first} cannot be the first tower's")
-        self.first,self.second = (MLP(o, d_llm, depth).layers for o in self.widths)
+        if min(self.widths) < 1:
+            raise ValueError(f"of {d_vis} features {d_first} cannot be the first tower's")
+        self.first,self.second = (MLP(width, d_llm, depth).layers for width in self.widths)
 
-    def n_tokens(self, n_patches): return 2*n_patches
+    def n_tokens(self, n_patches):
+        return 2*n_patches
     def forward(self, x_bnv:Tensor) -> Tensor:
         a,b = x_bnv.split(self.widths, -1)
         return torch.stack([self.first(a), self.second(b)], 2).flatten(1, 2)
@@ -268,10 +307,11 @@ def _rule(name):
     "The rule that `name` follows, and the numbers in it"
     for rule in connectors.names():
         pattern = re.sub(r'\\{(\w)\\}', r'(?P<\1>[1-9]\\d*)', re.escape(rule))
-        if '{' in rule and (m := re.fullmatch(pattern, name)):
-            return rule, {_RULE[k]: int(v) for k,v in m.groupdict().items()}
+        if '{' in rule and (match := re.fullmatch(pattern, name)):
+            return rule, {_RULE[letter]: int(digits) for letter,digits in match.groupdict().items()}
     return name, {}
 
+# %% ../../nbs/21_model.connectors.ipynb #470d4d93
 def connector(
     name:str,   # 'identity', 'linear', 'mlp2x_gelu', or any other name in `connectors`
     d_vis:int,  # Width of the vision features
@@ -279,19 +319,27 @@ def connector(
     **kwargs,   # What this connector takes besides
 ) -> nn.Module: # Maps (b, n, d_vis) to (b, m, d_llm), m being `.n_tokens(n)`
     "Build the connector called `name`"
-    if '{' in name: raise ValueError(f"{name!r} is a rule; put a number for each {{}}, as in 'mlp2x_gelu'")
+    if '{' in name:
+        raise ValueError(f"{name!r} is a rule; put a number for each {{}}, as in 'mlp2x_gelu'")
     rule,numbers = _rule(name)
-    try: return connectors[rule](d_vis, d_llm, **numbers, **kwargs)
-    except TypeError as e: raise TypeError(f"connector {name!r} with {kwargs}: {e}") from None
+    try:
+        return connectors[rule](d_vis, d_llm, **numbers, **kwargs)
+    except TypeError as e:
+        raise TypeError(f"connector {name!r} with {kwargs}: {e}") from None
 
 # %% ../../nbs/21_model.connectors.ipynb #247ce01d
-_PEER = [(r'^(weight|bias)$', r'proj.\1'), (r'^(\d+)\.', r'layers.\1.'),                        # linear, MLP
+# linear, MLP
+_PEER = [(r'^(weight|bias)$', r'proj.\1'), (r'^(\d+)\.', r'layers.\1.'),
     (r'^clip\.', 'first.'), (r'^dinov2\.', 'second.'),                                          # MoF
-    (r'^linear\.', 'proj.'), (r'^latents$', 'queries'), (r'^(layers\.\d+)\.0\.(?:to_)?', r'\1.'), # resampler
-    (r'\.norm_media\.', '.norm_x.'), (r'\.norm_latents\.', '.norm_q.'), (r'^(layers\.\d+)\.1\.(?=\d)', r'\1.ff.'),
+    (r'^linear\.', 'proj.'), (r'^latents$', 'queries'), (r'^(layers\.\d+)\.0\.(?:to_)?', r'\1.'),
+    # resampler
+    (r'\.norm_media\.', '.norm_x.'), (r'\.norm_latents\.', '.norm_q.'),
+    (r'^(layers\.\d+)\.1\.(?=\d)', r'\1.ff.'),
     (r'^query_tokens$', 'queries'), (r'^projector\.', 'proj.'), (r'^bert\.encoder\.layer\.', 'layers.'),  # Q-Former
-    (r'\.crossattention\.', '.cross.'), (r'\.attention\.', '.attn.'), (r'\.self\.([qkv])\w+\.', r'.\1.'),
-    (r'\.(attn|cross)\.output\.dense\.', r'.\1.out.'), (r'\.(attn|cross)\.output\.LayerNorm\.', r'.\1.norm.'),
+    (r'\.crossattention\.', '.cross.'), (r'\.attention\.', '.attn.'),
+    (r'\.self\.([qkv])\w+\.', r'.\1.'),
+    (r'\.(attn|cross)\.output\.dense\.', r'.\1.out.'),
+    (r'\.(attn|cross)\.output\.LayerNorm\.', r'.\1.norm.'),
     (r'\.intermediate_query\.dense\.', '.ff.0.'), (r'\.output_query\.dense\.', '.ff.2.'),
     (r'\.output_query\.LayerNorm\.', '.norm.')]
 
@@ -300,11 +348,13 @@ def peer_weights(
 ) -> dict[str,Tensor]:        # For `load_state_dict`
     "A connector's weights under our names"
     out = {}
-    for k,v in weights.items():
-        k = re.sub(r'^(connector\.)?_connector\.', '', k)
-        if k.endswith('embeddings.position_ids'): continue   # counts from 0, and is not used
-        for old,new in _PEER: k = re.sub(old, new, k)
-        out[k] = v[0] if k == 'queries' and v.dim() == 3 else v
+    for name,weight in weights.items():
+        name = re.sub(r'^(connector\.)?_connector\.', '', name)
+        if name.endswith('embeddings.position_ids'):
+            continue   # counts from 0, and is not used
+        for old,new in _PEER:
+            name = re.sub(old, new, name)
+        out[name] = weight[0] if name == 'queries' and weight.dim() == 3 else weight
     return out
 
 # %% ../../nbs/21_model.connectors.ipynb #e2eab3f7
@@ -312,11 +362,14 @@ def new_connector(
     config,            # Of the model that it is for: a `VLMConfig`
 ) -> nn.Module:        # Maps (b, n, vision width) to (b, m, LLM width)
     "The connector of a configuration, with new weights"
-    v,t = config.vision_config, config.text_config
+    vision = config.vision_config
+    text = config.text_config
     kwargs = dict(config.connector_kwargs or {})
-    if config.connector == 'mof_mlp' and hasattr(v, 'both'): kwargs.setdefault('d_first', v.both[0].hidden_size)
-    conn = connector(config.connector, v.hidden_size, t.hidden_size, **kwargs)
-    if config.image_mode == 'anyres': conn.image_newline = nn.Parameter(torch.randn(t.hidden_size)/t.hidden_size**.5)
+    if config.connector == 'mof_mlp' and hasattr(vision, 'both'):
+        kwargs.setdefault('d_first', vision.both[0].hidden_size)
+    conn = connector(config.connector, vision.hidden_size, text.hidden_size, **kwargs)
+    if config.image_mode == 'anyres':
+        conn.image_newline = nn.Parameter(torch.randn(text.hidden_size)/text.hidden_size**.5)
     return conn
 
 # %% ../../nbs/21_model.connectors.ipynb #857b1360
@@ -325,19 +378,25 @@ def image_layout(
     image_sizes:list,       # Height and width of each image
 ) -> list[tuple]:           # Of each: rows and columns of tiles, besides the view of everything; and tokens
     "How an 'anyres' model cuts each image up"
-    tile,points = input_size(config.vision_config), [tuple(o) for o in config.image_grid_pinpoints or ()]
-    if not points: raise ValueError(f"image_sizes go with image_mode 'anyres', this model's is {config.image_mode!r}")
-    def tiles(size): return tuple(o//t for o,t in zip(best_canvas(size, points), tile))
-    return [(tiles(o), anyres_n_tokens(o, config.image_token_grid, points, tile)) for o in map(tuple, image_sizes)]
+    tile = input_size(config.vision_config)
+    points = [tuple(pair) for pair in config.image_grid_pinpoints or ()]
+    if not points:
+        raise ValueError(
+            f"image_sizes go with image_mode 'anyres', this model's is {config.image_mode!r}")
+    def tiles(size):
+        return tuple(pair//edge for pair,edge in zip(best_canvas(size, points), tile))
+    return [(tiles(pair), anyres_n_tokens(pair, config.image_token_grid, points, tile))
+        for pair in map(tuple, image_sizes)]
 
 # %% ../../nbs/21_model.connectors.ipynb #040416eb
 def _join_images(config, x_tnd, image_sizes, newline):
     "Tiles of all images to one sequence of features for each image"
     sizes = image_sizes.tolist()
-    grids = [o for o,_ in image_layout(config, sizes)]
-    counts = [1 + math.prod(o) for o in grids]
+    grids = [tiles for tiles,_ in image_layout(config, sizes)]
+    counts = [1 + math.prod(tiles) for tiles in grids]
     if sum(counts) != len(x_tnd):
-        raise ValueError(f"{len(x_tnd)} tiles, but images of {sizes} have {sum(counts)}; let the processor make them")
+        raise ValueError(
+            f"{len(x_tnd)} tiles, but images of {sizes} have {sum(counts)}; let the processor make them")
     each = zip(x_tnd.split(counts), sizes, grids)
     return [join_tiles(x, size, config.image_token_grid, grid, newline) for x,size,grid in each]
 
@@ -346,11 +405,15 @@ def tower_features(
     pixel_values:Tensor,    # (tiles, 3, h, w)
 ) -> Tensor:                # (tiles, n, vision width)
     "Features of the layer that the connector reads"
-    c,size,want = model.config, tuple(pixel_values.shape[-2:]), input_size(model.config.vision_config)
+    config = model.config
+    size = tuple(pixel_values.shape[-2:])
+    want = input_size(model.config.vision_config)
     if size != want:
-        raise ValueError(f"images of {size} pixels, but the encoder is shown {want}; let the processor prepare them")
-    return vision_features(model.vision_tower, pixel_values.to(model.vision_tower.device), c.vision_feature_layer,
-        c.vision_feature_select, c.drop_first_patch)
+        raise ValueError(
+            f"images of {size} pixels, but the encoder is shown {want}; let the processor prepare them")
+    return vision_features(model.vision_tower, pixel_values.to(model.vision_tower.device),
+        config.vision_feature_layer,
+        config.vision_feature_select, config.drop_first_patch)
 
 # %% ../../nbs/21_model.connectors.ipynb #549b3afb
 def connect_features(
@@ -359,12 +422,17 @@ def connect_features(
     image_sizes:Tensor|None=None,   # (images, 2) heights and widths, for 'anyres'
 ) -> Tensor|list[Tensor]:           # (images, image_seq_length, d), or for 'anyres' (tokens, d) of each image
     "Vision features as the LLM reads them"
-    c,conn = model.config, model.connector
-    floats = (p.dtype for p in conn.parameters() if p.is_floating_point())   # 4-bit weights are bytes
-    x,newline = conn(x_bnv.to(next(floats, x_bnv.dtype))), getattr(conn, 'image_newline', None)
-    scale = c.text_config.hidden_size**.5 if c.scale_image_features else 1
-    if image_sizes is not None: return [o*scale for o in _join_images(c, x, image_sizes, newline)]
-    if newline is not None: x = x + 0*newline   # takes part, so no process waits for its gradient
+    config = model.config
+    conn = model.connector
+    # 4-bit weights are bytes
+    floats = (parameter.dtype for parameter in conn.parameters() if parameter.is_floating_point())
+    x = conn(x_bnv.to(next(floats, x_bnv.dtype)))
+    newline = getattr(conn, 'image_newline', None)
+    scale = config.text_config.hidden_size**.5 if config.scale_image_features else 1
+    if image_sizes is not None:
+        return [features*scale for features in _join_images(config, x, image_sizes, newline)]
+    if newline is not None:
+        x = x + 0*newline   # takes part, so no process waits for its gradient
     return x*scale
 
 def image_features(
@@ -380,5 +448,6 @@ def blank_image(
     model,        # Gives vision tower and configuration
 ) -> Tensor:      # (1, 3, h, w) zeros
     "An empty image for a batch without any"
-    v = model.config.vision_config
-    return torch.zeros(1, v.num_channels, *input_size(v), device=model.vision_tower.device)
+    vision = model.config.vision_config
+    return torch.zeros(1, vision.num_channels, *input_size(vision),
+        device=model.vision_tower.device)

@@ -21,14 +21,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..core import IMAGE_TOKEN, Registry, quiet
 from ..data.templates import chat_template, templates
-from ..trust import check_folder, checkpoint_path, load_strict, read_config, reading
+from ..trust import check_folder, checkpoint_path, read_config, reading
+from ..weights import load_strict
 
 # %% ../../nbs/22_model.llms.ipynb #df5f6dd2
 def set_padding(
     tokenizer,  # A tokenizer; changed in place
 ) -> int:       # The padding id
     "Pick a padding token: its own, else the unknown token, and the end token only if there is nothing else"
-    have = [t for t in (tokenizer.pad_token, tokenizer.unk_token) if t and t != tokenizer.eos_token]
+    have = [token for token in (tokenizer.pad_token, tokenizer.unk_token) if token
+        and token != tokenizer.eos_token]
     tokenizer.pad_token = (have + [tokenizer.eos_token])[0]
     tokenizer.model_input_names = ['input_ids', 'attention_mask']
     return tokenizer.pad_token_id
@@ -41,14 +43,17 @@ def plain_logits(
     "Logits by the output layer alone"
     return llm.get_output_embeddings()(h_td)
 
+# %% ../../nbs/22_model.llms.ipynb #c4ee8d7d
 def capped_logits(
     llm:nn.Module, # Its configuration holds `final_logit_softcapping`
     h_td:Tensor,   # Hidden states after the final norm
 ) -> Tensor:       # Logits, none beyond the cap
     "Logits bent by a tanh"
-    logits,cap = plain_logits(llm, h_td), llm.config.final_logit_softcapping
+    logits = plain_logits(llm, h_td)
+    cap = llm.config.final_logit_softcapping
     return logits if cap is None else torch.tanh(logits/cap)*cap
 
+# %% ../../nbs/22_model.llms.ipynb #07d4b6f2
 def scaled_logits(
     llm:nn.Module, # Its configuration holds `logits_scaling`
     h_td:Tensor,   # Hidden states after the final norm
@@ -66,16 +71,19 @@ class LLMFamily:
     packs:bool = True                     # Can several samples share a row?
 
     @property
-    def template(self) -> str: return self.templates[0]   # the usual one
+    def template(self) -> str:
+        return self.templates[0]   # the usual one
 
 # %% ../../nbs/22_model.llms.ipynb #e6c4d3f4
 llm_families = Registry('LLM family', 'llm_families')
-llm_families.register('llama', LLMFamily(templates=('llama', 'llama3', 'chatml')))   # Llama 2 and 3, SmolLM 2
+# Llama 2 and 3, SmolLM 2
+llm_families.register('llama', LLMFamily(templates=('llama', 'llama3', 'chatml')))
 llm_families.register('mistral', LLMFamily())
 llm_families.register('phi', LLMFamily(templates=('phi',)))
 llm_families.register('phi3', LLMFamily(templates=('phi3',)))
 llm_families.register('stablelm', LLMFamily(templates=('phi', 'stablelm_zephyr')))
-llm_families.register('qwen2', LLMFamily(templates=('qwen2_base', 'qwen2_instruct', 'chatml')))   # Qwen 1.5 to 2.5
+# Qwen 1.5 to 2.5
+llm_families.register('qwen2', LLMFamily(templates=('qwen2_base', 'qwen2_instruct', 'chatml')))
 llm_families.register('qwen3', LLMFamily(templates=('chatml', 'qwen2_base')))
 llm_families.register('gemma', LLMFamily(templates=('gemma',), scales_images=True))
 llm_families.register('gemma2', LLMFamily(capped_logits, templates=('gemma',)))
@@ -83,8 +91,10 @@ llm_families.register('gemma3_text', LLMFamily(capped_logits, templates=('gemma'
 llm_families.register('smollm3', LLMFamily(templates=('chatml',)))
 llm_families.register('granite', LLMFamily(scaled_logits, templates=('granite',)))
 llm_families.register('openelm', LLMFamily())
-_any = tuple(o for o in templates.names() if o not in ('pretrain', 'hf', 'llava_v0'))   # '###' is nobody's end
-llm_families.register('generic', LLMFamily(templates=_any))                          # proven on loading, see below
+_any = tuple(o for o in templates.names()
+    if o not in ('pretrain', 'hf', 'llava_v0'))   # '###' is nobody's end
+# proven on loading, see below
+llm_families.register('generic', LLMFamily(templates=_any))
 llm_families.register('generic_unpacked', LLMFamily(templates=_any, packs=False))
 
 def family_of(
@@ -93,6 +103,7 @@ def family_of(
     "The family of a model: the one written into its configuration, else that of its architecture"
     return llm_families[getattr(config, 'llm_family', None) or config.model_type]
 
+# %% ../../nbs/22_model.llms.ipynb #37c6c1d5
 def llm_logits(
     llm:nn.Module, # A model of a registered family
     h_td:Tensor,   # Hidden states after the final norm
@@ -107,30 +118,40 @@ def default_template(
 ) -> str:       # A name of `chat_template`
     "The usual chat template of the model's family that this tokenizer can write"
     names = family_of(config).templates
-    stops = {o: tokenizer(chat_template(o).stop, add_special_tokens=False).input_ids for o in names if o != 'hf'}
-    fits = [o for o,ids in stops.items() if ids == [tokenizer.eos_token_id]]
-    fits += [o for o,ids in stops.items() if len(ids) == 1]
-    if tokenizer.chat_template: fits.append('hf')
-    if fits: return fits[0]
-    raise ValueError(f"none of the templates {list(names)} ends a turn with a token that this tokenizer has "
+    stops = {name: tokenizer(chat_template(name).stop, add_special_tokens=False).input_ids
+        for name in names if name != 'hf'}
+    fits = [name for name,ids in stops.items() if ids == [tokenizer.eos_token_id]]
+    fits += [name for name,ids in stops.items() if len(ids) == 1]
+    if tokenizer.chat_template:
+        fits.append('hf')
+    if fits:
+        return fits[0]
+    raise ValueError(
+        f"none of the templates {list(names)} ends a turn with a token that this tokenizer has "
         f"(its own end is {tokenizer.eos_token!r}); pass template=, one of {templates.names()}")
 
 # %% ../../nbs/22_model.llms.ipynb #a0025608
-TOKENIZER_FILES = 'tokenizer.json', 'tokenizer.model', 'vocab.json'   # One of them makes a tokenizer
+# One of them makes a tokenizer
+TOKENIZER_FILES = 'tokenizer.json', 'tokenizer.model', 'vocab.json'
 
 def load_tokenizer(
     path,  # A folder with a tokenizer, or `owner/name` on the Hub
 ):         # The tokenizer, with padding set
     "Load a tokenizer that can tell which characters each token came from"
-    if Path(path).is_dir() and not any((Path(path)/o).exists() for o in TOKENIZER_FILES):
-        raise FileNotFoundError(f"{str(path)!r} has no tokenizer; expected one of {list(TOKENIZER_FILES)}, "
+    if Path(path).is_dir() and not any((Path(path)/name).exists() for name in TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"{str(path)!r} has no tokenizer; expected one of {list(TOKENIZER_FILES)}, "
             "or another folder as tokenizer=")
-    if Path(path).is_dir(): check_folder(path)
-    with reading(path, 'tokenizer'): tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if Path(path).is_dir():
+        check_folder(path)
+    with reading(path, 'tokenizer'):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
-        raise ValueError(f"{kind} of {str(path)!r} gives no offsets; convert it to a tokenizer.json")
-    for o in 'vocab_file', 'merges_file': tokenizer.init_kwargs.pop(o, None)   # paths, which would be saved with it
+        raise ValueError(
+            f"{kind} of {str(path)!r} gives no offsets; convert it to a tokenizer.json")
+    for name in 'vocab_file', 'merges_file':
+        tokenizer.init_kwargs.pop(name, None)   # paths, which would be saved with it
     set_padding(tokenizer)
     return tokenizer
 
@@ -145,46 +166,57 @@ def check_tokenizer(
     vocab = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=added)
     token = max(vocab, key=vocab.get, default=None)
     if token is not None and vocab[token] >= rows:
-        raise ValueError(f"{str(path)!r}: the tokenizer writes {token!r} as {vocab[token]}, but the embedding has "
+        raise ValueError(
+            f"{str(path)!r}: the tokenizer writes {token!r} as {vocab[token]}, but the embedding has "
             f"{rows} rows; it is the tokenizer of another model")
 
 # %% ../../nbs/22_model.llms.ipynb #e9aa00ac
 def _raw(path):
     "The language model's part of config.json, as it is written"
-    if Path(path).is_dir(): check_folder(path)
-    with reading(path, 'config.json'): raw = PreTrainedConfig.get_config_dict(path)[0]
+    if Path(path).is_dir():
+        check_folder(path)
+    with reading(path, 'config.json'):
+        raw = PreTrainedConfig.get_config_dict(path)[0]
     inner = raw.get('text_config', raw)
     if not isinstance(inner, dict):
         raise ValueError(f"{str(path)!r}: text_config of config.json is {inner!r}, not an object")
     return inner
 
+# %% ../../nbs/22_model.llms.ipynb #0fbd79c2
 def _brought(raw):
     "Class names of the code that a configuration names"
     code = raw.get('auto_map')
-    return {k: v for k,v in code.items() if isinstance(v, str)} if isinstance(code, dict) else {}
+    return {kind: place for kind,place in code.items()
+        if isinstance(place, str)} if isinstance(code, dict) else {}
 
+# %% ../../nbs/22_model.llms.ipynb #83f002ad
 def trust_code(
     path,    # A checkpoint with code of its own, or a composed one whose language model has
 ) -> type:   # Its model class
     "Run the code in a checkpoint and make its classes known to `transformers`, in this process"
-    raw,path = _raw(path), str(path)
+    raw = _raw(path)
+    path = str(path)
     for name in _brought(raw).values():
         if not re.fullmatch(r'\w+\.\w+', name):
-            raise ValueError(f"{path!r}: its code {name!r} is not in the folder; only FILE.CLASS of the folder is run")
-    cfg,llm = (get_class_from_dynamic_module(raw['auto_map'][o], path) for o in ('AutoConfig', 'AutoModelForCausalLM'))
+            raise ValueError(
+                f"{path!r}: its code {name!r} is not in the folder; only FILE.CLASS of the folder is run")
+    cfg,llm = (get_class_from_dynamic_module(raw['auto_map'][kind], path)
+        for kind in ('AutoConfig', 'AutoModelForCausalLM'))
     AutoConfig.register(raw['model_type'], cfg, exist_ok=True)
     AutoModelForCausalLM.register(cfg, llm, exist_ok=True)
     return llm
 
-# %% ../../nbs/22_model.llms.ipynb #83f002ad
+# %% ../../nbs/22_model.llms.ipynb #ad0cb1ee
 def own_code(
     path,          # A checkpoint of a language model, or a composed one
     trusted:bool,  # May code in it run?
 ) -> bool:         # Has it run?
     "Run the code in a checkpoint if `transformers` has none for it; an error if nobody vouches for it"
     raw = _raw(path)
-    kind,code = raw.get('model_type'), _brought(raw)
-    if str(kind) in CONFIG_MAPPING_NAMES or 'AutoModelForCausalLM' not in code: return False
+    kind = raw.get('model_type')
+    code = _brought(raw)
+    if str(kind) in CONFIG_MAPPING_NAMES or 'AutoModelForCausalLM' not in code:
+        return False
     if not trusted:
         raise ValueError(f"transformers does not know {kind!r}: {str(path)!r} brings its own code "
             f"({code['AutoModelForCausalLM']}), which would run here with your rights; read it, then pass "
@@ -192,19 +224,46 @@ def own_code(
     trust_code(path)
     return True
 
+# %% ../../nbs/22_model.llms.ipynb #6520566e
 def save_code(
     llm:nn.Module,  # A language model
     dir,            # Folder that its weights go to
 ) -> list[Path]:    # Files written; none for a model of `transformers`
     "Write the code that a model brought along, so that the folder needs no other"
-    if not type(llm).__module__.startswith('transformers_modules'): return []
+    if not type(llm).__module__.startswith('transformers_modules'):
+        return []
     Path(dir).mkdir(parents=True, exist_ok=True)
-    llm.config.auto_map = {k: o.split('--')[-1] for k,o in llm.config.auto_map.items()}   # no repository: this folder
+    # no repository: this folder
+    llm.config.auto_map = {kind: place.split('--')[-1]
+        for kind,place in llm.config.auto_map.items()}
     return custom_object_save(llm, dir)
 
 # %% ../../nbs/22_model.llms.ipynb #214e57cc
-def _far(a, b, floor): return ((a-b).norm()/b.norm()).item() > max(floor, 8*torch.finfo(b.dtype).eps)   # not rounding
+def _far(a, b, floor):
+    return ((a-b).norm()/b.norm()).item() > max(floor, 8*torch.finfo(b.dtype).eps)   # not rounding
 
+# %% ../../nbs/22_model.llms.ipynb #c7350870
+def _positions(*lengths):
+    "Positions of samples of these lengths that share a row"
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+def _decode(llm, emb_btd, positions, attention_mask=None):
+    "Hidden states that the decoder makes of embeddings"
+    decoder = llm.get_decoder()
+    return decoder(inputs_embeds=emb_btd, position_ids=positions.to(emb_btd.device), use_cache=False,
+        attention_mask=attention_mask).last_hidden_state
+
+def _probe(llm, logits, ids):
+    "Hidden states alone and padded, logits by us and by the model, and a sample with either of two in front"
+    emb = llm.get_input_embeddings()(ids)
+    h = _decode(llm, emb, _positions(12))
+    mask = torch.tensor([[0]*3 + [1]*12]).to(ids.device)
+    padded = _decode(llm, torch.cat([emb[:, :3], emb], 1), torch.cat([0*_positions(3), _positions(12)], 1), mask)
+    other = torch.cat([emb[:, 5:10], emb[:, 5:]], 1)
+    shared = [_decode(llm, o, _positions(5, 7))[:, 5:] for o in (emb, other)]
+    return h, padded[:, 3:], logits(llm, h), llm(ids, use_cache=False).logits, shared
+
+# %% ../../nbs/22_model.llms.ipynb #46c3306e
 @quiet()
 @torch.no_grad()
 def prove_llm(
@@ -212,37 +271,35 @@ def prove_llm(
     logits:Callable=plain_logits, # How its logits are thought to come about
 ) -> bool:                        # Can several samples share a row?
     "Compare decoder and logits with the model's own on a random row; an error if they differ"
-    words = llm.get_input_embeddings()
-    g,kind,dev = torch.Generator().manual_seed(0), llm.config.model_type, words.weight.device
-    ids = torch.randint(llm.config.vocab_size, (1, 12), generator=g).to(dev)
-    pos = lambda *n: torch.cat([torch.arange(o) for o in n])[None].to(dev)
-    run = lambda emb,pos,**kw: llm.get_decoder()(inputs_embeds=emb, position_ids=pos, use_cache=False,
-        **{'attention_mask': None, **kw}).last_hidden_state
+    kind = llm.config.model_type
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(llm.config.vocab_size, (1, 12), generator=generator)
+    device = llm.get_input_embeddings().weight.device
     try:
-        emb = words(ids)
-        h = run(emb, pos(12))
-        ours,own = logits(llm, h), llm(ids, use_cache=False).logits
-        padded = run(torch.cat([emb[:, :3], emb], 1), torch.cat([0*pos(3), pos(12)], 1),
-            attention_mask=torch.tensor([[0]*3 + [1]*12]).to(dev))[:, 3:]
-        one,other = (run(o, pos(5, 7))[:, 5:] for o in (emb, torch.cat([emb[:, 5:10], emb[:, 5:]], 1)))
+        h,padded,ours,own,shared = _probe(llm, logits, ids.to(device))
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f"cannot use {kind!r}: its decoder, fed with embeddings and positions, fails with {e}") from e
+        raise ValueError(f"cannot use {kind!r}: its decoder, fed with embeddings and positions, "
+            f"fails with {e}") from e
     if not torch.equal(ours, own):
-        raise ValueError(f"{kind!r} does more after its decoder than its output layer; register an LLMFamily "
-            "with logits=")
-    if _far(padded, h, 1e-3): raise ValueError(f"cannot use {kind!r}: padding on the left changes its answers")
-    return not _far(one, other, 1e-5)   # another sample in front
+        raise ValueError(f"{kind!r} does more after its decoder than its output layer; "
+            "register an LLMFamily with logits=")
+    if _far(padded, h, 1e-3):
+        raise ValueError(f"cannot use {kind!r}: padding on the left changes its answers")
+    return not _far(*shared, 1e-5)   # another sample in front
 
 # %% ../../nbs/22_model.llms.ipynb #842d77df
 def _family(cfg, path, family):
     "Name of the family to use; errors for what is no language model"
     kind = cfg.model_type
-    if type(cfg) not in AutoModelForCausalLM._model_mapping or getattr(cfg, 'hidden_size', None) is None:
-        raise ValueError(f"{str(path)!r} is {kind!r}, no causal language model; families are {llm_families.names()}")
+    if type(cfg) not in AutoModelForCausalLM._model_mapping or getattr(cfg, 'hidden_size',
+        None) is None:
+        raise ValueError(
+            f"{str(path)!r} is {kind!r}, no causal language model; families are {llm_families.names()}")
     name = family or (kind if kind in llm_families else 'generic')
     llm_families[name]
     return name
 
+# %% ../../nbs/22_model.llms.ipynb #77505255
 def load_llm(
     path,                         # A checkpoint of a causal language model
     dtype='float32',              # Precision of the weights; 'auto' keeps that of the file
@@ -256,7 +313,8 @@ def load_llm(
     brought = own_code(path, trust_remote_code)
     cfg = read_config(path)
     name = _family(cfg, path, family)
-    words = load_tokenizer(path if tokenizer is None else checkpoint_path(tokenizer, 'tokenizer_config.json'))
+    words = load_tokenizer(path if tokenizer is None
+        else checkpoint_path(tokenizer, 'tokenizer_config.json'))
     llm = load_strict(AutoModelForCausalLM, path, dtype=dtype, **kwargs)
     check_tokenizer(words, len(llm.get_input_embeddings().weight), tokenizer or path, added=False)
     if brought or name != cfg.model_type:
@@ -271,9 +329,11 @@ def _grow(llm, rows):
     llm.resize_token_embeddings(rows, mean_resizing=False)
     ends = llm.get_input_embeddings(), llm.get_output_embeddings()
     with torch.no_grad():
-        for w in {id(t): t for m in ends for t in (m.weight, getattr(m, 'bias', None)) if t is not None}.values():
+        for w in {id(t): t for m in ends for t in (m.weight, getattr(m, 'bias', None))
+            if t is not None}.values():
             w[old:] = w[:old].float().mean(0).to(w.dtype)
 
+# %% ../../nbs/22_model.llms.ipynb #0fddddcb
 def add_image_token(
     tokenizer,             # Changed in place: `<image>` becomes a special token
     llm:nn.Module,         # Changed in place only if it has no row for the new id
@@ -282,7 +342,8 @@ def add_image_token(
     "Give the image a token of its own"
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
     id_ = tokenizer.convert_tokens_to_ids(token)
-    if id_ >= llm.get_input_embeddings().weight.shape[0]: _grow(llm, id_+1)
+    if id_ >= llm.get_input_embeddings().weight.shape[0]:
+        _grow(llm, id_+1)
     return id_
 
 # %% ../../nbs/22_model.llms.ipynb #27192bc7

@@ -12,7 +12,6 @@ import copy, inspect, re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal # PreTrainedConfig hands on annotations that name it, and tools look it up here
 
 import numpy as np
 import torch
@@ -23,7 +22,8 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from ..core import Registry, UnknownName, quiet
 from ..data.images import target_size
-from ..trust import check_folder, checkpoint_path, load_strict, read_config, reading
+from ..trust import check_folder, checkpoint_path, read_config, reading
+from ..weights import load_strict
 
 # %% ../../nbs/20_model.vision.ipynb #9b00a6fa
 @dataclass
@@ -37,33 +37,46 @@ class VisionFamily:
 vision_families = Registry('vision family', 'vision_families')
 vision_families.register('clip_vision_model', VisionFamily(
     lambda m,x: m.pre_layrnorm(m.embeddings(x)), lambda m: m.encoder.layers, prefix=1))
-vision_families.register('siglip_vision_model', VisionFamily(lambda m,x: m.embeddings(x), lambda m: m.encoder.layers))
-vision_families.register('dinov2', VisionFamily(lambda m,x: m.embeddings(x), lambda m: m.encoder.layer, prefix=1))
+vision_families.register('siglip_vision_model',
+    VisionFamily(lambda m,x: m.embeddings(x), lambda m: m.encoder.layers))
+vision_families.register('dinov2',
+    VisionFamily(lambda m,x: m.embeddings(x), lambda m: m.encoder.layer, prefix=1))
 vision_families.register('dinov2_with_registers', VisionFamily(
-    lambda m,x: m.embeddings(x), lambda m: m.encoder.layer, prefix=lambda c: 1 + c.num_register_tokens));
+    lambda m,x: m.embeddings(x), lambda m: m.encoder.layer,
+    prefix=lambda c: 1 + c.num_register_tokens));
 
 # %% ../../nbs/20_model.vision.ipynb #56ebab16
 class _Stop(Exception):
     "Carries the tokens out of a forward pass that need not go on"
 
+# %% ../../nbs/20_model.vision.ipynb #75fa47f0
 def _stack(model):
     "The layers, in order"
-    n = model.config.num_hidden_layers
-    for m in model.modules():
-        if isinstance(m, nn.ModuleList) and len(m) == n: return m
-    raise TypeError(f"{type(model).__name__} has no list of its {n} layers; register it in `vision_families`")
+    depth = model.config.num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise TypeError(
+        f"{type(model).__name__} has no list of its {depth} layers; register it in `vision_families`")
 
+# %% ../../nbs/20_model.vision.ipynb #0d422331
 def _stopped(model, pixels, depth):
     "Tokens that enter layer `depth`, by the model's own forward"
-    def stop(x): raise _Stop(x[0] if isinstance(x, tuple) else x)
+    def stop(x):
+        raise _Stop(x[0] if isinstance(x, tuple) else x)
     layers = _stack(model)
     if depth < len(layers):
-        def pre(m, args, kw): stop(args[0] if args else kw['hidden_states'])
+        def pre(m, args, kw):
+            stop(args[0] if args else kw['hidden_states'])
         hook = layers[depth].register_forward_pre_hook(pre, with_kwargs=True)
-    else: hook = layers[-1].register_forward_hook(lambda m,args,out: stop(out))
-    try: model(pixels)
-    except _Stop as o: return o.args[0]
-    finally: hook.remove()
+    else:
+        hook = layers[-1].register_forward_hook(lambda m,args,out: stop(out))
+    try:
+        model(pixels)
+    except _Stop as o:
+        return o.args[0]
+    finally:
+        hook.remove()
 
 # %% ../../nbs/20_model.vision.ipynb #e438922e
 def input_size(
@@ -71,75 +84,100 @@ def input_size(
 ) -> tuple[int,int]:  # Height and width
     "The pixels that an encoder is shown: those of its own configuration, unless its processor gives others"
     if (size := getattr(config, 'input_size', None) or getattr(config, 'image_size', None)) is None:
-        raise UnknownName(f"no vision family {config.model_type!r}, and its configuration has no image_size to make a "
-                          f"grid of; choose from {vision_families.names()}, or an encoder of fixed resolution")
+        raise UnknownName(
+            f"no vision family {config.model_type!r}, and its configuration has no image_size to make a "
+            f"grid of; choose from {vision_families.names()}, or an encoder of fixed resolution")
     return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
+# %% ../../nbs/20_model.vision.ipynb #56854184
 def patch_grid(
     config,           # A vision configuration
 ) -> tuple[int,int]:  # Rows and columns
     "The grid of patches of one image"
-    (h,w),p = input_size(config), config.patch_size
-    ph,pw = p if isinstance(p, (list, tuple)) else (p, p)
-    return h//ph, w//pw
+    height,width = input_size(config)
+    patch = config.patch_size
+    ph,pw = patch if isinstance(patch, (list, tuple)) else (patch, patch)
+    return height//ph, width//pw
 
+# %% ../../nbs/20_model.vision.ipynb #4d5a3e46
 def build_vision(
     config,         # A vision configuration
 ) -> PreTrainedModel: # With random weights
     "An encoder, without the pooling head that some have and none of their checkpoints fills"
-    with quiet(): return AutoModel.from_config(config, trust_remote_code=False, **_extra(config))
+    with quiet():
+        return AutoModel.from_config(config, trust_remote_code=False, **_extra(config))
 
+# %% ../../nbs/20_model.vision.ipynb #b1eb202c
 def _extra(config):
-    takes = inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters if type(config) in MODEL_MAPPING else ()
+    "Arguments of a model class that has a pooling head to leave out"
+    if type(config) not in MODEL_MAPPING:
+        return {}
+    takes = inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
     return {'add_pooling_layer': False} if 'add_pooling_layer' in takes else {}
 
-# %% ../../nbs/20_model.vision.ipynb #4d5a3e46
+# %% ../../nbs/20_model.vision.ipynb #4aeafb7f
 def _n_tokens(config):
     "How many tokens one image has inside, without computing any"
-    with torch.device('meta'): model = build_vision(copy.deepcopy(config)).eval()
+    with torch.device('meta'):
+        model = build_vision(copy.deepcopy(config)).eval()
     px = torch.zeros(1, config.num_channels, *input_size(config), device='meta')
-    if config.model_type in vision_families: return vision_families[config.model_type].stem(model, px).shape[1]
+    if config.model_type in vision_families:
+        return vision_families[config.model_type].stem(model, px).shape[1]
     return _stopped(model, px, config.num_hidden_layers).shape[1]
 
+# %% ../../nbs/20_model.vision.ipynb #caf2d636
 def n_prefix(
     config,   # A vision configuration
 ) -> int:     # Tokens before the patches
     "How many tokens stand before the patches; counted once for an encoder that is not in `vision_families`"
     if config.model_type in vision_families:
-        o = vision_families[config.model_type].prefix
-        return o(config) if callable(o) else o
+        prefix = vision_families[config.model_type].prefix
+        return prefix(config) if callable(prefix) else prefix
     if getattr(config, 'n_prefix', None) is None:
-        (rows,cols),n = patch_grid(config), _n_tokens(config)
-        if not 0 <= n-rows*cols <= 16:
-            raise ValueError(f"{config.model_type} makes {n} tokens of {rows} x {cols} patches, so they keep no grid; "
+        rows,cols = patch_grid(config)
+        tokens = _n_tokens(config)
+        if not 0 <= tokens-rows*cols <= 16:
+            raise ValueError(
+                f"{config.model_type} makes {tokens} tokens of {rows} x {cols} patches, so they keep no grid; "
                              f"choose from {vision_families.names()}, or another plain ViT")
-        config.n_prefix = n - rows*cols
+        config.n_prefix = tokens - rows*cols
     return config.n_prefix
 
 # %% ../../nbs/20_model.vision.ipynb #d0464f24
 def _fit(config, size):
     "Note in the configuration that the encoder is shown another size than its own, if it can take it"
-    if size == (was := input_size(config)): return
-    before,config.input_size = n_prefix(config), list(size)
-    try: n,(rows,cols) = _n_tokens(config), patch_grid(config)
-    except (ValueError, RuntimeError): n,rows,cols = -1, 0, 0
-    if n != rows*cols + before:
-        raise ValueError(f"{config.model_type} reads {was[0]} x {was[1]} pixels and cannot be shown {size[0]} x "
+    if size == (was := input_size(config)):
+        return
+    before = n_prefix(config)
+    config.input_size = list(size)
+    try:
+        tokens,(rows,cols) = _n_tokens(config), patch_grid(config)
+    except (ValueError, RuntimeError):
+        tokens,rows,cols = -1, 0, 0
+    if tokens != rows*cols + before:
+        raise ValueError(
+            f"{config.model_type} reads {was[0]} x {was[1]} pixels and cannot be shown {size[0]} x "
                          f"{size[1]}; its preprocessor_config.json, or that of a first tower, must give its own size")
 
+# %% ../../nbs/20_model.vision.ipynb #95e11707
 def tower_paths(
     path,        # A vision checkpoint, or two as 'one + other'
 ) -> list:       # One or two
     "The checkpoints that `path` names"
-    return [path] if Path(path).is_dir() else [o.strip() for o in re.split(r'\s\+\s', str(path), maxsplit=1)]
+    return [path] if Path(path).is_dir() else [part.strip()
+        for part in re.split(r'\s\+\s', str(path), maxsplit=1)]
 
+# %% ../../nbs/20_model.vision.ipynb #b681fd0a
 def load_image_processor(
     path,        # A vision checkpoint
 ):               # A processor of `transformers`
     "The image processor of a checkpoint, checked, and without code that it may bring"
-    if Path(path).is_dir(): check_folder(path)
-    with reading(path, 'image processor'): return AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
+    if Path(path).is_dir():
+        check_folder(path)
+    with reading(path, 'image processor'):
+        return AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
 
+# %% ../../nbs/20_model.vision.ipynb #cb86f6be
 def load_vision(
     path,              # A vision checkpoint, or a whole CLIP or SigLIP: the vision half is taken; two as 'one + other'
     dtype='float32',   # Precision of the weights; 'auto' keeps that of the file
@@ -147,14 +185,17 @@ def load_vision(
     **kwargs,          # Passed to `from_pretrained`, e.g. `attn_implementation='eager'`
 ) -> tuple:            # The encoder and its image processor
     "Load a vision encoder and the image processor that was trained with it"
-    if len(two := tower_paths(path)) == 2: return _load_two(*two, dtype, mix, **kwargs)
+    if len(two := tower_paths(path)) == 2:
+        return _load_two(*two, dtype, mix, **kwargs)
     path = checkpoint_path(path)
     cfg = read_config(path)
     cfg = getattr(cfg, 'vision_config', cfg)
-    for o in getattr(cfg, 'both', (cfg,)): n_prefix(o)     # what cannot be used fails here
+    for tower in getattr(cfg, 'both', (cfg,)):
+        n_prefix(tower)     # what cannot be used fails here
     kwargs |= _extra(cfg) | dict(config=cfg, dtype=dtype)
     model = load_strict(AutoModel, path, lambda k: not k.startswith('vision_model.'), **kwargs)
-    if Path(path).is_dir(): checkpoint_path(path, 'preprocessor_config.json')
+    if Path(path).is_dir():
+        checkpoint_path(path, 'preprocessor_config.json')
     processor = load_image_processor(path)
     _fit(model.config, target_size(processor))
     return model, processor
@@ -164,21 +205,26 @@ def _keep(config, select, drop_first_patch=False):
     "The slice of tokens that `select` means"
     prefix = n_prefix(config)
     kinds = {'patch': slice(max(prefix, int(drop_first_patch)), None), 'cls_patch': slice(None)}
-    if prefix: kinds['cls'] = slice(1)
+    if prefix:
+        kinds['cls'] = slice(1)
     if select not in kinds:
-        raise ValueError(f"{config.model_type} cannot select {select!r}; choose from {sorted(kinds)}")
+        raise ValueError(
+            f"{config.model_type} cannot select {select!r}; choose from {sorted(kinds)}")
     return kinds[select]
 
+# %% ../../nbs/20_model.vision.ipynb #f5a5e784
 def n_patches(
     config,                       # A vision configuration
     select:str='patch',           # 'patch', 'cls_patch' or 'cls'
     drop_first_patch:bool=False,  # Drop a real patch where there is no CLS, for old weights
 ) -> int:                         # Vectors per image
     "How many feature vectors one image gives"
-    if hasattr(config, 'both'): return config.times*n_patches(config.both[0], select, drop_first_patch)   # two towers
+    if hasattr(config, 'both'):
+        return config.times*n_patches(config.both[0], select, drop_first_patch)   # two towers
     rows,cols = patch_grid(config)
     return len(range(rows*cols + n_prefix(config))[_keep(config, select, drop_first_patch)])
 
+# %% ../../nbs/20_model.vision.ipynb #e7728925
 def feature_grid(
     config,                       # A vision configuration
     select:str='patch',           # 'patch', 'cls_patch' or 'cls'
@@ -186,7 +232,8 @@ def feature_grid(
 ) -> tuple[int,int]|None:         # Rows and columns; `None` if the vectors are not just the patches
     "How the feature vectors of one image lie on it"
     rows,cols = patch_grid(config)
-    return (rows, cols) if n_patches(config, select, drop_first_patch) == rows*cols and select == 'patch' else None
+    return (rows, cols) if n_patches(config, select,
+        drop_first_patch) == rows*cols and select == 'patch' else None
 
 # %% ../../nbs/20_model.vision.ipynb #e67aebb4
 def n_layers(
@@ -194,22 +241,27 @@ def n_layers(
     layer:int=-2,  # Index into the hidden states
 ) -> int:          # How many layers must run
     "How deep the encoder must run to give `hidden_states[layer]`"
-    if hasattr(config, 'both'): return max(n_layers(o, layer) for o in config.both)
-    n = config.num_hidden_layers + 1
-    if not -n <= layer < n: raise ValueError(f"no feature layer {layer}; this encoder has {-n} to {n-1}")
-    return layer % n
+    if hasattr(config, 'both'):
+        return max(n_layers(tower, layer) for tower in config.both)
+    states = config.num_hidden_layers + 1
+    if not -states <= layer < states:
+        raise ValueError(f"no feature layer {layer}; this encoder has {-states} to {states-1}")
+    return layer % states
 
 # %% ../../nbs/20_model.vision.ipynb #fa055c51
 def _hidden(model, pixels, depth):
     "Tokens that enter layer `depth`, or leave the last"
     kind = model.config.model_type
-    if kind not in vision_families: return _stopped(model, pixels, depth)
+    if kind not in vision_families:
+        return _stopped(model, pixels, depth)
     x_bnv = vision_families[kind].stem(model, pixels)
     for block in vision_families[kind].layers(model)[:depth]:
         x_bnv = block(x_bnv, None)
-        if isinstance(x_bnv, tuple): x_bnv = x_bnv[0]
+        if isinstance(x_bnv, tuple):
+            x_bnv = x_bnv[0]
     return x_bnv
 
+# %% ../../nbs/20_model.vision.ipynb #f3865a56
 def vision_features(
     model:nn.Module,             # A vision encoder, from `load_vision`
     pixel_values:Tensor,         # (b, 3, h, w)
@@ -220,11 +272,15 @@ def vision_features(
     "Features of `layer`, running the layers up to it and no further"
     cfg = model.config
     if hasattr(cfg, 'both'):
-        both = [vision_features(m, pixel_values, layer, select, drop_first_patch) for m in (model.first, model.second)]
+        both = [vision_features(tower, pixel_values, layer, select, drop_first_patch)
+            for tower in (model.first, model.second)]
         return torch.cat(both, -1) if cfg.times == 1 else torch.stack(both, 2).flatten(1, 2)
-    keep,depth = _keep(cfg, select, drop_first_patch), n_layers(cfg, layer)
-    learns = pixel_values.requires_grad or any(p.requires_grad for p in model.parameters())
-    with torch.set_grad_enabled(torch.is_grad_enabled() and learns): return _hidden(model, pixel_values, depth)[:, keep]
+    keep = _keep(cfg, select, drop_first_patch)
+    depth = n_layers(cfg, layer)
+    learns = pixel_values.requires_grad or any(parameter.requires_grad
+        for parameter in model.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+        return _hidden(model, pixel_values, depth)[:, keep]
 
 # %% ../../nbs/20_model.vision.ipynb #8def6ac1
 MIXES = dict(concat=1, interleave=2)   # How the features of two towers come, and vectors per patch
@@ -242,27 +298,37 @@ class MoFConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.mix not in MIXES: raise ValueError(f"no mix {self.mix!r} of two towers; choose from {sorted(MIXES)}")
-        a,b = self.first_config, self.second_config
-        b.input_size,self.input_size,self.patch_size = list(input_size(a)), list(input_size(a)), a.patch_size
-        self.num_channels,self.num_hidden_layers = a.num_channels, max(a.num_hidden_layers, b.num_hidden_layers)
-        self.hidden_size = a.hidden_size + (b.hidden_size if self.mix == 'concat' else 0)
-        if patch_grid(a) != patch_grid(b):
-            raise ValueError(f"{a.model_type} makes {patch_grid(a)} patches and {b.model_type} {patch_grid(b)} of "
-                             f"{input_size(a)} pixels; two towers need equally many")
-        if self.mix == 'interleave' and a.hidden_size != b.hidden_size:
-            raise ValueError(f"features {a.hidden_size} and {b.hidden_size} wide cannot be interleaved; take 'concat'")
+        if self.mix not in MIXES:
+            raise ValueError(f"no mix {self.mix!r} of two towers; choose from {sorted(MIXES)}")
+        first = self.first_config
+        second = self.second_config
+        second.input_size = list(input_size(first))
+        self.input_size = list(input_size(first))
+        self.patch_size = first.patch_size
+        self.num_channels = first.num_channels
+        self.num_hidden_layers = max(first.num_hidden_layers, second.num_hidden_layers)
+        self.hidden_size = first.hidden_size + (second.hidden_size if self.mix == 'concat' else 0)
+        if patch_grid(first) != patch_grid(second):
+            raise ValueError(
+                f"{first.model_type} makes {patch_grid(first)} patches and {second.model_type} {patch_grid(second)} of "
+                             f"{input_size(first)} pixels; two towers need equally many")
+        if self.mix == 'interleave' and first.hidden_size != second.hidden_size:
+            raise ValueError(
+                f"features {first.hidden_size} and {second.hidden_size} wide cannot be interleaved; take 'concat'")
 
     @property
-    def times(self) -> int: return MIXES[self.mix]
+    def times(self) -> int:
+        return MIXES[self.mix]
     @property
-    def both(self) -> tuple: return self.first_config, self.second_config
+    def both(self) -> tuple:
+        return self.first_config, self.second_config
 
 # %% ../../nbs/20_model.vision.ipynb #e7f5d82c
 class MoFModel(PreTrainedModel):
     "A mixture of features: two vision encoders side by side"
     config: MoFConfig
-    main_input_name,input_modalities = 'pixel_values', ('image',)
+    main_input_name = 'pixel_values'
+    input_modalities = ('image',)
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
@@ -270,10 +336,12 @@ class MoFModel(PreTrainedModel):
         config:MoFConfig, # What to build
     ):
         super().__init__(config)
-        self.first,self.second = build_vision(config.first_config), build_vision(config.second_config)
+        self.first = build_vision(config.first_config)
+        self.second = build_vision(config.second_config)
         self.post_init()
 
-    def forward(self, pixel_values:Tensor) -> Tensor: return vision_features(self, pixel_values)
+    def forward(self, pixel_values:Tensor) -> Tensor:
+        return vision_features(self, pixel_values)
 
 AutoConfig.register(MoFConfig.model_type, MoFConfig, exist_ok=True)
 AutoModel.register(MoFConfig, MoFModel, exist_ok=True)
@@ -281,13 +349,16 @@ AutoModel.register(MoFConfig, MoFModel, exist_ok=True)
 # %% ../../nbs/20_model.vision.ipynb #1cb8c711
 def _load_two(first, second, dtype, mix, **kwargs):
     "Two towers as one, and the image processor of the first"
-    (a,processor),(b,_) = (load_vision(o, dtype, **kwargs) for o in (first, second))
-    _fit(b.config, input_size(a.config))
-    cfg = MoFConfig(first_config=a.config, second_config=b.config, mix=mix,
-                    attn_implementation=a.config._attn_implementation)
-    with torch.device('meta'): model = MoFModel(cfg)
-    model.first,model.second = a, b
-    model.config.first_config,model.config.second_config = a.config, b.config
+    (one,processor),(other,_) = (load_vision(place, dtype, **kwargs) for place in (first, second))
+    _fit(other.config, input_size(one.config))
+    cfg = MoFConfig(first_config=one.config, second_config=other.config, mix=mix,
+                    attn_implementation=one.config._attn_implementation)
+    with torch.device('meta'):
+        model = MoFModel(cfg)
+    model.first = one
+    model.second = other
+    model.config.first_config = one.config
+    model.config.second_config = other.config
     return model.eval(), processor
 
 # %% ../../nbs/20_model.vision.ipynb #d0ca2a12
@@ -299,7 +370,9 @@ def pca_rgb(
     x = x_nv.detach().float().cpu()
     x = x - x.mean(0)
     u,s,v = torch.linalg.svd(x, full_matrices=False)
-    v = v * v[range(len(v)), v.abs().argmax(1)].sign()[:, None]   # a direction has no sign of its own: fix one
+    # a direction has no sign of its own: fix one
+    v = v * v[range(len(v)), v.abs().argmax(1)].sign()[:, None]
     x = x @ v[:3].T
-    lo,hi = x.quantile(.01, dim=0), x.quantile(.99, dim=0)
+    lo = x.quantile(.01, dim=0)
+    hi = x.quantile(.99, dim=0)
     return ((x-lo)/(hi-lo).clamp(min=1e-8)).clamp(0, 1).reshape(*grid, 3).numpy()

@@ -21,7 +21,8 @@ from ..microworld import ASK, write_world
 from ..pages import image_tag, render, write_page
 from .bake import bake as bake_ingredients
 from ..train.recipes import Recipe, recipe
-from ..train.trainer import plot_log, train_recipe
+from ..train.stages import train_recipe
+from ..train.trainer import plot_log
 from ..viz.attention import answer_attention, show_attention
 
 # %% ../../nbs/70_recipes.quickstart.ipynb #9e6eb2cb

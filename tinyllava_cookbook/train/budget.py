@@ -21,7 +21,7 @@ from .activations import (ElementBytes, MicroBatch, adapter_size, annotate, reci
 from .memory import Memory, memory
 from .recipes import Recipe, Stage, batch_sizes, recipe_names
 from .recipes import recipe as find_recipe
-from .trainer import PARALLEL, _rows, flop_rates, peak_tflops
+from .trainer import PARALLEL, flop_rates, peak_tflops, stage_rows
 
 # %% ../../nbs/39_train.budget.ipynb #8bcac8d0
 @dataclass
@@ -94,7 +94,7 @@ def _tokens(sample, roles):
 
 def _own_data(stage):
     "The corpus of a stage whose files are here, from 256 of its samples"
-    rows = _rows(stage)
+    rows = stage_rows(stage)
     every = max(1, len(rows)//256)
     samples = [read_sample(rows[i], i) for i in range(0, len(rows), every)]
     text = [_tokens(o, ('system', 'user', 'assistant')) for o in samples]

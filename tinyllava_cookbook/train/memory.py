@@ -21,7 +21,8 @@ from ..model.vlm import LOGITS_AT_ONCE
 from .activations import (ElementBytes, MicroBatch, adapter_size, annotate, each_tower,
                                                   micro_batch, n_direct, n_trainable, segments, stack)
 from .recipes import PARTS, Stage
-from .trainer import PARALLEL, _float_weights, train_stage
+from .stages import float_weights, train_stage
+from .trainer import PARALLEL
 
 # %% ../../nbs/38_train.memory.ipynb #03576f1e
 NF4 = .5 + 1/64 + 4/(64*256)   # Bytes of a 4-bit weight: the number, a scale per 64, a scale of scales per 256
@@ -264,7 +265,7 @@ def forecast_peak(
 ) -> Memory:              # At the worst micro-batch
     "The forecast for the same micro-batches"
     model = annotate(meta_vlm(config), stage)
-    _float_weights(model, each.mixed)
+    float_weights(model, each.mixed)
     forecasts = [memory(model, stage, batch, each, accumulate) for batch in batches]
     return max(forecasts, key=lambda forecast: forecast.total)
 

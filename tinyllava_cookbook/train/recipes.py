@@ -40,7 +40,7 @@ _MOST = 10**9   # Largest whole number that a field takes: more than there are s
 
 def _fits(value, kind):
     "Is a value of this kind of field? Paths count as text, whole numbers as numbers, but not true and false"
-    if kind is float: return type(value) in (int, float) and math.isfinite(value)
+    if kind is float: return type(value) in (int, float) and abs(value) < 1e300   # nan and infinity are not
     if kind is int: return type(value) is int and abs(value) <= _MOST
     return isinstance(value, (str, os.PathLike) if kind is str else kind)
 

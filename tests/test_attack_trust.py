@@ -71,7 +71,7 @@ from tinyllava_cookbook.cli import main
 from tinyllava_cookbook.model.checkpoints import load, load_processor
 from tinyllava_cookbook.model.llms import load_llm, load_tokenizer
 from tinyllava_cookbook.model.vision import load_image_processor, load_vision
-from tinyllava_cookbook.train.budget import part_config
+from tinyllava_cookbook.model.architecture import part_config
 logging.disable_progress_bar()
 def answer(path):
     model,proc = load(path, device='cpu')

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load, save
-from tinyllava_cookbook.model.foreign import read_weights
+from tinyllava_cookbook.weights import read_weights
 from tinyllava_cookbook.model.llms import load_llm, load_tokenizer
 from tinyllava_cookbook.model.vision import load_vision
 from tinyllava_cookbook.model.processor import compose

@@ -11,12 +11,12 @@ from transformers import (AutoModelForCausalLM, CLIPVisionModel, LlavaConfig, Ll
 from transformers.utils import logging
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load, save
-from tinyllava_cookbook.model.foreign import bench_names, read_weights, rename
+from tinyllava_cookbook.model.foreign import bench_names, rename
 from tinyllava_cookbook.model.export import (compose_folder, convert_folder, llama_cpp_commands, model_card, push_to_hub,
     to_llama_cpp, to_llava, vllm_problems)
 from tinyllava_cookbook.model.llms import add_image_token, load_llm
 from tinyllava_cookbook.model.vision import load_vision
-from tinyllava_cookbook.trust import load_strict
+from tinyllava_cookbook.weights import load_strict, read_weights
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.model.vlm import causal_lm, flat_name
 

@@ -9,7 +9,8 @@ from transformers.utils import logging
 from tinyllava_cookbook.data.images import load_image, prepare
 from tinyllava_cookbook.data.templates import chat_template
 from tinyllava_cookbook.model.checkpoints import load, save
-from tinyllava_cookbook.model.foreign import layout, read_weights
+from tinyllava_cookbook.model.foreign import layout
+from tinyllava_cookbook.weights import read_weights
 from tinyllava_cookbook.model.vlm import current_name, flat_name
 
 logging.disable_progress_bar()

@@ -227,7 +227,7 @@ def test_work_can_be_sent_to_fresh_processes(encoder):
     "Where processes are spawned, not forked, what they do is pickled"
     import pickle
     from tinyllava_cookbook.data.batches import _Pieces
-    from tinyllava_cookbook.data.preflight import _Picture, _Text
-    for look in _Text(encoder, (512,), None, 20), _Picture(20):
+    from tinyllava_cookbook.data.faults import ImageCheck, TextCheck
+    for look in TextCheck(encoder, (512,), None, 20), ImageCheck(20):
         again = pickle.loads(pickle.dumps(_Pieces(['x'], look)))
         assert again[0] == _Pieces(['x'], look)[0]

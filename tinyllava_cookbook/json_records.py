@@ -25,12 +25,12 @@ def _number(text, kind):
     if value in (float('inf'), -float('inf')): raise ValueError(f"the number {text}, too large to be kept")
     return value
 
+# %% ../nbs/08_json_records.ipynb #7fa17183
 def _no_number(text): raise ValueError(f"{text}, which is no number")
-
 _strict = json.JSONDecoder(object_pairs_hook=_unique, parse_int=lambda o: _number(o, int),
                            parse_float=lambda o: _number(o, float), parse_constant=_no_number)
 
-# %% ../nbs/08_json_records.ipynb #7fa17183
+# %% ../nbs/08_json_records.ipynb #5b096893
 _BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.S)
 
 def _depth(text) -> int:
@@ -45,6 +45,7 @@ def _too_deep(text, start=0, end=None) -> bool:
     if text.count('[', start, end) + text.count('{', start, end) <= _DEPTH: return False
     return _depth(text[start:end]) > _DEPTH
 
+# %% ../nbs/08_json_records.ipynb #b3053c35
 def parse_json(
     text:str,  # One JSON value
 ):             # What it says
@@ -79,6 +80,7 @@ class _Window:
         lines = old.count('\n')
         return self.line + lines, at - old.rfind('\n') if lines else self.column + at
 
+# %% ../nbs/08_json_records.ipynb #9e4bfef6
 def _open_text(path):
     "A file as text; bytes that are not UTF-8 become halves of characters"
     return open(path, encoding='utf-8-sig', errors='surrogateescape', newline='\n')
@@ -117,6 +119,7 @@ def _close(text, at, brackets) -> tuple[int, bool]:
         if not brackets: return at, True
     return at, False
 
+# %% ../nbs/08_json_records.ipynb #18b4a20f
 def _end(window) -> int|None:
     "Where the value that begins here ends; `None`: the file does"
     brackets, at = [], _word_end(window)
@@ -128,6 +131,7 @@ def _end(window) -> int|None:
         if not window.more(): return None
         at += window.at
 
+# %% ../nbs/08_json_records.ipynb #94195953
 def _word_end(window) -> int:
     while (end := _WORD.match(window.text, window.at).end()) == len(window.text):
         if not window.more(): break
@@ -148,6 +152,7 @@ def _swallows(text) -> bool:
     "Does a string hold what stands between objects?"
     return any(_BORDER.fullmatch(o[0]) for o in _STRING.finditer(text))
 
+# %% ../nbs/08_json_records.ipynb #dc4b8ca5
 def _explain(window, error, at) -> str:
     "What is wrong with the value at `at`, and where"
     line, column = window.place(at)
@@ -162,9 +167,10 @@ def _not_utf8(window, start, end):
     except UnicodeEncodeError as e:
         return f"is not UTF-8: byte {window.byte(start + e.start)} is {_raw_byte(e)}"
 
+# %% ../nbs/08_json_records.ipynb #da9aa6ae
 def _raw_byte(error) -> str: return f'0x{ord(error.object[error.start]) - 0xdc00:02x}'
 
-# %% ../nbs/08_json_records.ipynb #dc4b8ca5
+# %% ../nbs/08_json_records.ipynb #2655166b
 def _value(window):
     "The value that begins here"
     start = window.at
@@ -175,6 +181,7 @@ def _value(window):
     window.at = end
     return found
 
+# %% ../nbs/08_json_records.ipynb #3dcea44e
 def _set_apart(window):
     "The value that begins here, from where its brackets close"
     try: end = _end(window)
@@ -202,6 +209,7 @@ def _items(file, block):
     _take(window, ']')
     if _peek(window): _fail(window, 'Extra data', window.at)
 
+# %% ../nbs/08_json_records.ipynb #b11bf302
 def _values(window):
     while True:
         if not _peek(window): _fail(window, 'Expecting value', window.at)
@@ -210,6 +218,7 @@ def _values(window):
         if _peek(window) == ']': return
         _take(window, ',', ']')
 
+# %% ../nbs/08_json_records.ipynb #5203db59
 def _line(text, i):
     "The value of a line, or the error"
     try:
@@ -241,6 +250,7 @@ def read_records(
                 yield ValueError(f'{str(path)!r} {found}') if bad else found
         except ValueError as e: raise ValueError(f'{str(path)!r} {e}') from None
 
+# %% ../nbs/08_json_records.ipynb #b178ee84
 def _after_a_good_one(found):
     "The same; but where not one record is JSON, the file is none: the first error"
     held = []

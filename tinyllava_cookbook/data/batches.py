@@ -85,6 +85,7 @@ class PadCollator:
         check_samples(samples)
         return _padded(self, samples) | join_images(samples)
 
+# %% ../../nbs/14_data.batches.ipynb #5c783f53
 def _padded(collator, samples):
     "The tensors of (b, t)"
     ids, step = [s['input_ids'] for s in samples], collator.multiple_of or 1
@@ -131,6 +132,7 @@ class EpochBatches:
         order, step = self.order(), self.size*self.world_size*self.accumulate
         for start in range(0, self.n, step): yield from _own_batches(self, order[start:start + step])
 
+# %% ../../nbs/14_data.batches.ipynb #c368a22d
 def _own_batches(batches, indices):
     "What one process takes of a global batch"
     size, world = batches.size, batches.world_size
@@ -273,6 +275,7 @@ def _sizes(x:Lengths, budget, max_images, max_patches) -> np.ndarray:
         size = np.maximum(size, -(-taken*budget // max(most, 1)))
     return np.where(x.tokens > 0, size, 0)
 
+# %% ../../nbs/14_data.batches.ipynb #526ab458
 def _check_fits(taken, most, what):
     over = np.flatnonzero(taken > most)
     if not over.size: return
@@ -290,6 +293,7 @@ def _distribute(packs:list, world_size:int) -> list:
         packs[largest] = packs[largest][1::2]
     return [packs[rank::world_size] for rank in range(world_size)]
 
+# %% ../../nbs/14_data.batches.ipynb #fbb54334
 def _shuffled_members(size, there, budget, seed, rng):
     "Which sample is where, pack after pack, and where packs begin: samples of one size change places"
     packs = fill_packs(np.sort(size).tolist(), budget, seed)              # of lengths: the same in any epoch
@@ -374,6 +378,7 @@ class _Pieces(Dataset):
             with time_limit(self.seconds): return self.look(self.things[i], i)
         except BAD as e: return self.look(e, i)
 
+# %% ../../nbs/14_data.batches.ipynb #d8b8c7ae
 def _as_is(found): return found
 
 def _cores() -> int:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_SECONDS', 'BAD', 'ON_BAD', 'WORKERS', 'expand', 'Encoder', 'image_counts', 'sample_seconds', 'time_limit',
-           'VLMDataset', 'working_on', 'sample_name', 'leave_out', 'CachedDataset', 'VLMStream', 'passes', 'Mixture',
+           'sample_name', 'working_on', 'VLMDataset', 'leave_out', 'CachedDataset', 'VLMStream', 'passes', 'Mixture',
            'read_mixture']
 
 # %% ../../nbs/13_data.datasets.ipynb #0ebadb63
@@ -35,6 +35,45 @@ def expand(
         long_ids += [token] * n
         long_labels += [label] * n
     return long_ids, long_labels, images
+
+# %% ../../nbs/13_data.datasets.ipynb #1626ab8b
+def _image_id(tokenizer) -> int:
+    known = tokenizer.get_added_vocab().get(IMAGE_TOKEN)
+    if known is None: raise ValueError(f"the tokenizer has no {IMAGE_TOKEN!r}; add it, or pass image_token_id")
+    return known
+
+def _patch_grid(grid, n, mode):
+    "Rows and columns of the tokens of a tile, where it matters; an unknown mode fails here, not in a worker"
+    IMAGE_MODES[mode]
+    if n < 1: raise ValueError(f"image_seq_length is {n}; an image takes at least one token")
+    if mode != 'anyres': return None
+    rows, columns = grid or (math.isqrt(n), math.isqrt(n))
+    if rows * columns == n: return rows, columns
+    raise ValueError(f"{n} tokens of a tile are no grid of {rows} x {columns}; give patch_grid, or another image mode")
+
+# %% ../../nbs/13_data.datasets.ipynb #33205d64
+def _tokens(encoder, sample):
+    ids, labels = encoder.template.encode(sample.messages, encoder.tokenizer, encoder.image_token_id)
+    counts = image_counts(sample.images, encoder)
+    found = ids.count(encoder.image_token_id)
+    if found != len(counts):
+        why = f"can text have the id {encoder.image_token_id}?"
+        raise ValueError(f"{found} image tokens for {len(counts)} images; {why}")
+    if set(labels) <= {IGNORE}: raise ValueError("nothing to learn: no assistant turn")
+    out = expand(ids, labels, encoder.image_token_id, counts, encoder.max_length)
+    if set(out[1]) <= {IGNORE}:
+        raise ValueError(f"nothing to learn: max_length {encoder.max_length} cuts the answer off")
+    return out
+
+# %% ../../nbs/13_data.datasets.ipynb #c1a24f1e
+def _pixels(encoder, sources) -> dict:
+    "All tiles, and for 'anyres' the size of each image"
+    if not sources: return {}
+    images = [load_image(o, max_aspect=sample_aspect()) for o in sources]
+    tiles = [prepare(o, encoder.image_processor, encoder.image_mode)[0] for o in images]
+    out = dict(pixel_values=torch.cat(tiles))
+    if encoder.patch_grid: out['image_sizes'] = torch.tensor([o.size[::-1] for o in images])
+    return out
 
 # %% ../../nbs/13_data.datasets.ipynb #181aa05c
 class Encoder:
@@ -70,29 +109,7 @@ class Encoder:
             ids, labels, n = self.tokens(sample)
             return dict(input_ids=torch.tensor(ids), labels=torch.tensor(labels)) | _pixels(self, sample.images[:n])
 
-# %% ../../nbs/13_data.datasets.ipynb #33205d64
-def _tokens(encoder, sample):
-    ids, labels = encoder.template.encode(sample.messages, encoder.tokenizer, encoder.image_token_id)
-    counts = image_counts(sample.images, encoder)
-    found = ids.count(encoder.image_token_id)
-    if found != len(counts):
-        why = f"can text have the id {encoder.image_token_id}?"
-        raise ValueError(f"{found} image tokens for {len(counts)} images; {why}")
-    if set(labels) <= {IGNORE}: raise ValueError("nothing to learn: no assistant turn")
-    out = expand(ids, labels, encoder.image_token_id, counts, encoder.max_length)
-    if set(out[1]) <= {IGNORE}:
-        raise ValueError(f"nothing to learn: max_length {encoder.max_length} cuts the answer off")
-    return out
-
-def _pixels(encoder, sources) -> dict:
-    "All tiles, and for 'anyres' the size of each image"
-    if not sources: return {}
-    images = [load_image(o, max_aspect=sample_aspect()) for o in sources]
-    tiles = [prepare(o, encoder.image_processor, encoder.image_mode)[0] for o in images]
-    out = dict(pixel_values=torch.cat(tiles))
-    if encoder.patch_grid: out['image_sizes'] = torch.tensor([o.size[::-1] for o in images])
-    return out
-
+# %% ../../nbs/13_data.datasets.ipynb #4afb31ff
 def image_counts(
     images:list,      # As in a `Sample`
     encoder:Encoder,  # Knows the image mode
@@ -102,21 +119,6 @@ def image_counts(
     canvases, tile = pinpoints(encoder.image_processor), target_size(encoder.image_processor)
     sizes = [image_size(o, max_aspect=sample_aspect()) for o in images]
     return [anyres_n_tokens(o, encoder.patch_grid, canvases, tile) for o in sizes]
-
-# %% ../../nbs/13_data.datasets.ipynb #1626ab8b
-def _image_id(tokenizer) -> int:
-    known = tokenizer.get_added_vocab().get(IMAGE_TOKEN)
-    if known is None: raise ValueError(f"the tokenizer has no {IMAGE_TOKEN!r}; add it, or pass image_token_id")
-    return known
-
-def _patch_grid(grid, n, mode):
-    "Rows and columns of the tokens of a tile, where it matters; an unknown mode fails here, not in a worker"
-    IMAGE_MODES[mode]
-    if n < 1: raise ValueError(f"image_seq_length is {n}; an image takes at least one token")
-    if mode != 'anyres': return None
-    rows, columns = grid or (math.isqrt(n), math.isqrt(n))
-    if rows * columns == n: return rows, columns
-    raise ValueError(f"{n} tokens of a tile are no grid of {rows} x {columns}; give patch_grid, or another image mode")
 
 # %% ../../nbs/13_data.datasets.ipynb #570d099a
 SAMPLE_SECONDS = 120.   # A sample that takes longer is a bad one; the variable TINYLLAVA_SAMPLE_SECONDS goes before it
@@ -129,6 +131,7 @@ def sample_seconds() -> float:  # 0: no limit
     if 0 <= seconds < math.inf: return seconds
     raise ValueError(f"TINYLLAVA_SAMPLE_SECONDS is {text!r}; give a number of seconds, or 0 for no limit")
 
+# %% ../../nbs/13_data.datasets.ipynb #e195b081
 @contextlib.contextmanager
 def time_limit(
     seconds:float,  # 0: none. Only the main thread of a process can be interrupted
@@ -155,6 +158,38 @@ def _limit(budget, n) -> int:
     if not (isinstance(budget, (int, float)) and 0 <= budget < math.inf):
         raise ValueError(f"a budget of {budget!r} bad samples; give a part of them (below 1) or a number")
     return int(budget) if budget >= 1 else math.ceil(budget * n)
+
+# %% ../../nbs/13_data.datasets.ipynb #280976d3
+def _position(i, n) -> int:
+    if not -n <= i < n: raise IndexError(f"no sample {i}; there are {n}")
+    return int(i) % n
+
+def sample_name(
+    ds,       # Rows or `Sample`s
+    i:int,    # Which
+) -> str:     # Its id, or its place where there is none, or where it cannot be read
+    "What to call a sample"
+    try: row = ds[i]
+    except BAD: return str(i)
+    return row.id if isinstance(row, Sample) else record_name(row, i)
+
+def _encoded(ds, i):
+    with time_limit(ds.seconds): return ds.encoder(ds.sample(i))
+
+# %% ../../nbs/13_data.datasets.ipynb #37e906bb
+WORKERS = 256   # Loader processes whose place is known
+
+@contextlib.contextmanager
+def working_on(
+    working:torch.Tensor,  # Shared between processes: an index for each, or -1
+    i:int,                 # What this process begins with
+):
+    "Say what this process is at, for those who wait for it"
+    info = torch.utils.data.get_worker_info()
+    slot = 0 if info is None else (info.id + 1) % WORKERS
+    working[slot] = i
+    try: yield
+    finally: working[slot] = -1
 
 # %% ../../nbs/13_data.datasets.ipynb #e046656f
 class VLMDataset(torch.utils.data.Dataset):
@@ -197,37 +232,6 @@ class VLMDataset(torch.utils.data.Dataset):
     @property
     def epoch(self): return getattr(self.ds, 'epoch', None)   # a `Mixture` says which samples are due
 
-# %% ../../nbs/13_data.datasets.ipynb #37e906bb
-WORKERS = 256   # Loader processes whose place is known
-
-@contextlib.contextmanager
-def working_on(
-    working:torch.Tensor,  # Shared between processes: an index for each, or -1
-    i:int,                 # What this process begins with
-):
-    "Say what this process is at, for those who wait for it"
-    info = torch.utils.data.get_worker_info()
-    slot = 0 if info is None else (info.id + 1) % WORKERS
-    working[slot] = i
-    try: yield
-    finally: working[slot] = -1
-
-def _position(i, n) -> int:
-    if not -n <= i < n: raise IndexError(f"no sample {i}; there are {n}")
-    return int(i) % n
-
-def sample_name(
-    ds,       # Rows or `Sample`s
-    i:int,    # Which
-) -> str:     # Its id, or its place where there is none, or where it cannot be read
-    "What to call a sample"
-    try: row = ds[i]
-    except BAD: return str(i)
-    return row.id if isinstance(row, Sample) else record_name(row, i)
-
-def _encoded(ds, i):
-    with time_limit(ds.seconds): return ds.encoder(ds.sample(i))
-
 # %% ../../nbs/13_data.datasets.ipynb #a92fd1c1
 def _over_budget(ds, error):
     "An error if too many samples are bad; `error` is the last one's"
@@ -236,6 +240,7 @@ def _over_budget(ds, error):
     raise ValueError(f"{n} of {len(ds)} samples are bad, and the budget is {ds.budget}; the last one, {error}. "
                      "Check the data, or raise the budget") from (error if isinstance(error, Exception) else None)
 
+# %% ../../nbs/13_data.datasets.ipynb #78e924dd
 def _instead(ds, i:int, error) -> dict:
     "Another sample, when `i` is bad; none if there are too many of that kind"
     new = not ds.marks[i]
@@ -248,6 +253,7 @@ def _instead(ds, i:int, error) -> dict:
         return x
     raise ValueError(f"{error}; and of 32 others none can be encoded") from error
 
+# %% ../../nbs/13_data.datasets.ipynb #b36aedad
 def _length(ds, i):
     "Tokens of a sample; `None` if that cannot be said"
     try:

@@ -15,7 +15,38 @@ from .. import __version__
 from ..core import IGNORE
 from .batches import Lengths, check_samples, join_images, parallel_map, plan_packs
 from .datasets import BAD
-from .records import Sample, find_cached, image_fields, naming, read_sample, write_cached
+from ..cached_files import find_cached, write_cached
+from .records import Sample, image_fields, naming, read_sample
+
+# %% ../../nbs/15_data.packing.ipynb #f0a8014c
+def _row(pieces):
+    return torch.cat([torch.as_tensor(o, dtype=torch.int64) for o in pieces])[None]
+
+def _cu_seqlens(position_ids):
+    "The arguments of variable-length flash attention"
+    starts = (position_ids[0] == 0).nonzero()[:, 0]
+    borders = torch.cat([starts, torch.tensor([position_ids.numel()])]).int()
+    longest = int(borders.diff().max())
+    return dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=longest, max_length_k=longest)
+
+# %% ../../nbs/15_data.packing.ipynb #83286d60
+def _filled_up(collator, samples) -> list:
+    "The samples and what fills the row: a sample too, so that no other sees it"
+    n, step = sum(len(s['input_ids']) for s in samples), collator.multiple_of or 1
+    rest = max(1, -(-n // step))*step - n
+    if not rest: return samples
+    fill = dict(input_ids=[collator.pad_token_id]*rest, labels=[IGNORE]*rest)
+    return [*samples, {k: v for k, v in fill.items() if not samples or k in samples[0]}]
+
+# %% ../../nbs/15_data.packing.ipynb #dd659d02
+def _packed(samples) -> dict:
+    "Ids, positions and labels, one sample after the other"
+    ids = [s['input_ids'] for s in samples]
+    out = dict(input_ids=_row(ids), position_ids=_row(range(len(o)) for o in ids))
+    if 'labels' in samples[0]:
+        out['labels'] = _row(s['labels'] for s in samples)
+        out['labels'][out['position_ids'] == 0] = IGNORE
+    return out
 
 # %% ../../nbs/15_data.packing.ipynb #ce215795
 class PackCollator:
@@ -34,34 +65,6 @@ class PackCollator:
         out = _packed(_filled_up(self, samples))
         if self.seq_lens: out |= _cu_seqlens(out['position_ids'])
         return out | join_images(samples)
-
-def _filled_up(collator, samples) -> list:
-    "The samples and what fills the row: a sample too, so that no other sees it"
-    n, step = sum(len(s['input_ids']) for s in samples), collator.multiple_of or 1
-    rest = max(1, -(-n // step))*step - n
-    if not rest: return samples
-    fill = dict(input_ids=[collator.pad_token_id]*rest, labels=[IGNORE]*rest)
-    return [*samples, {k: v for k, v in fill.items() if not samples or k in samples[0]}]
-
-def _packed(samples) -> dict:
-    "Ids, positions and labels, one sample after the other"
-    ids = [s['input_ids'] for s in samples]
-    out = dict(input_ids=_row(ids), position_ids=_row(range(len(o)) for o in ids))
-    if 'labels' in samples[0]:
-        out['labels'] = _row(s['labels'] for s in samples)
-        out['labels'][out['position_ids'] == 0] = IGNORE
-    return out
-
-# %% ../../nbs/15_data.packing.ipynb #f0a8014c
-def _row(pieces):
-    return torch.cat([torch.as_tensor(o, dtype=torch.int64) for o in pieces])[None]
-
-def _cu_seqlens(position_ids):
-    "The arguments of variable-length flash attention"
-    starts = (position_ids[0] == 0).nonzero()[:, 0]
-    borders = torch.cat([starts, torch.tensor([position_ids.numel()])]).int()
-    longest = int(borders.diff().max())
-    return dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=longest, max_length_k=longest)
 
 # %% ../../nbs/15_data.packing.ipynb #835caa89
 def block_mask(
@@ -85,6 +88,7 @@ def measure(
     with naming(f"sample {sample.id!r}"): ids, _, images = encoder.tokens(sample)
     return len(ids), images, ids.count(encoder.image_token_id)
 
+# %% ../../nbs/15_data.packing.ipynb #8dfeceaa
 def _try_measure(encoder, pair, k:int) -> tuple:
     "The same and what went wrong, if something did"
     try:
@@ -106,6 +110,7 @@ def _stamp(row, i:int) -> list:
 
 def _plain(o): return [type(o).__name__, vars(o) or str(o)] if hasattr(o, '__dict__') else str(o)
 
+# %% ../../nbs/15_data.packing.ipynb #ccd64d40
 def _tokenizer_facts(tokenizer) -> list:
     "What decides its ids; not the padding and truncation that an earlier call asked for"
     facts = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -139,6 +144,7 @@ def _save(key, counts):
         return counts.shape[1]
     write_cached('lengths', key, '.npy', write)
 
+# %% ../../nbs/15_data.packing.ipynb #ad316c22
 class _Some:
     "Places and what is there in `ds`; the error, where it cannot be had"
     def __init__(self, ds, places): self.ds,self.places = ds,places.tolist()
@@ -149,6 +155,7 @@ class _Some:
             with naming(f'sample {i}'): return i, self.ds[i]
         except BAD as e: return i, e
 
+# %% ../../nbs/15_data.packing.ipynb #22607600
 def _measured(ds, encoder, counts, workers, progress) -> dict:
     "Fill in what is not known; index -> what is wrong, of those that cannot be encoded"
     places, bad = np.flatnonzero(counts[0] == 0), {}

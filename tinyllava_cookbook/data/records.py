@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'Sample', 'naming', 'sample_id', 'record_name', 'image_fields', 'locate_image', 'read_sample',
-           'write_cached', 'find_cached', 'cached_rows', 'read_llava', 'read_sharegpt4v', 'read_cc3m',
-           'read_train_llava', 'read_captions', 'HFRows', 'read_hf', 'guess_format', 'read_data']
+           'cached_rows', 'read_llava', 'read_sharegpt4v', 'read_cc3m', 'read_train_llava', 'read_captions', 'HFRows',
+           'read_hf', 'guess_format', 'read_data']
 
 # %% ../../nbs/12_data.records.ipynb #a26e6d90
-import contextlib, csv, hashlib, logging, os, reprlib, uuid
+import contextlib, csv, hashlib, os, reprlib
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,8 +16,8 @@ from pathlib import Path
 import pyarrow as pa
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.table import MemoryMappedTable
-from filelock import FileLock
-from ..core import IMAGE_TOKEN, Registry, UnknownName, cache_dir
+from ..core import IMAGE_TOKEN, Registry, UnknownName
+from ..cached_files import cache_lock, find_cached, write_cached
 from .templates import read_messages
 from ..durable import checksum
 from ..json_records import ON_READING, printable, read_records
@@ -38,6 +38,7 @@ class Sample:
             raise ValueError(f"{marks} {IMAGE_TOKEN} in its user turns, but {len(self.images)} images; "
                              "each image needs one mark")
 
+# %% ../../nbs/12_data.records.ipynb #e66ab736
 def _check_unicode(text, what):
     try: text.encode()
     except UnicodeEncodeError as e:
@@ -74,6 +75,7 @@ def sample_id(
         raise ValueError(f"its 'id' is {_show.repr(found)}, not text or a whole number")
     return str(found)
 
+# %% ../../nbs/12_data.records.ipynb #e20ff0b1
 def record_name(
     record,       # Of any type
     index:int,    # Its place in the file
@@ -93,6 +95,7 @@ def _one_of(record, *keys):
 
 def _absent(value): return value is None or isinstance(value, (str, list, tuple)) and len(value) == 0
 
+# %% ../../nbs/12_data.records.ipynb #473e30ff
 def image_fields(
     record:dict,  # With `images` or `image`, or neither
 ) -> list:        # As they are, in order
@@ -113,6 +116,7 @@ def _join(path, folder):
 
 def _is_picture(o): return isinstance(o, (bytes, bytearray)) or hasattr(o, 'size') or hasattr(o, 'read')
 
+# %% ../../nbs/12_data.records.ipynb #d92455d3
 def locate_image(
     image,        # Path, URL, bytes, PIL image, or what HF stores: `{"bytes", "path"}`
     folder=None,  # Where relative paths start; or a folder for each first part of a path
@@ -137,6 +141,7 @@ def _said_before(record):
     if isinstance(record, Exception): return str(record)
     return None if record.get('messages') or record.get('conversations') else record.get('error')
 
+# %% ../../nbs/12_data.records.ipynb #4b00b9ec
 def read_sample(
     record:dict,          # `id`, `conversations` or `messages`, and `image` or `images`
     index:int=0,          # Its place, the id of a record without one
@@ -161,6 +166,7 @@ def _reason(error) -> str:
     for _ in range(2): error = error.__cause__ or error
     return printable(str(error))
 
+# %% ../../nbs/12_data.records.ipynb #8fb62608
 def _row(record, i, folder, name, on_bad_sample) -> dict:
     "One row of the table"
     try:
@@ -175,39 +181,6 @@ def _row(record, i, folder, name, on_bad_sample) -> dict:
         if on_bad_sample == 'raise': raise
         return dict(id=printable(record_name(record, i)), messages=[], images=[], error=_reason(e))
 
-# %% ../../nbs/12_data.records.ipynb #01257d4d
-_log = logging.getLogger(__name__)
-
-def write_cached(
-    folder:str,  # Of the cache
-    key:str,     # Of the content
-    suffix:str,  # Of the file
-    write,       # `write(file)` fills an open file, and returns how many rows it has
-) -> Path:       # Its name carries key, number of rows and checksum
-    "Write a file of the cache, to the disk, in one step"
-    part = cache_dir(folder)/f'{key}.{uuid.uuid4().hex}.tmp'
-    try:
-        with part.open('wb') as file:
-            n = write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        return part.replace(part.with_name(f'{key}-{n}-{checksum(part)}{suffix}'))
-    finally: part.unlink(missing_ok=True)
-
-def find_cached(
-    folder:str,  # Of the cache
-    key:str,     # Of the content
-    name:str,    # What it is made of, for the message
-) -> Path|None:  # `None`: there is none
-    "The file under a key, if it is what its name says; a damaged one is deleted"
-    good = None
-    for path in sorted(cache_dir(folder).glob(f'{key}-*-*')):
-        if path.stem.rpartition('-')[2] == checksum(path): good = path
-        else:
-            _log.warning("the cached copy of %r is damaged (its checksum is another); it is made again", name)
-            path.unlink(missing_ok=True)
-    return good
-
 # %% ../../nbs/12_data.records.ipynb #f9fd3a04
 def _write_rows(file, rows) -> int:
     "Write an Arrow stream, 2,000 rows in a batch"
@@ -218,7 +191,7 @@ def _write_rows(file, rows) -> int:
             n += len(some)
     return n
 
-# %% ../../nbs/12_data.records.ipynb #981161f4
+# %% ../../nbs/12_data.records.ipynb #c19ec620
 def _mapped(path, key, name, on_bad_sample) -> Dataset:
     "The rows of a verified file"
     table = MemoryMappedTable.from_file(str(path))
@@ -230,15 +203,6 @@ def _mapped(path, key, name, on_bad_sample) -> Dataset:
         raise ValueError(f"{name}: sample {table.column('id')[i].as_py()!r}: {errors[i].as_py()}")
     return Dataset(table.drop(['error']), fingerprint=key)
 
-@contextlib.contextmanager
-def _alone(key):
-    "One process at a time, where the file system has locks"
-    lock = FileLock(cache_dir('locks')/f'{key}.lock')
-    try: lock.acquire()
-    except (NotImplementedError, OSError) as e: _log.info("no lock on %s: %s", lock.lock_file, e)
-    try: yield
-    finally: lock.release()
-
 def cached_rows(
     key:str,                    # Of the content, and of all that decides the rows
     records,                    # Gives the records anew
@@ -249,7 +213,7 @@ def cached_rows(
     "Records as a memory-mapped dataset; one process of a node writes it"
     if on_bad_sample not in ON_READING:
         raise ValueError(f"on_bad_sample {on_bad_sample!r}; choose from {list(ON_READING)}")
-    with _alone(key):
+    with cache_lock(key):
         path = find_cached('arrow', key, name)
         if path is None:
             rows = (_row(r, i, folder, name, on_bad_sample) for i, r in enumerate(records()))
@@ -261,10 +225,6 @@ def _key(*parts) -> str:
     "Hash of all that shapes the rows"
     text = repr((_SCHEMA.to_string(), *parts))
     return hashlib.blake2b(text.encode('utf-8', 'backslashreplace'), digest_size=16).hexdigest()
-
-def _content_key(path:Path, *parts) -> str:
-    "Hash of what is in the file and of what else shapes the rows"
-    return _key(checksum(path), *parts)
 
 def _folder(images, default:Path):
     "The image folder, or those by the first part of a path; absolute, and checked"
@@ -302,7 +262,7 @@ def read_llava(
         for record in read_records(path, on_bad_record=on_bad_sample):
             left_out = parts and any(o.startswith(parts) for o in _paths(record))
             if not left_out: yield _first_turns(record, turns)
-    key = _content_key(path, folder, path.suffix, parts, turns)
+    key = _key(checksum(path), folder, path.suffix, parts, turns)
     return cached_rows(key, records, folder, str(path), on_bad_sample)
 
 # %% ../../nbs/12_data.records.ipynb #54ac90e7
@@ -418,10 +378,9 @@ def read_captions(
     folder = Path(folder).expanduser()
     start = _folder(images, folder)
     source, pairs = _captions(folder)
-    if isinstance(source, Path): key = _content_key(source, start, prompt)
-    else: key = _key(_text_stamps(folder, source), start, prompt)
+    facts = checksum(source) if isinstance(source, Path) else _text_stamps(folder, source)
     def records(): return (_captioned(name, text, prompt) for name, text in pairs())
-    return cached_rows(key, records, start, str(folder), on_bad_sample)
+    return cached_rows(_key(facts, start, prompt), records, start, str(folder), on_bad_sample)
 
 # %% ../../nbs/12_data.records.ipynb #695c9510
 class HFRows:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .vlm import current_name
-from ..trust import check_finite, open_weights
+from ..weights import check_finite, open_weights
 
 # %% ../../nbs/28_model.adapters.ipynb #424f4b4d
 logging.getLogger('bitsandbytes').setLevel(logging.ERROR)   # silent about a kernel that is optional

@@ -16,20 +16,24 @@ from transformers import BitsAndBytesConfig
 from ..core import pick_device, pick_dtype, write_json
 from ..data.images import target_size
 from ..durable import MARKER, checksum, mark_complete, read_marker
-from .foreign import bench_names, build, layout, load_processor, read_weights, readers, rename
+from .foreign import build, layout, load_processor, readers
 from .llms import check_tokenizer, own_code
 from .vision import input_size
 from .vlm import VLMConfig, VLMForConditionalGeneration, current_name
-from ..trust import check_folder, checkpoint_path, load_strict, reading
+from ..trust import check_folder, checkpoint_path, reading
+from ..weights import load_strict
 
 # %% ../../nbs/26_model.checkpoints.ipynb #ff0a4496
 def _plain(recipe):
     "A recipe as a dictionary, without its word for foreign code: that is given anew by whoever runs it"
     fields = recipe.to_dict() if hasattr(recipe, 'to_dict') else recipe
     model = fields.get('model')
-    if not isinstance(model, dict): return fields
-    return fields | {'model': {k: v for k,v in model.items() if k != 'trust_remote_code'}}
+    if not isinstance(model, dict):
+        return fields
+    return fields | {'model': {name: value for name,value in model.items()
+        if name != 'trust_remote_code'}}
 
+# %% ../../nbs/26_model.checkpoints.ipynb #21d16ec4
 def save(
     model,       # A `VLMForConditionalGeneration`
     processor,   # Its processor
@@ -38,15 +42,18 @@ def save(
 ) -> Path:       # The folder
     "Write everything that opening needs into one folder, and last the checksums of it all"
     path = Path(path)
-    if path.exists() and not path.is_dir(): raise NotADirectoryError(f"{str(path)!r} is a file; give a folder instead")
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{str(path)!r} is a file; give a folder instead")
     (path/MARKER).unlink(missing_ok=True)
     model.save_pretrained(path)
     processor.save_pretrained(path)
-    if recipe is not None: write_json(path/'recipe.json', _plain(recipe))
+    if recipe is not None:
+        write_json(path/'recipe.json', _plain(recipe))
     return mark_complete(path)
 
 # %% ../../nbs/26_model.checkpoints.ipynb #fff9b6f0
-KEEP_PRECISE = ['model.vision_tower', 'model.connector', 'lm_head'] # Prefixes of what is never quantized
+KEEP_PRECISE = ['model.vision_tower', 'model.connector',
+    'lm_head'] # Prefixes of what is never quantized
 _BITS = {'4bit': dict(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True),
     '8bit': dict(load_in_8bit=True)}
 
@@ -55,8 +62,10 @@ def quantization_config(
     dtype=torch.bfloat16,   # Precision in which 4-bit weights are multiplied
 ) -> BitsAndBytesConfig:    # For `from_pretrained`
     "How `bitsandbytes` keeps the language model in fewer bits"
-    if name not in _BITS: raise ValueError(f"no quantization {name!r}; choose from {sorted(_BITS)}")
-    if not find_spec('bitsandbytes'): raise ImportError("quantization needs bitsandbytes; pip install bitsandbytes")
+    if name not in _BITS:
+        raise ValueError(f"no quantization {name!r}; choose from {sorted(_BITS)}")
+    if not find_spec('bitsandbytes'):
+        raise ImportError("quantization needs bitsandbytes; pip install bitsandbytes")
     more = {'bnb_4bit_compute_dtype': dtype} if name == '4bit' else {}
     return BitsAndBytesConfig(llm_int8_skip_modules=KEEP_PRECISE, **_BITS[name], **more)
 
@@ -65,23 +74,29 @@ _PROCESSOR = 'processor_config.json', 'tokenizer_config.json', 'chat_template.ji
 
 def _check_whole(path, trusted):
     "Errors for a folder of ours that is not complete, or brings code that is not trusted, the most telling first"
-    if not any(path.glob('model*.safetensors')): checkpoint_path(path, 'model.safetensors')
-    for o in _PROCESSOR:
-        if not (path/o).exists():
-            raise FileNotFoundError(f"{str(path)!r} has no processor: {o} is missing; `save(model, processor, path)` "
+    if not any(path.glob('model*.safetensors')):
+        checkpoint_path(path, 'model.safetensors')
+    for name in _PROCESSOR:
+        if not (path/name).exists():
+            raise FileNotFoundError(
+                f"{str(path)!r} has no processor: {name} is missing; `save(model, processor, path)` "
                 "writes it")
     own_code(path, trusted)
 
+# %% ../../nbs/26_model.checkpoints.ipynb #cd6e98ed
 def _folder(path):
     "A folder on this machine; what has a name on the Hub is fetched"
     path = checkpoint_path(path)
     return check_folder(path if Path(path).is_dir() else snapshot_download(path))
 
+# %% ../../nbs/26_model.checkpoints.ipynb #70999e0f
 def _check_config(config, kind):
     "Unknown fields, and fields where they have no place"
-    if kind == 'ours' and config: raise ValueError("config is for folders of other layouts; this one has its own")
+    if kind == 'ours' and config:
+        raise ValueError("config is for folders of other layouts; this one has its own")
     have = sorted(VLMConfig.__annotations__)
-    if bad := sorted(set(config) - set(have)): raise TypeError(f"VLMConfig has no field {bad[0]!r}; choose from {have}")
+    if bad := sorted(set(config) - set(have)):
+        raise TypeError(f"VLMConfig has no field {bad[0]!r}; choose from {have}")
 
 # %% ../../nbs/26_model.checkpoints.ipynb #7835789f
 def verify_files(
@@ -89,29 +104,37 @@ def verify_files(
 ):
     "An error for a file that is not the one that was saved"
     path = Path(path)
-    if not (path/MARKER).exists(): return
+    if not (path/MARKER).exists():
+        return
     for name,facts in read_marker(path)['files'].items():
         if (path/name).is_file() and checksum(path/name) != facts['xxh3']:
-            raise ValueError(f"{str(path/name)!r} is not the file that was saved: its checksum differs from {MARKER}; "
+            raise ValueError(
+                f"{str(path/name)!r} is not the file that was saved: its checksum differs from {MARKER}; "
                 f"if it is damaged, take another copy; if it was changed on purpose, mark_complete({str(path)!r}) "
                 "writes new checksums, and verify=False does not look")
 
+# %% ../../nbs/26_model.checkpoints.ipynb #9d034ce2
 _ALIKE = 'image_token_id', 'image_seq_length', 'image_token_grid', 'image_mode', 'template'
 
 def _check_halves(model, processor, path):
     "An error where model and processor do not belong together"
-    c,rows = model.config, len(model.get_input_embeddings().weight)
+    config = model.config
+    rows = len(model.get_input_embeddings().weight)
     check_tokenizer(processor.tokenizer, rows, path)
-    pairs = {o: (getattr(c, o), getattr(processor, o)) for o in _ALIKE}
-    pairs['size of images'] = input_size(c.vision_config), target_size(processor.image_processor)
+    pairs = {name: (getattr(config, name), getattr(processor, name)) for name in _ALIKE}
+    pairs['size of images'] = input_size(config.vision_config), target_size(
+        processor.image_processor)
     for what,(of_model,of_processor) in pairs.items():
         if of_model != of_processor:
-            raise ValueError(f"{str(path)!r}: {what} is {of_model} to the model (config.json), but {of_processor} to "
+            raise ValueError(
+                f"{str(path)!r}: {what} is {of_model} to the model (config.json), but {of_processor} to "
                 "the processor")
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
-    if odd := [o for o in stops if o is not None and not (type(o) is int and 0 <= o < rows)]:
-        raise ValueError(f"{str(path)!r}: generation_config.json ends at token {odd[0]}, but there are {rows}")
+    if odd := [name for name in stops if name is not None
+        and not (type(name) is int and 0 <= name < rows)]:
+        raise ValueError(
+            f"{str(path)!r}: generation_config.json ends at token {odd[0]}, but there are {rows}")
 
 # %% ../../nbs/26_model.checkpoints.ipynb #ec8cffdf
 def _open_ours(path, trusted, **kwargs):
@@ -123,6 +146,23 @@ def _open_ours(path, trusted, **kwargs):
         _check_halves(model, processor, path)
     return model, processor
 
+# %% ../../nbs/26_model.checkpoints.ipynb #a2ccdeb8
+def _placed(device, dtype, quantization, device_map):
+    "Arguments of `from_pretrained` that decide precision and place"
+    kwargs = {'dtype': 'auto' if dtype == 'file' else pick_dtype(device, str(dtype or 'auto'))}
+    if quantization:
+        kwargs['quantization_config'] = quantization_config(quantization, pick_dtype(device))
+    if device_map or quantization:
+        kwargs['device_map'] = device_map or {'': str(device)}
+    return kwargs
+
+# %% ../../nbs/26_model.checkpoints.ipynb #25ca150e
+def _open_foreign(foreign, path, config, **kwargs):
+    "Model and processor of a folder of another layout, some fields set otherwise"
+    foreign.config |= config or {}
+    return build(foreign, path, **kwargs)
+
+# %% ../../nbs/26_model.checkpoints.ipynb #5d268ca4
 def load(
     path,              # A folder of a layout that `layout` knows, or its name on the Hub
     device=None,       # 'cpu', 'cuda', ...; `None` takes the best one here
@@ -132,21 +172,21 @@ def load(
     vision=None,       # Folder or name of the vision encoder, for a folder without image processor
     config=None,       # Fields of `VLMConfig` to set otherwise in a folder of another layout: {'template': 'phi'}
     device_map=None,   # 'auto', or module names to devices, to spread the model
-    trust_remote_code:bool=False, # May code in the folder run, where `transformers` has none for its language model?
+    trust_remote_code:bool=False,
+    # May code in the folder run, where `transformers` has none for its language model?
     verify:bool=True,  # Compare the files with the checksums saved beside them?
     **kwargs,          # For `from_pretrained`, e.g. `attn_implementation='eager'`
 ) -> tuple:            # Model and processor
     "Open a checkpoint of any layout: every tensor in its place, or an error"
     path = _folder(path)
-    kind,device = layout(path), pick_device(device or 'auto')
+    kind = layout(path)
+    device = pick_device(device or 'auto')
     _check_config(config or {}, kind)
-    kwargs['dtype'] = 'auto' if dtype == 'file' else pick_dtype(device, str(dtype or 'auto'))
-    if quantization: kwargs['quantization_config'] = quantization_config(quantization, pick_dtype(device))
-    if device_map or quantization: kwargs['device_map'] = device_map or {'': str(device)}
-    if kind == 'ours': model,processor = _open_ours(path, trust_remote_code, **kwargs)
+    kwargs |= _placed(device, dtype, quantization, device_map)
+    if kind == 'ours':
+        model,processor = _open_ours(path, trust_remote_code, **kwargs)
     else:
-        f = readers[kind](path, llm, vision)
-        f.config |= config or {}
-        model,processor = build(f, path, **kwargs)
-    if verify: verify_files(path)
+        model,processor = _open_foreign(readers[kind](path, llm, vision), path, config, **kwargs)
+    if verify:
+        verify_files(path)
     return model if 'device_map' in kwargs else model.to(device), processor

@@ -25,7 +25,7 @@ from transformers import (AutoModelForCausalLM, AutoProcessor, CLIPImageProcesso
 from ..core import quiet, read_json, write_json
 from ..data.images import pinpoints, prepare, target_size
 from .vision import n_prefix, patch_grid
-from ..trust import load_strict
+from ..weights import load_strict
 from .vlm import causal_lm, flat_name
 from .processor import compose
 from .checkpoints import load, save

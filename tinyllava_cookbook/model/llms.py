@@ -21,7 +21,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..core import IMAGE_TOKEN, Registry, quiet
 from ..data.templates import chat_template, templates
-from ..trust import check_folder, checkpoint_path, load_strict, read_config, reading
+from ..trust import check_folder, checkpoint_path, read_config, reading
+from ..weights import load_strict
 
 # %% ../../nbs/22_model.llms.ipynb #df5f6dd2
 def set_padding(

@@ -12,7 +12,6 @@ import copy, inspect, re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal # PreTrainedConfig hands on annotations that name it, and tools look it up here
 
 import numpy as np
 import torch
@@ -23,7 +22,8 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from ..core import Registry, UnknownName, quiet
 from ..data.images import target_size
-from ..trust import check_folder, checkpoint_path, load_strict, read_config, reading
+from ..trust import check_folder, checkpoint_path, read_config, reading
+from ..weights import load_strict
 
 # %% ../../nbs/20_model.vision.ipynb #9b00a6fa
 @dataclass

@@ -63,7 +63,7 @@ def _check_name(name, what):
 
 # %% ../../nbs/30_train.recipes.ipynb #a7902678
 PARTS = 'vision', 'connector', 'llm'         # The components of a model, in the order of the data
-ADAPTERS = 'lora', 'dora', 'qlora'           # Modes that learn a correction beside frozen weights
+ADAPTERS = 'lora', 'dora', 'qlora'           # Modes that train a correction beside frozen weights
 MODES = 'frozen', 'full', 'partial', *ADAPTERS   # How a component can be tuned
 SCHEDULES = 'cosine', 'linear', 'constant'   # How the learning rate moves after the warmup
 OPTIMIZERS = 'adamw', 'muon'                 # What moves the weights; Muon: AdamW for all but the matrices inside
@@ -88,7 +88,7 @@ class Tune:
     "How one component is trained"
     mode:str = 'frozen'       # One of `MODES`
     lr:float|None = None      # Own learning rate; `None` takes the stage's
-    from_layer:int = 0        # First block that learns, for `partial`; what follows the blocks learns too
+    from_layer:int = 0        # First trainable block, for `partial`; what follows the blocks is trained too
     r:int|None = None         # Rank of an adapter; `None` is 64
     alpha:float|None = None   # An adapter is scaled by `alpha/r`; `None` is 16
     dropout:float|None = None # On what enters an adapter; `None` is .05
@@ -112,7 +112,7 @@ _OWNED = dict(learning_rate='lr', num_train_epochs='epochs', max_steps='max_step
 
 @dataclass
 class Stage:
-    "One training run: data, what learns, and how"
+    "One training run: data, trainable parts, and how"
     name:str                            # How the stage is called; also the name of its folder
     data:str|dict|None = None           # File or folder; or sources, as `read_mixture` takes them
     images:str|None = None              # Folder that image paths are relative to; `None`: the folder of `data`
@@ -120,20 +120,20 @@ class Stage:
     tune:dict = field(default_factory=dict)    # Component -> `Tune`, or just the mode
     template:str|None = None            # Chat template; `None` takes the recipe's
     global_batch_size:int = 128         # Samples per optimizer step, over all devices
-    device_batch_size:int|None = None   # Most samples that one device takes at once; `None`: its whole share
+    device_batch_size:int|None = None   # Largest micro-batch of one device; `None`: its whole part of the global batch
     lr:float = 2e-5                     # Peak learning rate
     epochs:float = 1.                   # Passes over the data
     max_steps:int|None = None           # Optimizer steps, instead of `epochs`
-    warmup:float = .03                  # Share of the steps (below 1) or number of steps (from 1) to warm up
+    warmup:float = .03                  # Fraction of the steps (below 1) or number of steps (from 1) to warm up
     schedule:str = 'cosine'             # One of `SCHEDULES`
     optimizer:str = 'adamw'             # One of `OPTIMIZERS`
     weight_decay:float = 0.             # For matrices; biases and norms are never decayed
     max_length:int = 2048               # Tokens per sample, image tokens included
     pack:int|None = None                # Tokens per row that samples are packed into; `None` pads instead
     image_mode:str|None = None          # How images become square; `None` takes the recipe's
-    share:float = 1.                    # Of the data, drawn once: half of a mix is often nearly as good
+    share:float = 1.                    # Data fraction, drawn once: half of a mix is often nearly as good
     on_bad_sample:str = 'raise'         # Or 'substitute': another takes the place of a sample that cannot be used
-    bad_budget:float = .01              # Most samples to replace: a share of them (below 1) or a number
+    bad_budget:float = .01              # Most samples to replace: a fraction of them (below 1) or a number
     trainer:dict = field(default_factory=dict) # Further `TrainingArguments`
 
     def __post_init__(self):
@@ -182,8 +182,8 @@ def _largest_divisor(
 def batch_sizes(
     stage:Stage,       # Whose `global_batch_size` and `device_batch_size` count
     world_size:int=1,  # Processes that train together
-) -> tuple[int,int]:   # Samples per device and forward pass, and passes per optimizer step
-    "Cut the global batch into equal parts"
+) -> tuple[int,int]:   # Samples of a micro-batch, and gradient accumulation steps
+    "Split the global batch into equal micro-batches"
     g,cap = stage.global_batch_size, stage.device_batch_size
     if g % world_size:
         near = [o for o in (g//world_size*world_size, -(-g//world_size)*world_size) if o]
@@ -354,7 +354,7 @@ def show_recipe(
     recipe:Recipe,  # Any recipe
     ax=None,        # Matplotlib axes; made when absent
 ):                  # The axes
-    "Draw stages x components: what is frozen, what learns, and at which learning rate"
+    "Draw stages x components: what is frozen, what is trained, and at which learning rate"
     import matplotlib.pyplot as plt
     if ax is None: _,ax = plt.subplots(figsize=(4, .3 + .75*len(recipe.stages)), dpi=72)
     for i,s in enumerate(recipe.stages):

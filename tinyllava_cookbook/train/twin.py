@@ -16,7 +16,7 @@ from ..model.processor import compose
 from .recipes import Recipe, Stage, recipe
 
 # %% ../../nbs/68_train.twin.ipynb #324f0568
-_EYES = dict(siglip='siglip', dinov2='dinov2', clip='clip')
+_TOWERS = dict(siglip='siglip', dinov2='dinov2', clip='clip')
 _LLMS = dict(phi='phi', qwen='qwen2', gemma='gemma', stablelm='stablelm', vicuna='llama', llama='llama')
 
 def family(
@@ -34,7 +34,7 @@ def _part(name, known, dir, **size):
     return ' + '.join(str(tiny_checkpoint(o, dir/o, **size)) for o in kinds)
 
 # %% ../../nbs/68_train.twin.ipynb #de3a89b9
-_LR = 4e-3   # The highest rate of a twin's stage
+_LR = 4e-3   # The highest learning rate of a debug config
 
 def _small_tune(t, scale):
     "The same way to tune, of a size that fits two layers"
@@ -59,10 +59,10 @@ def tiny_twin(
     n:int=24,      # Scenes
     width:int=64,  # Of both towers: 4-bit weights come in blocks of 64
 ) -> Recipe:       # Ready for `train_recipe`
-    "The same recipe with tiny parts and the micro world"
+    "Debug config of a recipe: the same stages with tiny parts and the micro world"
     r,dir = r if isinstance(r, Recipe) else recipe(r), Path(dir)
     size = dict(hidden_size=width, intermediate_size=2*width)
-    vision = _part(r.vision, _EYES, dir, hidden_size=width)
+    vision = _part(r.vision, _TOWERS, dir, hidden_size=width)
     llm = _part(r.llm, _LLMS, dir, **size)
     write_world(dir/'world', n)
     small = dataclasses.replace(r, vision=vision, llm=llm, model=_small_model(r.model),

@@ -16,7 +16,7 @@ from tinyllava_cookbook.model.checkpoints import load
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Recipe, Stage, to_dict
 from tinyllava_cookbook.train.stages import train_recipe, train_stage
-from tinyllava_cookbook.train.trainer import keep_lines_before, stage_dataset
+from tinyllava_cookbook.train.displays import keep_lines_before
 
 logging.disable_progress_bar()
 COLORS = 'red', 'green', 'blue', 'yellow'
@@ -395,7 +395,7 @@ def test_absurd_numbers_end_at_once(job, change):
     assert time.monotonic() - began < 30 and 'Traceback' not in p.stderr
     assert p.returncode in (0, 1, 2) and (p.returncode == 0) == (change.endswith('937')), p.stderr
 
-JOIN = 'import sys, time\nfrom tinyllava_cookbook.train.trainer import join_processes\njoin_processes("cpu")\n'
+JOIN = 'import sys, time\nfrom tinyllava_cookbook.train.parallel import join_processes\njoin_processes("cpu")\n'
 
 @pytest.mark.parametrize('rank', [0, 1])
 def test_a_missing_process_is_waited_for_so_long(rank):

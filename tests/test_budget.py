@@ -150,7 +150,7 @@ def test_a_block_keeps_what_autograd_saves(tmp_path, family, learn):
 
 def test_operations_agree_with_the_trainer(base):
     "One pass over a sample costs what the trainer's log would count"
-    from tinyllava_cookbook.train.trainer import flop_rates
+    from tinyllava_cookbook.train.meter import flop_rates
     stage, c = Stage('x', tune=dict(connector='full', llm='full')), B.Corpus(10, 100, 40, 1., 200, 'x')
     A.annotate(base, stage)
     rate, tokens = flop_rates(base), 100 + 729

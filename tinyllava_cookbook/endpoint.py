@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEY_LENGTH', 'MOST_BYTES', 'MOST_TOKENS', 'EndpointError', 'check_amount', 'check_url', 'check_text', 'Endpoint',
-           'read_body', 'Reply', 'most_tokens', 'read_reply', 'Refused', 'open_client', 'complete', 'without_key']
+           'read_body', 'Reply', 'most_tokens', 'read_reply', 'Refused', 'final_error', 'pause_before', 'open_client',
+           'complete', 'without_key']
 
 # %% ../nbs/06_endpoint.ipynb #eb2b2fe1
 import json, math, os, random, re, threading, time
@@ -190,7 +191,9 @@ class Refused(Exception):
         self.no_money = 'insufficient_quota' in text
 
 # %% ../nbs/06_endpoint.ipynb #79af5f74
-def _gives_up(error) -> type|None:
+def final_error(
+    error,       # Of a try
+) -> type|None:  # `None`: try again
     "The error to raise where no further try can help: for everyone, or for this request"
     if not isinstance(error, Refused): return None
     if error.status in (401, 403, 404) or error.no_money: return EndpointError
@@ -198,7 +201,11 @@ def _gives_up(error) -> type|None:
     return None if passes else ValueError
 
 # %% ../nbs/06_endpoint.ipynb #53c876ba
-def _pause(error, n:int, endpoint:Endpoint) -> float:
+def pause_before(
+    error,              # Of the last try
+    n:int,              # Tries before that
+    endpoint:Endpoint,  # Whom to ask
+) -> float:             # Seconds
     "Seconds before the next try: what the endpoint asks for, else doubling and a little different for each"
     try: asked = float(getattr(error, 'headers', {}).get('retry-after', ''))
     except ValueError: asked = -1
@@ -262,12 +269,12 @@ def complete(
     most = most_tokens(messages, max_tokens)
     body = dict(model=endpoint.model, messages=messages) | {endpoint.limit: max_tokens} | endpoint.options
     for n in range(endpoint.tries):
-        if n: wait(_pause(error, n - 1, endpoint))
+        if n: wait(pause_before(error, n - 1, endpoint))
         try: return _one_try(client, body, endpoint, most)
         except (openai.APIError, Refused, ValueError, TimeoutError) as e: error = _reason(e)
         if isinstance(error, (ValueError, TimeoutError, openai.APITimeoutError)): lost()
         said = endpoint.hide(f'{endpoint.url} with model {endpoint.model!r}: {error}')
-        if kind := _gives_up(error): raise kind(said) from None
+        if kind := final_error(error): raise kind(said) from None
     raise EndpointError(f"{said} ({endpoint.tries} tries)") from None
 
 # %% ../nbs/06_endpoint.ipynb #fd8bfc55

@@ -198,7 +198,7 @@ def _deepspeed(a):
     from tinyllava_cookbook.train.recipes import override, recipe
     r = override(recipe(a.recipe), a.changes)
     stage = r.stage(a.stage or r.stages[-1].name)
-    from tinyllava_cookbook.train.trainer import deepspeed_config
+    from tinyllava_cookbook.train.parallel import deepspeed_config
     print(json.dumps(deepspeed_config(a.zero, a.offload, stage, a.gpus), indent=1))
 
 # %% ../../nbs/92_commands.training.ipynb #030a4379

@@ -34,7 +34,7 @@ from ..microworld import (
     ASK, COLORS, PLACES, QA, SHAPES, SIZES, WORDS, Obj, Scene, at, caption, capitalized, draw, phrase, questions,
     sample_scene, scene_nats, scene_text)
 from ..model.vision import load_strict
-from ..train.trainer import MuonAdamW
+from ..train.tuning import MuonAdamW
 from ..train.tuning import muon_groups
 
 # %% ../../nbs/69_recipes.bake.ipynb #fc62da88

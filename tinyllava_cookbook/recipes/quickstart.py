@@ -22,7 +22,7 @@ from ..pages import image_tag, render, write_page
 from .bake import bake as bake_ingredients
 from ..train.recipes import Recipe, recipe
 from ..train.stages import train_recipe
-from ..train.trainer import plot_log
+from ..train.displays import plot_log
 from ..viz.attention import answer_attention, show_attention
 
 # %% ../../nbs/70_recipes.quickstart.ipynb #9e6eb2cb

@@ -21,7 +21,9 @@ from .activations import (ElementBytes, MicroBatch, adapter_size, annotate, reci
 from .memory import Memory, memory
 from .recipes import Recipe, Stage, batch_sizes, recipe_names
 from .recipes import recipe as find_recipe
-from .trainer import PARALLEL, flop_rates, peak_tflops, stage_rows
+from .meter import flop_rates, peak_tflops
+from .parallel import PARALLEL
+from .trainer import stage_rows
 
 # %% ../../nbs/39_train.budget.ipynb #8bcac8d0
 @dataclass

@@ -22,7 +22,7 @@ from .activations import (ElementBytes, MicroBatch, adapter_size, annotate, each
                                                   micro_batch, n_direct, n_trainable, segments, stack)
 from .recipes import PARTS, Stage
 from .stages import float_weights, train_stage
-from .trainer import PARALLEL
+from .parallel import PARALLEL
 
 # %% ../../nbs/38_train.memory.ipynb #03576f1e
 NF4 = .5 + 1/64 + 4/(64*256)   # Bytes of a 4-bit weight: the number, a scale per 64, a scale of scales per 256

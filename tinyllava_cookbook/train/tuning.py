@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PART_MODULES', 'reachable', 'learnable', 'tune_table', 'apply_tune', 'check_tune', 'muon_groups', 'param_groups',
-           'show_tune']
+           'MuonAdamW', 'show_tune']
 
 # %% ../../nbs/31_train.tuning.ipynb #36b091fe
 from contextlib import ExitStack
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -186,6 +187,35 @@ def param_groups(
                                weight_decay=stage.weight_decay if matrix else 0.))
     groups = [g for g in groups if g['params']]
     return muon_groups(groups, model) if stage.optimizer == 'muon' else groups
+
+# %% ../../nbs/31_train.tuning.ipynb #3dd6963b
+class MuonAdamW(torch.optim.Optimizer):
+    "Muon for groups with `muon=True`, AdamW for the others"
+    def __init__(self,
+        groups:list[dict],                   # From `muon_groups`
+        lr:float=1e-3,                       # Where a group has none
+        betas:tuple[float,float]=(.9, .999), # Of AdamW
+        eps:float=1e-8,                      # Of AdamW
+    ):
+        super().__init__(groups, dict(lr=lr, weight_decay=0., muon=False))
+        make = {True: partial(torch.optim.Muon, adjust_lr_fn='match_rms_adamw'),
+                False: partial(torch.optim.AdamW, betas=betas, eps=eps)}
+        self.parts = {k: f(self._mine(k), lr=lr, weight_decay=0.) for k,f in make.items() if self._mine(k)}
+        self._link()
+
+    def _mine(self, muon): return [g for g in self.param_groups if g['muon'] == muon]
+    def _link(self):   # groups and state are those of the whole
+        for k,o in self.parts.items(): o.param_groups,o.state = self._mine(k), self.state
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self._link()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for o in self.parts.values(): o.step()
+        return loss
 
 # %% ../../nbs/31_train.tuning.ipynb #55cacdbb
 def _boxes(model, part):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LINK', 'NAME', 'comments', 'meaning', 'Parameter', 'as_written', 'type_as_written', 'returned', 'arguments', 'fields',
            'parameters', 'call', 'words', 'code_html', 'row_html', 'table', 'source_in', 'source_of', 'exported_source',
-           'entry', 'address', 'Entry', 'link_names', 'page_names', 'AddLinks', 'colab_url', 'AddColab']
+           'entry', 'address', 'Entry', 'link_names', 'page_names', 'AddLinks', 'skip_flagged', 'SkipFlagged',
+           'colab_url', 'AddColab']
 
 # %% ../nbs/91_site.ipynb #3b999f47
 import ast, importlib.util, inspect, io, re, tokenize
@@ -314,6 +315,26 @@ class AddLinks:
         for out in cell.get('outputs', []):
             text = out.get('data', {}).get('text/markdown')
             if text: out['data']['text/markdown'] = link_names(''.join(text), self.link, self.known).splitlines(True)
+
+# %% ../nbs/91_site.ipynb #a0b1c3d2
+def skip_flagged(
+    cells,      # Of a notebook, with their directives
+    flags:set,  # Those whose cells run on demand only
+) -> int:       # How many were marked
+    "Mark the flagged cells as not to be run"
+    flagged = [o for o in cells if flags & set(getattr(o, 'directives_', {}))]
+    for cell in flagged: cell.directives_['eval:'] = ['false']
+    return len(flagged)
+
+class SkipFlagged:
+    "nbdev's processor of a page: flagged cells are shown, not run"
+    def __init__(self,
+        nb,  # The notebook, before anything is done with it
+    ):
+        from nbdev.config import get_config
+        skip_flagged(nb.cells, set(get_config().get('tst_flags', '').split()))
+
+    def __call__(self, cell): "Nothing more to do"
 
 # %% ../nbs/91_site.ipynb #4ad40f58
 def colab_url(

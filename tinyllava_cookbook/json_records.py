@@ -123,7 +123,7 @@ def _close(text, at, brackets) -> tuple[int, bool]:
 def _end(window) -> int|None:
     "Where the value that begins here ends; `None`: the file does"
     brackets, at = [], _word_end(window)
-    if at > window.at and window.text[at:at + 1] not in ('[', '{', '"'): return at
+    if window.text[at:at + 1] not in ('[', '{', '"'): return at
     while True:
         at, done = _close(window.text, at, brackets)
         if done: return at

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from tinyllava_cookbook import cli
 from tinyllava_cookbook.core import read_json, write_json, write_lines
-from tinyllava_cookbook.eval import run as R, scoring as S
+from tinyllava_cookbook.eval import identity as I, run as R, scoring as S
 from tinyllava_cookbook.eval.benchmarks import Item, load_benchmark, load_questions
 from tinyllava_cookbook.eval.records import read_answers, read_jsonl
 from tinyllava_cookbook.eval.report import annotations, results_table
@@ -100,13 +100,13 @@ def test_a_changed_picture_is_found(capsys, home, own, tmp_path):
     assert run(capsys, *args)[0] == 0
     path = tmp_path/'images'/'blue.png'
     facts, whole = path.stat(), path.read_bytes()
-    R._file_hash.cache_clear()
+    I._file_hash.cache_clear()
     path.write_bytes(whole[:-1] + b'x')
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     code, out, err = run(capsys, *args)
     assert code == 1 and "question 'q1' about another image" in err and 'blue.png' in err and '--anew' in err
     path.write_bytes(whole)                                   # the same image, with another date
-    R._file_hash.cache_clear()
+    I._file_hash.cache_clear()
     assert run(capsys, *args)[0] == 0
     assert run(capsys, *args, '--anew')[0] == 0
 

@@ -71,7 +71,7 @@ from tinyllava_cookbook.cli import main
 from tinyllava_cookbook.model.checkpoints import load, load_processor
 from tinyllava_cookbook.model.llms import load_llm, load_tokenizer
 from tinyllava_cookbook.model.vision import load_image_processor, load_vision
-from tinyllava_cookbook.train.budget import part_config
+from tinyllava_cookbook.model.architecture import part_config
 logging.disable_progress_bar()
 def answer(path):
     model,proc = load(path, device='cpu')
@@ -194,7 +194,7 @@ def test_a_tokenizer_reads_its_own_files(good, tmp_path, field):
     (tmp_path/'secret.json').write_text('{"a": 0}')
     change(d/'tokenizer_config.json', **{field: str(tmp_path/'secret.json')})
     with pytest.raises(ValueError, match=f'{field} = .*secret.json. is a file outside the folder'): load_tokenizer(d)
-    change(d/'tokenizer_config.json', **{field: '/home/somebody/vocab.json'})
+    change(d/'tokenizer_config.json', **{field: '/elsewhere/vocab.json'})
     load_tokenizer(d)
 
 def test_an_adapter_beside_the_weights_is_not_put_in(good, tmp_path):

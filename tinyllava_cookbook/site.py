@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LINK', 'NAME', 'comments', 'meaning', 'Parameter', 'as_written', 'type_as_written', 'returned', 'arguments', 'fields',
-           'parameters', 'call', 'words', 'code_html', 'row_html', 'table', 'exported', 'source_of', 'entry', 'address',
-           'Entry', 'link_names', 'page_names', 'AddLinks', 'colab_url', 'AddColab']
+           'parameters', 'call', 'words', 'code_html', 'row_html', 'table', 'source_in', 'source_of', 'exported_source',
+           'entry', 'address', 'Entry', 'link_names', 'page_names', 'AddLinks', 'colab_url', 'AddColab']
 
 # %% ../nbs/91_site.ipynb #3b999f47
-import ast, importlib, inspect, io, re, tokenize
+import ast, importlib.util, inspect, io, re, tokenize
 from html import escape
 from pathlib import Path
 from textwrap import dedent
@@ -169,28 +169,39 @@ def table(
     return f'<div class="parameters"><table class="params">{inner}</table></div>'
 
 # %% ../nbs/91_site.ipynb #a147b344
-def exported(
-    sym,         # A function, class, method or property of a notebook
-    modules,     # Names of the library's modules
-):               # The same from the library; `sym` itself where there is none
-    "The exported form of `sym`, which has a file"
-    sym = getattr(sym, 'fget', None) or getattr(sym, '__wrapped__', sym)
-    name = getattr(sym, '__qualname__', '')
-    for module in modules:
-        here = importlib.import_module(module)
-        for part in name.split('.'):
-            here = getattr(here, part, None)
-        here = getattr(here, 'fget', None) or getattr(here, '__wrapped__', here)
-        if here is not None and inspect.getdoc(here) == inspect.getdoc(sym): return here
-    return sym
+def source_in(
+    path,      # A Python file
+    name:str,  # Of a function or class, or `Class.method`
+) -> str:      # From the left margin; `''` where the file has no such definition
+    "The source of a definition, read from its file"
+    text = Path(path).read_text(encoding='utf-8')
+    node = ast.parse(text)
+    for part in name.split('.'):
+        node = next((o for o in node.body if getattr(o, 'name', '') == part), None)
+        if node is None: return ''
+    first = min([node.lineno] + [o.lineno for o in node.decorator_list])
+    return dedent('\n'.join(text.splitlines()[first-1:node.end_lineno]))
 
-# %% ../nbs/91_site.ipynb #bcdeadf1
+# %% ../nbs/91_site.ipynb #c0b5d99d
 def source_of(
     sym,     # A function, class or method
 ) -> str:    # `''` where Python cannot tell
-    "The source of `sym`, from the left margin"
+    "The source of `sym`, from the left margin, as Python knows it"
     try: return dedent(inspect.getsource(sym))
     except (OSError, TypeError): return ''
+
+def exported_source(
+    sym,            # A function, class, method or property of a notebook
+    name:str,       # As the modules call it
+    modules:list,   # Names of the modules that export such a name
+) -> tuple:         # Module and source; `None` and what Python knows where none has it
+    "Where a name of the notebook is exported to, told apart by its docstring"
+    doc = inspect.getdoc(sym)
+    for module in modules:
+        source = source_in(importlib.util.find_spec(module).origin, name)
+        said = ast.get_docstring(ast.parse(source).body[0]) if source else None
+        if source and (said == doc or len(modules) == 1): return module, source
+    return None, source_of(sym)
 
 # %% ../nbs/91_site.ipynb #88384e0a
 def entry(
@@ -236,10 +247,10 @@ class Entry:
         index = look.entries.get(library, dict(syms={}))['syms']
         called = getattr(getattr(sym, 'fget', None) or sym, '__qualname__', '')
         modules = [module for module,names in index.items() if f'{module}.{called}' in names]
-        here = exported(sym, modules)
+        module, source = exported_source(getattr(sym, 'fget', None) or sym, called, modules)
         self.name = name or called or str(sym)
-        url = look.code(f'{here.__module__}.{called}')
-        self.text = entry(self.name, source_of(here), inspect.getdoc(here) or '', url, title_level, address(look))
+        url = look.code(f'{module}.{called}') if module else None
+        self.text = entry(self.name, source, inspect.getdoc(sym) or '', url, title_level, address(look))
 
     def _repr_markdown_(self): return self.text
     def __repr__(self): return self.text

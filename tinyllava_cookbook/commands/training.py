@@ -217,6 +217,7 @@ def _budget_args(p):
 @command('budget', 'forecast memory, hours and cost of a recipe on GPUs', _budget_args)
 def _budget(a):
     if a.mfu is not None and not 0 < a.mfu <= 1: raise Usage(f"--mfu {a.mfu:g} is not a share above 0 and up to 1")
+    if a.price is not None and not 0 <= a.price < 1e9: raise Usage(f"--price {a.price:g} is not an amount of USD")
     from tinyllava_cookbook.train.recipes import override, recipe
     r = override(recipe(a.recipe), a.changes)
     for o in a.stages or []: r.stage(o)   # a wrong name is found before torch is loaded

@@ -59,7 +59,6 @@ def _by_id(path, found):
         rows.append({'question_id': id, **row})
     return rows
 
-# %% ../../nbs/49_eval.records.ipynb #b5913f95
 def _lines(path, text) -> Iterator[tuple[str,object]]:
     "Where, and what, for each line that is not blank"
     for i,line in enumerate(text.split('\n'), 1):
@@ -311,7 +310,6 @@ def _draws(tally, resamples, seed):
         parts.append(rng.multinomial(total, counts/total, size=resamples))
     return rows, np.concatenate(parts, axis=1)
 
-# %% ../../nbs/49_eval.records.ipynb #964933a6
 def _ends(values, level):
     import numpy as np
     if not 0<level<1:

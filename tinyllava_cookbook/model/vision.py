@@ -12,6 +12,7 @@ import copy, inspect, re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal # PreTrainedConfig hands on annotations that name it, and tools look it up here
 
 import numpy as np
 import torch

@@ -26,9 +26,11 @@ def _number(text, kind):
     return value
 
 # %% ../nbs/08_json_records.ipynb #7fa17183
-def _no_number(text): raise ValueError(f"{text}, which is no number")
+def _constant(text):
+    if text == 'NaN': raise ValueError(f"{text}, which is no number")
+    return float(text)   # Infinity and -Infinity, which stay what they are
 _strict = json.JSONDecoder(object_pairs_hook=_unique, parse_int=lambda o: _number(o, int),
-                           parse_float=lambda o: _number(o, float), parse_constant=_no_number)
+                           parse_float=lambda o: _number(o, float), parse_constant=_constant)
 
 # %% ../nbs/08_json_records.ipynb #5b096893
 _BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.S)
@@ -123,7 +125,7 @@ def _close(text, at, brackets) -> tuple[int, bool]:
 def _end(window) -> int|None:
     "Where the value that begins here ends; `None`: the file does"
     brackets, at = [], _word_end(window)
-    if at > window.at and window.text[at:at + 1] not in ('[', '{', '"'): return at
+    if window.text[at:at + 1] not in ('[', '{', '"'): return at
     while True:
         at, done = _close(window.text, at, brackets)
         if done: return at

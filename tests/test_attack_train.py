@@ -95,6 +95,27 @@ def test_the_same_run_elsewhere_goes_on(job, copy, tmp_path):
     train(job, copy, moved/'data.json', resume='auto')
     assert (copy/'model/model.safetensors').stat().st_mtime_ns == at
 
+def test_an_image_that_comes_back_changes_the_packs(job, tmp_path, monkeypatch):
+    "Among many images few are looked at; which samples share a row must be the same all the same"
+    from tinyllava_cookbook.train import identity
+    monkeypatch.setattr(identity, '_LOOKED_AT', 2)
+    d,r = job
+    draw(tmp_path/'data')
+    hidden = (tmp_path/'data/3.png').rename(tmp_path/'3.png')
+    stage = Stage('finetune', tune=dict(connector='full'), max_steps=4, trainer=dict(save_steps=1), lr=1e-3, pack=2048, max_length=2048,
+                  global_batch_size=4, on_bad_sample='substitute', bad_budget=.5)
+    packed = Recipe('packed', r.vision, r.llm, template='llama', image_mode='anyres', stages=[stage])
+    def run(**kw): train_recipe(packed, tmp_path/'run', dict(finetune=tmp_path/'data/data.json'), device='cpu', progress=False, **kw)
+    run()
+    shutil.rmtree(tmp_path/'run/model')
+    (tmp_path/'run/finetune/done.json').unlink()
+    shutil.rmtree(tmp_path/'run/finetune/checkpoint-4')
+    hidden.rename(tmp_path/'data/3.png')
+    with pytest.raises(ValueError, match='lengths was 7 samples of .* tokens .*, now 8 samples'):
+        run(resume='auto')
+    (tmp_path/'data/3.png').unlink()
+    run(resume='auto')
+
 def test_other_data_can_be_accepted_by_name(job, copy, tmp_path, capsys):
     other = other_answer(job[0], tmp_path)
     (copy/'finetune/done.json').unlink()

@@ -198,7 +198,8 @@ class PackSampler:
         seed:int=0,        # Of the plan
         **limits,          # For `plan_packs`: `max_images`, `max_patches`, `cost`
     ):
-        self.samples = int(np.count_nonzero(getattr(lengths, 'tokens', lengths)))   # those that are planned
+        self.tokens = np.asarray(getattr(lengths, 'tokens', lengths))
+        self.samples = int(np.count_nonzero(self.tokens))   # those that are planned
         self.plan = lambda epoch: plan_packs(lengths, budget, seed, epoch, world_size, **limits)[rank]
         self.set_epoch(0)
 

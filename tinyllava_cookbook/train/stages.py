@@ -144,10 +144,13 @@ def _arguments(model, stage, out, device, seed, parallel, sizes):
     if args.fsdp: args.fsdp_plugin_args['transformer_cls_names_to_wrap'] = ','.join(fsdp_units(model))
     return args
 
-def _identities(model, dataset, parallel):
+def _identities(model, dataset, parallel, packs):
     "What makes this run this one, beside the stage"
     rows = dataset.ds if isinstance(dataset, VLMDataset) else dataset
-    return data_identity(rows) | dict(start=model_identity(model), parallel=parallel)
+    found = data_identity(rows) | dict(start=model_identity(model), parallel=parallel)
+    if packs is None: return found
+    about = f"{packs.samples:,} samples of {packs.tokens.sum():,} tokens"   # they decide which samples share a row
+    return found | dict(lengths=dict(id=xxh3_128(packs.tokens).hexdigest(), about=about))
 
 @contextmanager
 def _locked(out):
@@ -167,7 +170,7 @@ def _trainer(model, processor, stage, out, data=None, images=None, seed=0, callb
     held = None if eval_data is None else stage_dataset(processor, stage, eval_data, images)
     packs = stage_packs(stage, dataset, device, seed)
     args = _arguments(model, stage, out, device, seed, parallel, pack_sizes(stage, packs, packs and packs.samples))
-    identity = _identities(model, dataset, parallel)
+    identity = _identities(model, dataset, parallel, packs)
     seed_everything(seed)
     table = apply_tune(model, stage)
     float_weights(model, not args.use_cpu and not args.fsdp)

@@ -252,7 +252,8 @@ def check_same_plan(
     if not isinstance(was, dict): was = {}
     other = {k: f"{k} was {_words(was.get(k))}, now {_words(v)}" for k,v in now.items()
              if _identity(was.get(k)) != _identity(v)}
-    for k in [*accept, *['samples']*('data' in accept)]:
+    follows = ['samples', 'lengths'] if {'data', 'images', 'template'} & set(accept) else []   # differ where these do
+    for k in [*accept, *follows]:
         if k in other: print(f"{where}: accepted that {other.pop(k)}", file=sys.stderr)
     if not other: return
     hint = ''.join(f", or accept {k!r} if that is meant (--accept {k})" for k in ACCEPT if k in other)

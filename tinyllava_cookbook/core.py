@@ -10,6 +10,7 @@ __all__ = ['IGNORE', 'IMAGE_TOKEN', 'SHORT', 'LETTER', 'UnknownName', 'registeri
 # %% ../nbs/00_core.ipynb #f1f55919
 import difflib, html, importlib.util, json, os, random, re, sys, tempfile, uuid
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ def _unknown(kind:str, name, names:list[str]) -> UnknownName:
 
 # %% ../nbs/00_core.ipynb #80276529
 def _same_source(a, b) -> bool:
-    "Are these one definition, run once more in a notebook?"
+    "Are these one definition, run once more in a notebook? Of a dataclass: do they hold such a one?"
+    if is_dataclass(a) and type(a) is type(b):
+        return any(_same_source(getattr(a, o.name), getattr(b, o.name)) for o in fields(a))
     def of(attribute): return [getattr(o, attribute, None) for o in (a, b)]
     first, second = of('__qualname__')
     named = first == second and first not in (None, '<lambda>')

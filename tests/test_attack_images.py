@@ -8,7 +8,7 @@ from PIL import Image
 torch = pytest.importorskip('torch')
 from tinyllava_cookbook import sources
 from tinyllava_cookbook.data.images import image_size, load_image, pad, prepare, sample_aspect
-from tinyllava_cookbook.data.preflight import image_fault
+from tinyllava_cookbook.data.faults import image_fault
 from tinyllava_cookbook.sources import fetch, is_public, open_regular
 
 READERS = load_image, image_size
@@ -236,7 +236,7 @@ def test_only_regular_files(tmp_path):
     code = """
 import sys
 from tinyllava_cookbook.data.images import image_size, load_image
-from tinyllava_cookbook.data.preflight import image_fault
+from tinyllava_cookbook.data.faults import image_fault
 for path in sys.argv[1:]:
     for read in (load_image, image_size):
         try: read(path)

@@ -21,6 +21,15 @@ from tinyllava_cookbook.train.displays import keep_lines_before
 logging.disable_progress_bar()
 COLORS = 'red', 'green', 'blue', 'yellow'
 
+@pytest.fixture(autouse=True)
+def signals_of_the_foreground():
+    "A suite that is run in the background inherits that these two are ignored, and so would the runs that it starts"
+    before = {o: signal.getsignal(o) for o in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number,handler in before.items(): signal.signal(number, handler)
+
 def draw(folder, colors=COLORS, said=COLORS):
     "Eight samples in a folder"
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from tinyllava_cookbook.model.adapters import plain_name
 from tinyllava_cookbook.model.checkpoints import load
 from tinyllava_cookbook.model.processor import compose
+from tinyllava_cookbook.data.batches import EpochBatches
 from tinyllava_cookbook.model.vlm import current_name
 from tinyllava_cookbook.train.recipes import Stage, Tune
 from tinyllava_cookbook.train.trainer import stage_dataset
@@ -119,6 +120,11 @@ def check_weights(g, begin):
     moved = {ours(n):v for n,v in g['param_delta_norm'].items()}
     assert all(moved[n] == 0 for n in names - begin.learn)
     for n in begin.learn:
-        assert float((begin.after[n] - begin.before[n]).norm()) == pytest.approx(moved[n], rel=2e-2, abs=1e-6), n
+        norm = float((begin.after[n] - begin.before[n]).norm())
+        # Softmax forgets what is added to all scores of a row, so without rotary positions the gradient of a key's bias is
+        # zero but for the rounding of one processor: both are noise, and small
+        noise = n.startswith('model.vision_tower.') and n.endswith('k_proj.bias')
+        if noise: assert max(norm, moved[n]) < 1e-5, n
+        else: assert norm == pytest.approx(moved[n], rel=2e-2, abs=1e-6), n
     for k,v in g['weights'].items():
         if k.startswith('final.'): assert torch.allclose(begin.after[ours(k[6:])], v, atol=2e-4), k

@@ -7,7 +7,7 @@ from PIL import Image
 from transformers.utils import logging
 from tinyllava_cookbook.core import IGNORE
 from tinyllava_cookbook.ingredients import tiny_checkpoint, tiny_llms, tiny_visions
-from tinyllava_cookbook.model import vlm
+from tinyllava_cookbook.model import processor
 from tinyllava_cookbook.model.connectors import connectors
 from tinyllava_cookbook.model.llms import llm_families, load_llm
 from tinyllava_cookbook.model.vision import load_vision, vision_families
@@ -41,8 +41,8 @@ def opened(parts):
 
 def model_of(opened, monkeypatch, vision, llm, connector):
     "`compose`, of parts that are in memory already"
-    monkeypatch.setattr(vlm, 'load_vision', lambda *a, **kw: copy.deepcopy(opened[vision]))
-    monkeypatch.setattr(vlm, 'load_llm', lambda *a, **kw: copy.deepcopy(opened[llm]))
+    monkeypatch.setattr(processor, 'load_vision', lambda *a, **kw: copy.deepcopy(opened[vision]))
+    monkeypatch.setattr(processor, 'load_llm', lambda *a, **kw: copy.deepcopy(opened[llm]))
     return compose(vision, llm, connector, connector_kwargs=KW.get(connector))
 
 def works(model, proc, folder, trust):

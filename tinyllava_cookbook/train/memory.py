@@ -209,11 +209,11 @@ class LiveMemory(TorchDispatchMode):
         self._held = {}
         for tensor in tensors: self._note(tensor)
 
-    def _note(self, tensor):
+    def _note(self, tensor, counts=True):
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._held: return
-        size = storage.nbytes()
+        size = storage.nbytes() if counts else 0
         def gone(_):
             self.now -= size
             del self._held[key]
@@ -222,6 +222,8 @@ class LiveMemory(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for leaf in tree_leaves((args, kwargs)):   # what was there before is not counted, nor are its views
+            if isinstance(leaf, torch.Tensor): self._note(leaf, counts=False)
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor): self._note(leaf)

@@ -134,7 +134,9 @@ def test_warned_saved_requeued(slurm, work, whole):
         time.sleep(.02)
     slurm.run('scancel', '--batch', '--signal=USR1', id)
     assert slurm.wait(id) == 'COMPLETED', (said(work), ranks(work, 'runs/warned'))
-    assert slurm.job(id)['Restarts'] == '1' and 'stopped with code 85: back into the queue' in (work/f'pretrain-{id}.log').read_text()
+    told = (work/f'pretrain-{id}.log').read_text()
+    assert slurm.job(id)['Restarts'] == '1'
+    assert re.findall(r'stopped with code (\d+): back into the queue', told) == ['85'], (told, ranks(work, 'runs/warned'))
     assert re.search(r"asked to stop: saved in '.*' at step \d+ of 150", log.read_text())
     a,b = (read_json(o/'pretrain/log.json')['log'] for o in (whole[0], work/'runs/warned'))
     assert [(o['step'], o['loss'], o['grad_norm']) for o in a] == [(o['step'], o['loss'], o['grad_norm']) for o in b]

@@ -131,8 +131,10 @@ def prune_cache(
     megabytes:float|None=None,  # Delete the oldest until the rest takes so much; `None`: whatever its size
 ) -> list[CachedFile]:          # What was deleted
     "Make room in the cache"
-    if days is None and megabytes is None: raise ValueError("give days, megabytes or both; 0 megabytes delete everything")
-    if (days or 0) < 0 or (megabytes or 0) < 0: raise ValueError(f"days {days} and megabytes {megabytes}; neither is below 0")
+    if days is None and megabytes is None:
+        raise ValueError("give days, megabytes or both; 0 megabytes delete everything")
+    if min(days or 0, megabytes or 0) < 0:
+        raise ValueError(f"days {days} and megabytes {megabytes}; neither is below 0")
     left = float('inf') if megabytes is None else megabytes*2**20
     oldest = -float('inf') if days is None else time.time() - 86400*days
     gone = []

@@ -10,9 +10,9 @@ __all__ = ['ID_KEYS', 'read_table', 'read_tabbed', 'read_answers', 'read_jsonl',
 import csv, io, json, math, sys
 from collections import Counter
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Callable, Iterator
+from .resampling import resampled
 
 # %% ../../nbs/49_eval.records.ipynb #9a67b6a6
 ID_KEYS = 'question_id', 'questionId', 'id', 'index'   # The first that a record has is its id
@@ -295,21 +295,6 @@ def _tally(items, names):
     return Counter(_columns(item, names) for item in items)
 
 # %% ../../nbs/49_eval.records.ipynb #3146056a
-def _stratum(row):
-    return str(row[0])
-
-def _draws(tally, resamples, seed):
-    "Distinct rows, and resamples of their counts, stratum by stratum"
-    import numpy as np
-    rng = np.random.default_rng(seed)
-    rows = sorted(tally, key=_stratum)
-    parts = []
-    for _,group in groupby(rows, key=_stratum):
-        counts = np.array([tally[row] for row in group])
-        total = counts.sum()
-        parts.append(rng.multinomial(total, counts/total, size=resamples))
-    return rows, np.concatenate(parts, axis=1)
-
 def _ends(values, level):
     import numpy as np
     if not 0<level<1:
@@ -370,8 +355,8 @@ class Score:
         seed:int=0,      # Same seed, same interval
     ) -> tuple[float,float]: # Lower and upper end
         "Percentile bootstrap interval of the headline"
-        rows, weights = _draws(_tally(self.items, self.cols), n, seed)
-        return _ends(self.scale*self.stat(rows, weights), level)
+        tally = _tally(self.items, self.cols)
+        return _ends(self.scale*resampled(self.stat, tally, n, seed), level)
 
     def to_dict(self,
         items:bool=False,   # With every item?
@@ -399,11 +384,12 @@ def _paired(a, b):
 def _differences(a, b, pairs, resamples, seed):
     "Headline of `b` less that of `a`, on resampled questions"
     tally = Counter(_columns(one, a.cols) + _columns(two, b.cols)[1:] for one,two in pairs)
-    rows, weights = _draws(tally, resamples, seed)
     split = 1 + len(a.cols)
-    second = [(row[0], *row[split:]) for row in rows]
-    first = [row[:split] for row in rows]
-    return b.scale*b.stat(second, weights) - a.scale*a.stat(first, weights)
+    def change(rows, weights):
+        second = [(row[0], *row[split:]) for row in rows]
+        first = [row[:split] for row in rows]
+        return b.scale*b.stat(second, weights) - a.scale*a.stat(first, weights)
+    return resampled(change, tally, resamples, seed)
 
 # %% ../../nbs/49_eval.records.ipynb #85a4f298
 def compare(

@@ -37,8 +37,9 @@ def _plugin_file(path:Path, given:str) -> Plugin:
     "The plugin of a file, or of a folder with `__init__.py`"
     code = path/'__init__.py' if path.is_dir() else path
     if not code.is_file():
-        raise PluginError(f"no plugin {given!r}: there is no file {str(code)!r}; give the path of a .py file, of a folder "
-                          "with __init__.py, or the name of an installed package")
+        raise PluginError(
+            f"no plugin {given!r}: there is no file {str(code)!r}; give the path of a .py file, of a "
+            "folder with __init__.py, or the name of an installed package")
     name = path.name if path.is_dir() else path.stem
     return Plugin(name, str(path), PLUGIN_PREFIX + re.sub(r'\W', '_', name))
 
@@ -61,7 +62,9 @@ def find_plugin(
     if _importable(given): return Plugin(given, given, given)
     if (path/'__init__.py').is_file(): return _plugin_file(path, given)
     near = f"{given}.py" if path.with_name(f'{path.name}.py').is_file() else f"./{given}.py"
-    raise PluginError(f"no plugin {given!r}: no package of this name is installed; for a file write its path, e.g. {near}")
+    raise PluginError(
+        f"no plugin {given!r}: no package of this name is installed; for a file write its path, "
+        f"e.g. {near}")
 
 # %% ../nbs/08_plugins.ipynb #e2cfffe9
 __path__ = []   # what is below this name is found by the finder alone
@@ -123,8 +126,9 @@ def _run(plugin:Plugin, after=None) -> ModuleType:
     except (Exception, SystemExit) as e:
         _forget(plugin)
         at = _line_of(e, plugin.source)
-        raise PluginError(f"plugin {plugin.label!r} cannot be imported: {at}{type(e).__name__}: {e}; mend it, or leave it "
-                          f"out of --import and {PLUGIN_VARIABLE}") from e
+        raise PluginError(
+            f"plugin {plugin.label!r} cannot be imported: {at}{type(e).__name__}: {e}; mend it, or "
+            f"leave it out of --import and {PLUGIN_VARIABLE}") from e
     finally: PLUGINS_BEING_IMPORTED.pop()
 
 # %% ../nbs/08_plugins.ipynb #7216a196
@@ -138,7 +142,9 @@ def _check_one_name(plugin:Plugin):
     "An error for two files under one name"
     other = _loaded.get(plugin.module, plugin)
     if other.source != plugin.source:
-        raise PluginError(f"two plugins are called {plugin.name!r}: {other.source!r} and {plugin.source!r}; rename one")
+        raise PluginError(
+            f"two plugins are called {plugin.name!r}: {other.source!r} and {plugin.source!r}; "
+            "rename one")
 
 def import_plugin(
     given:str,        # A `.py` file, a folder with `__init__.py`, or the name of a package
@@ -147,7 +153,9 @@ def import_plugin(
     plugin = find_plugin(given)
     _check_one_name(plugin)
     if os.pathsep in plugin.source:
-        raise PluginError(f"{plugin.source!r} holds {os.pathsep!r}, which separates names in {PLUGIN_VARIABLE}; rename it")
+        raise PluginError(
+            f"{plugin.source!r} holds {os.pathsep!r}, which separates names in {PLUGIN_VARIABLE}; "
+            "rename it")
     before = os.environ.get(PLUGIN_VARIABLE, '')
     _name_plugin(plugin, True)
     if plugin.module in _loaded: return sys.modules[plugin.module]
@@ -245,7 +253,9 @@ def _read_held(file:Path) -> dict:
         lists = isinstance(parts, dict) and all(isinstance(o, list) for o in parts.values())
         words = [row.get('from'), *(name for o in parts.values() for name in o)] if lists else [None]
         if not all(isinstance(o, str) for o in words):
-            raise ValueError(f"{str(file)!r} must hold plugins as {{name: {{'from': ..., 'parts': {{kind: [names]}}}}}}, not {str(row)[:80]!r}")
+            raise ValueError(
+                f"{str(file)!r} must hold plugins as {{name: {{'from': ..., 'parts': {{kind: [names]}}}}}}, "
+                f"not {str(row)[:80]!r}")
     return held
 
 def _is_here(kind:str, name:str, model_types) -> bool:
@@ -269,6 +279,8 @@ def check_plugins(
 def _not_here(folder, plugin:str, source:str, lost:list[str]) -> str:
     "What to do about it"
     source = textwrap.shorten(source, 200)
-    return (f"{str(folder)!r} needs {textwrap.shorten(', '.join(lost), 300)} of plugin {textwrap.shorten(plugin, 100)!r} "
-            f"(from {source!r}), which is not imported; read that code, then give --import {source} on the command line, "
-            f"or import_plugin({source!r}) in Python")
+    name = textwrap.shorten(plugin, 100)
+    parts = textwrap.shorten(', '.join(lost), 300)
+    return (f"{str(folder)!r} needs {parts} of plugin {name!r} (from {source!r}), which is not "
+            f"imported; read that code, then give --import {source!r} on the command line, or "
+            f"import_plugin({source!r}) in Python")

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from tqdm.auto import tqdm
-from ..core import read_json, to_json, versions, write_json, write_lines
+from ..core import rank_and_world, read_json, to_json, versions, write_json, write_lines
 from ..durable import FolderLock
 from .identity import asked_hash, fingerprint, identity, image_hash
 from .benchmarks import BENCHES, Item, answer_row, load_benchmark, score_items, scores
@@ -40,23 +40,7 @@ def ranks(
     env:dict|None=None, # `None`: that of the process
 ) -> tuple[int,int]:    # This process's rank, and how many there are
     "Rank and world size, as torchrun or srun gives them"
-    env = os.environ if env is None else env
-    srun = 'SLURM_PROCID' in env and ('SLURM_STEP_ID' in env
-                                      or 'SLURM_JOB_ID' not in env)
-    if 'RANK' in env:
-        rank = env['RANK']
-        world = env.get('WORLD_SIZE', 1)
-    elif srun:
-        rank = env['SLURM_PROCID']
-        world = env.get('SLURM_STEP_NUM_TASKS', env.get('SLURM_NTASKS', 1))
-    else:
-        rank = 0
-        world = 1
-    rank = int(rank)
-    world = int(world)
-    if not 0<=rank<world:
-        raise ValueError(f"rank {rank} of {world} processes; ranks are 0 to {world-1}")
-    return rank, world
+    return rank_and_world(env, srun=True)
 
 # %% ../../nbs/57_eval.run.ipynb #1a3b7426
 def rank_device(

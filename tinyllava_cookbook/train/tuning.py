@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..model.adapters import (adapted, add_adapters, is_quantized,
     n_weights, need_bitsandbytes, plain_name, quantize)
-from ..model.connectors import blank_image, image_features
+from ..model.features import blank_image, image_features
 from .recipes import ADAPTERS, PARTS, Stage, Table, Tune
 
 # %% ../../nbs/31_train.tuning.ipynb #122f0ee2

@@ -70,9 +70,12 @@ read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # at a free port: one for each job number
 export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 asked='' srun=''                                           # was a signal seen; the process of srun
-trap 'asked=1; [ -z "$srun" ] || kill -USR1 "$srun"' USR1  # pass the signal to srun, which passes it to every rank
+# pass the signal to srun, which passes it to every rank: once, as SLURM may repeat it and a second one ends a rank
+pass_on() { [ -n "$asked" ] || [ -z "$srun" ] || kill -USR1 "$srun"; asked=1; }
+trap pass_on USR1                                          # the time limit is near, or the node is wanted back
 "${step[@]}" &                                             # in the background, so that the signal is seen at once
 srun=$!                                                    # to be waited for
+[ -z "$asked" ] || kill -USR1 "$srun"                      # the signal came before there was anybody to tell
 code=0                                                     # exit code of the ranks
 wait "$srun" || code=$?                                    # a signal ends the waiting, not the ranks
 # so wait until they are gone

@@ -104,11 +104,11 @@ def test_4_bit_adapter_fits_the_4_bit_base(parts, world, tmp_path):
     "peft opens the adapter over the same quantized base; the merged folder is that model, dequantized"
     from peft import PeftModel
     from tinyllava_cookbook.model.adapters import quantize
-    from tinyllava_cookbook.train.tuning import _linears, reachable
+    from tinyllava_cookbook.train.tuning import linear_names, reachable
     base,processor = compose(parts['siglip'], parts['llama'])
     model = copy.deepcopy(base)
     train_stage(model, processor, stage(TUNES['qlora']), tmp_path, world, progress=False, device='cpu', final=tmp_path/'final')
-    quantize(base, _linears(base, 'llm', None, reachable(base)))
+    quantize(base, linear_names(base, 'llm', None, reachable(base)))
     again = PeftModel.from_pretrained(base, tmp_path/'final'/'adapter')
     assert torch.allclose(logits(again), logits(model), atol=1e-4)
 

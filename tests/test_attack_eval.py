@@ -100,13 +100,13 @@ def test_a_changed_picture_is_found(capsys, home, own, tmp_path):
     assert run(capsys, *args)[0] == 0
     path = tmp_path/'images'/'blue.png'
     facts, whole = path.stat(), path.read_bytes()
-    I._file_hash.cache_clear()
+    I.file_hash.cache_clear()
     path.write_bytes(whole[:-1] + b'x')
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     code, out, err = run(capsys, *args)
     assert code == 1 and "question 'q1' about another image" in err and 'blue.png' in err and '--anew' in err
     path.write_bytes(whole)                                   # the same image, with another date
-    I._file_hash.cache_clear()
+    I.file_hash.cache_clear()
     assert run(capsys, *args)[0] == 0
     assert run(capsys, *args, '--anew')[0] == 0
 

@@ -107,7 +107,7 @@ def test_the_same_run_elsewhere_goes_on(job, copy, tmp_path):
 def test_an_image_that_comes_back_changes_the_packs(job, tmp_path, monkeypatch):
     "Among many images few are looked at; which samples share a row must be the same all the same"
     from tinyllava_cookbook.train import identity
-    monkeypatch.setattr(identity, '_LOOKED_AT', 2)
+    monkeypatch.setattr(identity, 'LOOKED_AT', 2)
     d,r = job
     draw(tmp_path/'data')
     hidden = (tmp_path/'data/3.png').rename(tmp_path/'3.png')

@@ -22,9 +22,14 @@ def real(shared):
     items = [i for c in CATEGORIES for i in labels_of(folder/'real'/'labels', c, B.POPE_OFFSETS[c])]
     return items, B.read_jsonl(folder/'real'/'answers.jsonl'), json.loads((folder/'full_real_scores.json').read_text())
 
+def texts_of(items, rows):
+    "Answers in the order of their questions"
+    by_id,_ = S.match(rows, [o.id for o in items])
+    return [by_id[str(o.id)]['text'] for o in items]
+
 def test_pope_equals_the_official_scores(real):
     items, rows, gold = real
-    res = B.score_items(items, B.match_answers(items, rows), 'pope')
+    res = B.score_items(items, texts_of(items, rows), 'pope')
     assert res['f1'] == gold['mean_f1']
     for c in CATEGORIES:
         assert {k: res['by_kind'][c][k] for k in PARTS} == gold['per_category'][c]['official'], c
@@ -39,8 +44,8 @@ def test_pope_prompts_and_ids_are_llava_s(real, shared, tmp_path):
 
 def test_pope_order_of_the_answers_does_not_matter(real):
     items, rows, gold = real
-    assert B.score_items(items, B.match_answers(items, rows[::-1]), 'pope')['f1'] == gold['mean_f1']
-    with pytest.raises(ValueError, match='1 missing question ids, the first is 5'): B.match_answers(items, [o for o in rows if o['question_id']!=5])
+    assert B.score_items(items, texts_of(items, rows[::-1]), 'pope')['f1'] == gold['mean_f1']
+    with pytest.raises(ValueError, match=re.escape("1 questions have no answer (first: '5')")): texts_of(items, [o for o in rows if o['question_id']!=5])
 
 def test_pope_tricky_answers(shared):
     "Counts of TinyLLaVA Factory's scorer on answers chosen to confuse it; its rates differ by an epsilon"
@@ -103,19 +108,21 @@ def world(tmp_path):
     (folder/'questions.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     return folder
 
-def test_evaluate_keeps_order_and_answers(world, monkeypatch):
+def test_answer_and_score_keeps_order_and_answers(world, monkeypatch):
     "With a stand-in for the model: what is asked, what is kept, and that blind asks the same"
-    import tinyllava_cookbook.infer.generate as G
+    from tinyllava_cookbook.eval import run as R
     asked = []
-    def answers(model, processor, questions, images, blind=False, **kw):
-        asked.append((questions, images, blind))
-        return ['Red.', '3', 'red'] if not blind else ['no idea']*3
-    monkeypatch.setattr(G, 'answers', answers)
+    def answer_batch(model, processor, items, max_new_tokens, blind):
+        asked.append(([o.prompt for o in items], [o.images for o in items], blind))
+        said = dict(q0='Red.', q1='3', q2='red')
+        return [said[o.id] if not blind else 'no idea' for o in items]
+    monkeypatch.setattr(R, 'answer_batch', answer_batch)
+    monkeypatch.setattr(R, 'identity', lambda model, processor: {})
     items = B.load_questions(world/'questions.jsonl')
-    res, blind = B.evaluate(None, None, items), B.evaluate(None, None, items, blind=True)
+    res, blind = (R.answer_and_score(None, None, items[::-1], blind=b, progress=False) for b in (False, True))
     assert (res['accuracy'], blind['accuracy']) == (1/3, 0)
     assert asked[0][:2] == asked[1][:2] and [o[2] for o in asked] == [False, True]
-    assert [o['question_id'] for o in res['answers']] == ['q0', 'q1', 'q2']
+    assert [o['question_id'] for o in res['answers']] == ['q2', 'q1', 'q0']
     assert [o['accuracy'] for o in res['by_kind'].values()] == [.5, 0]
     assert json.loads(json.dumps(res)) == res                     # plain JSON
     assert res['ci'][0] <= res['accuracy'] <= res['ci'][1]

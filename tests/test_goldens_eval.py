@@ -4,7 +4,6 @@ from collections import Counter
 import pytest
 from tinyllava_cookbook.eval import scoring as S
 from tinyllava_cookbook.eval.choice import mmmu_parse_choice
-from tinyllava_cookbook.eval.records import _tally
 
 TIGHT = dict(rel=0, abs=1e-12)
 CLEAN = dict(missing=0, unknown=0, duplicates=0)
@@ -24,8 +23,8 @@ def check(score, clean=True):
     "What holds for every score: counts, the headline from its items alone, plain JSON, an interval around the value"
     if clean: assert {k: score.problems[k] for k in CLEAN} == CLEAN
     import numpy as np
-    rows = _tally(score.items, score.cols)
-    assert score.scale*score.stat(list(rows), np.array([list(rows.values())]))[0] == pytest.approx(
+    rows = [(item.get('stratum', ''), *(item[name] for name in score.cols)) for item in score.items]
+    assert score.scale*score.stat(rows, np.ones((1, len(rows))))[0] == pytest.approx(
         score.metrics.get('relative_unrounded', score.value), abs=1e-9)
     o = score.to_dict(items=True)
     assert json.loads(json.dumps(o, allow_nan=False)) == o

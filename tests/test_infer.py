@@ -1,5 +1,6 @@
 "Answering: batches, streams, conversations, pictures of all kinds, attention."
 import threading
+from functools import partial
 import pytest, torch
 from PIL import Image, ImageDraw
 from tinyllava_cookbook.data.templates import chat_template
@@ -43,9 +44,10 @@ def questions(n=10):
 def test_any_batch_answers_like_one_at_a_time(models, family):
     model, processor = models[family]
     qs, ims = questions()
-    prompts = [G.prompt_ids(processor, [G.user_turn(q, len(G._as_list(o)))]) for q,o in zip(qs, ims)]
-    alone = [G.answer_ids(model, processor, [p], G._as_list(o), 8)[0] for p,o in zip(prompts, ims)]
-    assert G.answer_ids(model, processor, prompts, [x for o in ims for x in G._as_list(o)], 8) == alone
+    shown = [[] if o is None else o if isinstance(o, list) else [o] for o in ims]
+    prompts = [G.prompt_ids(processor, [G.user_turn(q, len(o))]) for q,o in zip(qs, shown)]
+    alone = [G.answer_ids(model, processor, [p], o, 8)[0] for p,o in zip(prompts, shown)]
+    assert G.answer_ids(model, processor, prompts, sum(shown, []), 8) == alone
     texts = [processor.tokenizer.decode(o, skip_special_tokens=True).strip() for o in alone]
     for k in (1, 3, 7): assert G.answers(model, processor, qs, ims, max_new_tokens=8, batch_size=k, progress=False) == texts
     assert len(set(map(tuple, alone))) > 2          # different questions, different answers
@@ -68,10 +70,13 @@ def test_each_distinct_picture_is_prepared_once_per_batch(models, monkeypatch):
     G.answers(model, processor, ['what?']*6, [a, b, a, a, b, [a, b]], max_new_tokens=1, batch_size=6, progress=False)
     assert len(seen) == 2
 
-def test_blind_is_a_picture_of_zeros(models):
+def test_blind_is_a_picture_of_zeros(models, monkeypatch):
     model, processor = models['llama']
     img, prompt = picture(1), G.prompt_ids(processor, [G.user_turn('what?', 1)])
-    assert G._batch(model, processor, [prompt], [img])['pixel_values'].abs().sum() > 0
+    seen, generate = [], model.generate
+    monkeypatch.setattr(model, 'generate', lambda **kw: (seen.append(kw['pixel_values'].abs().sum()), generate(**kw))[1])
+    for zeroed in (False, True): G.answer_ids(model, processor, [prompt], [img], 1, zeroed)
+    assert seen[0] > 0 and seen[1] == 0
     blind = [G.answers(model, processor, ['what?'], [o], max_new_tokens=6, blind=True, progress=False) for o in (img, picture(3))]
     assert blind[0] == blind[1]
 
@@ -83,7 +88,7 @@ class Says:
         for r,row in enumerate(self.rows): out[r, row[min(ids.shape[1]-self.start, len(row)-1)]] = 0
         return out
 
-def test_answers_end_at_the_end_of_turn(models):
+def test_answers_end_at_the_end_of_turn(models, monkeypatch):
     "A row that stops early is cut there, whatever the others still say; special tokens do not show"
     model, p = models['qwen2']
     end, word = p.tokenizer.convert_tokens_to_ids('<|im_end|>'), p.tokenizer(' red', add_special_tokens=False).input_ids
@@ -92,7 +97,8 @@ def test_answers_end_at_the_end_of_turn(models):
     says = Says([[*word, end, *word], word*4], start)
     assert G.answer_ids(model, p, prompts, [], 4*len(word), logits_processor=[says]) == [word, word*4]
     says = Says([[*word, end]], len(prompts[0]))
-    assert ''.join(G._stream(model, p, prompts[0], [], logits_processor=[says])) == 'red'
+    monkeypatch.setattr(G, 'answer_ids', partial(G.answer_ids, logits_processor=[says]))
+    assert ''.join(G.stream(model, None, 'a', p)) == 'red'
 
 def test_training_mode_is_given_back(models):
     model, processor = models['llama']

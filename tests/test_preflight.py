@@ -223,11 +223,13 @@ def test_lengths_that_depend_on_pictures(world):
     ds = VLMDataset([read_sample(o, folder=folder/'images') for o in few], tiles)
     assert [c and c.tokens for c in r.counts] == [None if i == 2 else len(ds[i]['input_ids']) for i in range(6)]
 
-def test_work_can_be_sent_to_fresh_processes(encoder):
+def test_work_can_be_sent_to_fresh_processes(encoder, monkeypatch):
     "Where processes are spawned, not forked, what they do is pickled"
     import pickle
-    from tinyllava_cookbook.data.batches import _Pieces
+    from tinyllava_cookbook.data import batches
     from tinyllava_cookbook.data.faults import ImageCheck, TextCheck
     for look in TextCheck(encoder, (512,), None, 20), ImageCheck(20):
-        again = pickle.loads(pickle.dumps(_Pieces(['x'], look)))
-        assert again[0] == _Pieces(['x'], look)[0]
+        here = batches.parallel_map(['x'], look, '', workers=0, progress=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(batches, 'BatchLoader', lambda work, **kw: [pickle.loads(pickle.dumps(work))[0]])
+            assert batches.parallel_map(['x'], look, '', progress=False) == here and len(here) == 1

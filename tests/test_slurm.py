@@ -1,5 +1,5 @@
 "The job scripts, on a real SLURM cluster: a controller and two nodes on this machine."
-import json, os, re, shlex, subprocess, sys, time
+import json, os, re, shlex, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 
@@ -62,6 +62,33 @@ def test_variants(tmp_path):
     out = tmp_path/'jobs/mine.sh'
     assert cli.main(['launch', 'lora', '--nodes', '2', '--option=--qos=long', '--module', 'gcc', '--set', 'OUT=o p', '--out', str(out)]) == 0
     assert out.read_text() == job_script('lora', Ask(nodes=2, options=('--qos=long',), modules=('gcc',)), OUT='o p') and os.access(out, os.X_OK)
+
+def stub(folder, name, text):
+    "A program of bash, in place of one that is not there"
+    program = folder/name
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_text(f'#!/bin/bash\n{text}\n')
+    program.chmod(0o755)
+
+@pytest.mark.parametrize('job', ['pretrain', 'sweep', 'evaluate'])
+def test_a_repeated_signal_is_passed_on_once(job, tmp_path):
+    "SLURM may send it again on a busy machine; a second one would end the ranks while they save"
+    stub(tmp_path, '.venv/bin/tinyllava', 'exit 0')
+    stub(tmp_path, 'bin/scontrol', 'if [ "$1" = requeue ]; then echo "$2" >> requeued; else echo localhost; fi')
+    stub(tmp_path, 'bin/srun', "trap 'echo >> told' USR1; touch began; until [ -e saved ]; do sleep .05; done; exit 85")
+    env = BARE | dict(PATH=f"{tmp_path}/bin:{os.environ['PATH']}", SLURM_JOB_ID='7', SLURM_JOB_NODELIST='localhost', SLURM_JOB_NAME='x',
+                      SLURM_ARRAY_TASK_ID='0', RECIPE='micro', DEVICE='cpu', DATA='.', IMAGES='.', START='', OUT='out', MODEL='.', BENCH='pope')
+    script = subprocess.Popen(['bash', ROOT/f'slurm/{job}.sh', *(['x.y=1'] if job == 'sweep' else [])], cwd=tmp_path, env=env, start_new_session=True)
+    end = time.monotonic() + 60
+    while not (tmp_path/'began').exists():
+        assert time.monotonic() < end and script.poll() is None
+        time.sleep(.02)
+    for n in range(3):
+        script.send_signal(signal.SIGUSR1)
+        time.sleep(.3)
+    (tmp_path/'saved').touch()
+    assert script.wait(60) == 85
+    assert (tmp_path/'told').read_text() == '\n' and (tmp_path/'requeued').read_text() == '7\n'
 
 # ---- the cluster
 
@@ -134,7 +161,9 @@ def test_warned_saved_requeued(slurm, work, whole):
         time.sleep(.02)
     slurm.run('scancel', '--batch', '--signal=USR1', id)
     assert slurm.wait(id) == 'COMPLETED', (said(work), ranks(work, 'runs/warned'))
-    assert slurm.job(id)['Restarts'] == '1' and 'stopped with code 85: back into the queue' in (work/f'pretrain-{id}.log').read_text()
+    told = (work/f'pretrain-{id}.log').read_text()
+    assert slurm.job(id)['Restarts'] == '1'
+    assert re.findall(r'stopped with code (\d+): back into the queue', told) == ['85'], (told, ranks(work, 'runs/warned'))
     assert re.search(r"asked to stop: saved in '.*' at step \d+ of 150", log.read_text())
     a,b = (read_json(o/'pretrain/log.json')['log'] for o in (whole[0], work/'runs/warned'))
     assert [(o['step'], o['loss'], o['grad_norm']) for o in a] == [(o['step'], o['loss'], o['grad_norm']) for o in b]

@@ -54,11 +54,11 @@ def test_plot_shows_all_and_yours():
 def test_a_real_run_can_be_read(tmp_path):
     "What `run_eval` writes is what `your_run` reads"
     from tinyllava_cookbook.eval import run as R
-    from tinyllava_cookbook.eval.records import Score
+    from tinyllava_cookbook.eval.results import Score
     s = Score('pope', 'f1', dict(f1=.5), {}, [dict(id=i, score=float(i%2)) for i in range(40)], {})
     (tmp_path/'pope').mkdir()
     (tmp_path/'pope'/'answers.jsonl').write_text(json.dumps(dict(question_id=0, answer_id='0', text='no')))
-    R._report(dict(pope=s), dict(pope=[]), tmp_path, 'me', {}, limit=None, blind=False, parameters=10**9)
+    R.write_scores(dict(pope=s), dict(pope=[]), tmp_path, 'me', {}, limit=None, blind=False, parameters=10**9)
     mine = Z.your_run(tmp_path/'scores.json')
     value, (lo, hi) = mine['scores']['pope']
     assert (mine['name'], mine['parameters'], value) == ('me', 1., 50.) and lo < 50 < hi

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'IMAGE_TOKEN', 'SHORT', 'LETTER', 'UnknownName', 'registering_modules', 'Registry', 'seed_everything',
-           'pick_device', 'pick_dtype', 'replacing', 'read_json', 'to_json', 'write_json', 'write_lines', 'cache_dir',
-           'package_data', 'Table', 'quiet', 'versions']
+           'pick_device', 'pick_dtype', 'rank_and_world', 'replacing', 'read_json', 'to_json', 'write_json',
+           'write_lines', 'cache_dir', 'package_data', 'Table', 'quiet', 'versions']
 
 # %% ../nbs/00_core.ipynb #f1f55919
 import difflib, html, importlib.util, json, os, random, re, sys, tempfile, uuid
@@ -160,6 +160,31 @@ def pick_dtype(
     name = str(name).removeprefix('torch.')
     if name not in _DTYPES: raise ValueError(f"no precision {name!r}; choose from {['auto', *_DTYPES]}")
     return getattr(torch, name)
+
+# %% ../nbs/00_core.ipynb #0895b8b0
+def _srun_ranks(env):
+    "As srun gives them inside a step; alone elsewhere"
+    inside = 'SLURM_STEP_ID' in env or 'SLURM_JOB_ID' not in env
+    if 'SLURM_PROCID' not in env or not inside: return 0, 1
+    world = env.get('SLURM_STEP_NUM_TASKS', env.get('SLURM_NTASKS', 1))
+    return env['SLURM_PROCID'], world
+
+def rank_and_world(
+    env:dict|None=None, # `None`: that of the process
+    srun:bool=False,    # Without torchrun, take the numbers of srun
+) -> tuple[int,int]:    # This process's rank, and how many there are
+    "Rank and world size, as a launcher gives them"
+    env = os.environ if env is None else env
+    if srun and 'RANK' not in env:
+        rank, world = _srun_ranks(env)
+    else:
+        rank = env.get('RANK', 0)
+        world = env.get('WORLD_SIZE', 1)
+    rank = int(rank)
+    world = int(world)
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank} of {world} processes; ranks are 0 to {world-1}")
+    return rank, world
 
 # %% ../nbs/00_core.ipynb #5184d1db
 @contextmanager

@@ -95,6 +95,11 @@ def damage(rng, data):
 
 def to_json(o): return json.dumps(o, ensure_ascii=False).encode('utf-8', 'surrogatepass')
 def texts(o): return [s for p in places(o) if isinstance(s := at(o, p), str)]
+def joined(o):
+    "The texts of each list of parts, one after the other: what a turn says that is written in parts"
+    lists = [v for p in places(o) if isinstance(v := at(o, p), list)]
+    return [''.join(d['text'] for d in v if isinstance(d, dict) and isinstance(d.get('text'), str)) for v in lists]
+
 def plain(s): return ''.join(s.replace('<image>', '').split())
 
 def parsed(data):
@@ -151,7 +156,7 @@ class Samples:
     def row(self, form, r, o):
         need(isinstance(o, dict), 'a record that is no object')
         strings = texts(o)
-        own = [plain(s) for s in strings]
+        own = [plain(s) for s in [*strings, *joined(o)]]
         for m in r['messages']:
             said = plain(m['content'])
             need(not said or said in own or said in ''.join(own), f"text {m['content']!r} stands nowhere in the record")

@@ -6,8 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/92_commands.training.ipynb #d0a3f277
-import json, os, shlex, sys
+import json, shlex, sys
 from pathlib import Path
+from ..core import rank_and_world
 from ..cli import Usage, command, hide_progress, pairs, positive, recipe_arguments, trust_argument
 
 # %% ../../nbs/92_commands.training.ipynb #7786b820
@@ -134,7 +135,7 @@ def _batch_line(s, world):
 
 def _show_plan(r, stages, out, a):
     from dataclasses import asdict
-    world = int(os.environ.get('WORLD_SIZE', 1))
+    _,world = rank_and_world()
     print(r)
     for s in stages: print(f"\n{_batch_line(s, world)}\n{json.dumps(asdict(s), indent=1)}")
     print('\n'+shlex.join(_train_words(a, out)))

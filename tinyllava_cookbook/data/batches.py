@@ -9,6 +9,7 @@ __all__ = ['SIDES', 'join_images', 'check_samples', 'pad_rows', 'PadCollator', '
 # %% ../../nbs/14_data.batches.ipynb #bcb9be5d
 import contextlib, math, os
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -294,11 +295,17 @@ def _distribute(packs:list, world_size:int) -> list:
     return [packs[rank::world_size] for rank in range(world_size)]
 
 # %% ../../nbs/14_data.batches.ipynb #fbb54334
+@lru_cache(maxsize=2)   # a run asks for the same in every epoch
+def _filled(sizes:bytes, budget, seed):
+    "Packs of sorted sizes: members one after the other, and where packs begin"
+    packs = fill_packs(np.frombuffer(sizes, dtype=np.int64).tolist(), budget, seed)
+    return np.concatenate(packs), np.cumsum([0, *map(len, packs[:-1])])
+
 def _shuffled_members(size, there, budget, seed, rng):
     "Which sample is where, pack after pack, and where packs begin: samples of one size change places"
-    packs = fill_packs(np.sort(size).tolist(), budget, seed)              # of lengths: the same in any epoch
-    members = there[np.lexsort((rng.random(len(size)), size))][np.concatenate(packs)]
-    return members, np.cumsum([0, *map(len, packs[:-1])])
+    members, starts = _filled(np.sort(size).astype(np.int64).tobytes(), budget, seed)
+    order = np.lexsort((rng.random(len(size)), size))
+    return there[order][members], starts
 
 def _turns(cost, rng) -> list:
     "Numbers of packs in the order in which devices take them: neighbours cost about the same"

@@ -17,9 +17,8 @@ import pyarrow as pa
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.table import MemoryMappedTable
 from ..core import IMAGE_TOKEN, Registry, UnknownName
-from ..cached_files import cache_lock, find_cached, write_cached
+from ..cached_files import cache_lock, find_cached, known_checksum, write_cached
 from .templates import read_messages
-from ..durable import checksum
 from ..json_records import ON_READING, printable, read_records
 from ..sources import is_remote
 
@@ -262,7 +261,7 @@ def read_llava(
         for record in read_records(path, on_bad_record=on_bad_sample):
             left_out = parts and any(o.startswith(parts) for o in _paths(record))
             if not left_out: yield _first_turns(record, turns)
-    key = _key(checksum(path), folder, path.suffix, parts, turns)
+    key = _key(known_checksum(path), folder, path.suffix, parts, turns)
     return cached_rows(key, records, folder, str(path), on_bad_sample)
 
 # %% ../../nbs/12_data.records.ipynb #54ac90e7
@@ -378,7 +377,7 @@ def read_captions(
     folder = Path(folder).expanduser()
     start = _folder(images, folder)
     source, pairs = _captions(folder)
-    facts = checksum(source) if isinstance(source, Path) else _text_stamps(folder, source)
+    facts = known_checksum(source) if isinstance(source, Path) else _text_stamps(folder, source)
     def records(): return (_captioned(name, text, prompt) for name, text in pairs())
     return cached_rows(_key(facts, start, prompt), records, start, str(folder), on_bad_sample)
 

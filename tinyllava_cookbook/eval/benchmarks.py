@@ -15,7 +15,7 @@ from ..core import IMAGE_TOKEN, LETTER, SHORT, read_json
 from .items import (BENCHES, SOURCES, Bench, Item, answer_row, bench, check_text, checked, checked_rows,
                                            image_file, incomplete, load_benchmark, need)
 from .records import read_jsonl, read_table
-from .scoring import evaluate, match_answers, score_items, score_table, scores
+from .scoring import score_items, score_table, scores
 from .yesno import MME_TASKS, POPE_CATEGORIES, POPE_OFFSETS, load_pope, mme_incomplete
 
 # %% ../../nbs/54_eval.benchmarks.ipynb #b7ad214c

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['ANEW', 'plan', 'ranks', 'rank_device', 'Shard', 'read_shards', 'set_aside', 'answer_chats', 'answer_batch', 'merge',
-           'answer_items', 'load_all', 'run_eval', 'answer_and_score']
+           'answer_items', 'load_all', 'write_scores', 'run_eval', 'answer_and_score']
 
 # %% ../../nbs/57_eval.run.ipynb #b3a7bb53
 import json, os, tempfile, time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from tqdm.auto import tqdm
-from ..core import read_json, to_json, versions, write_json, write_lines
+from ..core import rank_and_world, read_json, to_json, versions, write_json, write_lines
+from ..durable import FolderLock
 from .identity import asked_hash, fingerprint, identity, image_hash
 from .benchmarks import BENCHES, Item, answer_row, load_benchmark, score_items, scores
 from .records import read_jsonl
@@ -38,23 +40,7 @@ def ranks(
     env:dict|None=None, # `None`: that of the process
 ) -> tuple[int,int]:    # This process's rank, and how many there are
     "Rank and world size, as torchrun or srun gives them"
-    env = os.environ if env is None else env
-    srun = 'SLURM_PROCID' in env and ('SLURM_STEP_ID' in env
-                                      or 'SLURM_JOB_ID' not in env)
-    if 'RANK' in env:
-        rank = env['RANK']
-        world = env.get('WORLD_SIZE', 1)
-    elif srun:
-        rank = env['SLURM_PROCID']
-        world = env.get('SLURM_STEP_NUM_TASKS', env.get('SLURM_NTASKS', 1))
-    else:
-        rank = 0
-        world = 1
-    rank = int(rank)
-    world = int(world)
-    if not 0<=rank<world:
-        raise ValueError(f"rank {rank} of {world} processes; ranks are 0 to {world-1}")
-    return rank, world
+    return rank_and_world(env, srun=True)
 
 # %% ../../nbs/57_eval.run.ipynb #1a3b7426
 def rank_device(
@@ -68,31 +54,28 @@ def rank_device(
     return f'cuda:{int(local)%name}' if local is not None and name else 'auto'  # SLURM may show each task one GPU only
 
 # %% ../../nbs/57_eval.run.ipynb #a25838ce
+def _lock(path):
+    "Take the lock of a file that one process writes"
+    lock = FolderLock(path.parent, f'{path.stem}.lock')
+    try:
+        return lock.__enter__()
+    except RuntimeError as error:
+        raise RuntimeError(f"another process is writing {str(path)!r}; is this run started twice? "
+                           f"({error})") from None
+
 class Shard:
     "The answers of one process, appended line by line"
     def __init__(self,
         path:str|Path, # Made if absent, mended if torn
     ):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, 'a+b')
-        self._lock()
-        self.file.seek(0)
-        whole = self.file.read()
-        self.file.truncate(whole.rfind(b'\n')+1)
-
-    def _lock(self):
-        try:
-            import fcntl
-        except ImportError:
-            return                     # Windows has no such locks
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX|fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.close()
-            raise RuntimeError(f"another process is writing {str(self.path)!r}; is this run started twice?") from None
-        except OSError:
-            pass                           # some network disks have none either
+        with ExitStack() as held:
+            held.push(_lock(self.path))
+            self.file = held.enter_context(open(self.path, 'a+b'))
+            self.file.seek(0)
+            whole = self.file.read()
+            self.file.truncate(whole.rfind(b'\n')+1)
+            self._held = held.pop_all()
 
     def add(self,
         rows:Iterable[dict], # Answers of a batch
@@ -105,7 +88,7 @@ class Shard:
     def __enter__(self):
         return self
     def __exit__(self, *_):
-        self.file.close()
+        self._held.close()
 
 # %% ../../nbs/57_eval.run.ipynb #3cd246dc
 _TEXTS = 'answer_id', 'prompt', 'text'
@@ -179,7 +162,7 @@ def set_aside(
     folder = Path(folder)
     shards = sorted(folder.glob('rank-*.jsonl'))
     for path in shards:
-        Shard(path).file.close()       # an error where a process is still writing it
+        with Shard(path): pass         # an error where a process is still writing it
     named = [folder/'run.json', folder/'answers.jsonl']
     files = [path for path in (*shards, *named) if path.exists()]
     if not files:
@@ -356,8 +339,16 @@ def _entry(name, score, splits):
     if isinstance(score, str): return entry | dict(reason=score)
     return entry | score.to_dict() | dict(published=as_published(score))
 
-def _report(results, items, out, model_id, splits, **head):
-    "Write scores.json and the page"
+# %% ../../nbs/57_eval.run.ipynb #4090c2bb
+def write_scores(
+    results:dict,  # Benchmark -> `Score`, or the reason why there is none
+    items:dict,    # Benchmark -> its questions
+    out:Path,      # Gets scores.json and index.html
+    model_id:str,  # Name for both
+    splits:dict,   # Benchmark -> split, where not the usual one
+    **head,        # What scores.json says of the run: limit, blind, parameters
+):
+    "Write the scores of a run and its page"
     found = dict(model_id=model_id, **head, versions=versions())
     found['benchmarks'] = {name: _entry(name, score, splits) for name,score in results.items()}
     write_json(out/'scores.json', found)
@@ -404,7 +395,7 @@ def run_eval(
     results = _collect(items, done, out, data_dir, splits, graded, bool(limit), allow_partial)
     size = sum(weight.numel() for weight in model.parameters())
     head = dict(limit=limit, blind=blind, parameters=size)
-    if results: _report(results, items, out, model_id, splits, **head)
+    if results: write_scores(results, items, out, model_id, splits, **head)
     return results
 
 # %% ../../nbs/57_eval.run.ipynb #9d538fe6
@@ -428,7 +419,7 @@ def answer_and_score(
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as nowhere:
         rank, world = ranks() if folder else (0, 1)
-        path = answer_items(model, processor, items, folder or nowhere, batch_size,
+        path = answer_items(model, processor, items, folder or f'{nowhere}/{score}', batch_size,
                             max_new_tokens, model_id, blind, rank, world, progress, anew)
         if path is None:
             return None

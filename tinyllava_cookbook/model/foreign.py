@@ -22,6 +22,7 @@ from .connectors import peer_weights
 from .llms import (TOKENIZER_FILES, check_tokenizer, default_template,
     family_of, llm_families, load_tokenizer, prove_llm, stop_ids)
 from .processor import processor_for
+from .sentencepiece import as_sentencepiece
 from .vision import (MoFConfig, load_image_processor, load_vision,
     n_layers, n_prefix, tower_paths)
 from tinyllava_cookbook.model.vlm import (VLMConfig, VLMForConditionalGeneration, causal_lm,
@@ -232,7 +233,9 @@ def load_processor(
     "The processor of a folder, checked, and without code that it may bring"
     check_folder(path)
     with reading(path, 'processor'):
-        return AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        as_sentencepiece(processor.tokenizer, path)
+    return processor
 
 # %% ../../nbs/25_model.foreign.ipynb #6bb9ed8f
 def _parts(path):

@@ -16,7 +16,8 @@ from PIL import Image
 
 from ..core import versions, write_json
 from ..data.images import load_image
-from ..eval.benchmarks import Item, evaluate, load_pope, load_questions
+from ..eval.benchmarks import Item, load_pope, load_questions
+from ..eval.run import answer_and_score
 from ..microworld import ASK, write_world
 from ..pages import image_tag, render, write_page
 from .bake import bake as bake_ingredients
@@ -70,12 +71,12 @@ def test_micro(
     seconds:dict,          # Gets the times
     progress:bool = True,  # Show bars?
     batch_size:int = 64,   # Questions at a time
-) -> dict[str,dict]:       # Results of `evaluate`: 'seeing', 'blind', 'pope'
+) -> dict[str,dict]:       # Results of `answer_and_score`: 'seeing', 'blind', 'pope'
     "Exact match on held-out questions, seeing and blind, and POPE"
     kw = dict(batch_size=batch_size, max_new_tokens=12, progress=progress)
     results = {}
     def ask(name, some, **more):
-        with timed(seconds, name, progress): results[name] = evaluate(model, processor, some, **kw, **more)
+        with timed(seconds, name, progress): results[name] = answer_and_score(model, processor, some, **kw, **more)
     ask('seeing', items)
     ask('blind', items, blind=True)
     ask('pope', pope, score='pope')

@@ -19,7 +19,7 @@ from ..model.architecture import meta_model
 from ..model.vision import n_layers, n_patches
 from ..model.vlm import VLMConfig
 from .recipes import ADAPTERS, PARTS, Recipe, Stage
-from .tuning import _blocks, _linears, _towers, learnable, reachable
+from .tuning import layer_list, learnable, linear_names, reachable, tower_names
 
 # %% ../../nbs/37_train.activations.ipynb #e1911edf
 def recipe_model(
@@ -50,9 +50,9 @@ def adapter_size(
 # %% ../../nbs/37_train.activations.ipynb #ba9bd072
 def _annotate_adapters(model, part, tune, reached):
     "Note adapters of one part, and which of its weights are held in 4 bits"
-    for name in _linears(model, part, tune.targets, reached):
+    for name in linear_names(model, part, tune.targets, reached):
         model.get_submodule(name).adapter = Adapter(tune.r, tune.dropout, tune.mode == 'dora')
-    for name in _linears(model, part, None, reached):
+    for name in linear_names(model, part, None, reached):
         model.get_submodule(name).four_bit = tune.mode == 'qlora'
 
 def _forget_annotations(model):
@@ -274,7 +274,7 @@ def stack(
     module:nn.Module,  # A vision tower or a language model
 ) -> list[nn.Module]:  # In the order of the forward pass
     "The transformer blocks of a model"
-    return list(module.get_submodule(_blocks(module)[0]))
+    return list(module.get_submodule(layer_list(module)[0]))
 
 def _cast_bytes(block, each):
     "Copies of a block's weights in the precision of matrix products, kept until the backward pass"
@@ -317,7 +317,7 @@ def each_tower(
 ) -> list[tuple]:     # `(tower, its configuration)`; mostly one
     "The vision towers of a model"
     config = model.config.vision_config
-    towers = [model.vision_tower.get_submodule(name) for name in _towers(model.vision_tower)]
+    towers = [model.vision_tower.get_submodule(name) for name in tower_names(model.vision_tower)]
     return list(zip(towers, getattr(config, 'both', (config,))))
 
 def connector_bytes(

@@ -163,7 +163,7 @@ def sample_flops(
     adapters = 6*sum(adapter_size(m) for m in model.language_model.modules())
     if adapters:   # the gradient passes through the frozen layers to the adapters
         rates['tokens'] = max(rates['tokens'], 2*forward) + adapters
-    if any(stage.trainer.get(k) for k in ('activation_checkpointing', 'gradient_checkpointing')):
+    if stage.checkpointing:
         rates['tokens'] += forward
         rates['squares'] *= 4/3
     return sum(counts[k]*rate for k,rate in rates.items())

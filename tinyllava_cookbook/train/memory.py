@@ -138,11 +138,6 @@ class _Step:
     each:ElementBytes
     accumulated:bool   # From the second micro-batch on, all gradients are there from the start
 
-    @property
-    def checkpoint(self):
-        options = ('activation_checkpointing', 'gradient_checkpointing')
-        return any(self.stage.trainer.get(o) for o in options)
-
 def _head_bytes(step):
     "Gradient of the output layer: in the type of matrix products, and a second one that is added to the first"
     words,head = step.model.get_input_embeddings().weight, step.model.get_output_embeddings().weight
@@ -164,11 +159,11 @@ def _vision_work(step):
 # %% ../../nbs/38_train.memory.ipynb #4c9d6373
 def _candidates(step, state):
     "`(moment, bytes by kind)` of every moment that may be the worst"
-    found = segments(step.model, step.batch, step.each, step.checkpoint)
+    found = segments(step.model, step.batch, step.each, step.stage.checkpointing)
     vocabulary = step.model.config.text_config.vocab_size
     at_once = min(step.batch.supervised, max(1, LOGITS_AT_ONCE//vocabulary))
     moments = list(_moments(found, state, step.accumulated, 12*at_once*vocabulary, _head_bytes(step)))
-    if step.checkpoint and step.each.mixed:
+    if step.stage.checkpointing and step.each.mixed:
         copies = step.each.compute*n_direct(p for p in step.model.parameters() if p.ndim > 1)
         loss = moments[0][1]
         moments.append(('end of the forward pass', loss | dict(logits=8*at_once*vocabulary, work=copies)))

@@ -143,6 +143,10 @@ class Stage:
         _check_stage(self)
     @property
     def trained(self) -> list[str]: return [p for p,t in self.tune.items() if t.mode != 'frozen']
+    @property
+    def checkpointing(self) -> bool:
+        "Are activations computed again in the backward pass, instead of saved?"
+        return any(self.trainer.get(o) for o in ('activation_checkpointing', 'gradient_checkpointing'))
 
 # %% ../../nbs/30_train.recipes.ipynb #1f31d15b
 def _tune(o):

@@ -20,16 +20,15 @@ from safetensors import SafetensorError
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from xxhash import xxh3_128
 
-from ..core import pick_device, read_json, seed_everything, write_json
+from ..core import pick_device, rank_and_world, read_json, seed_everything, write_json
 from ..data.datasets import CachedDataset, VLMDataset
-from ..data.records import read_sample
 from ..durable import FolderLock, Stopped, mark_complete, publish, stop_if_asked, stop_on_signal
 from ..ingredients import ingredient
 from ..model.checkpoints import load, save
 from ..model.processor import compose
 from .displays import SampleAnswers, progress_callback
 from .identity import data_identity, folder_identity, model_identity
-from .parallel import join_processes, parallel_args, rank_and_world
+from .parallel import join_processes, parallel_args
 from .recipes import Recipe, Stage, check_names, to_dict
 from .recipes import recipe as find_recipe
 from .trainer import (DONE, StopSignal, VLMTrainer, check_same_plan, pack_sizes,
@@ -130,7 +129,7 @@ def _asking(processor, stage, dataset, out, every):
     "The callback for the first three samples"
     ds = dataset.ds if isinstance(dataset, VLMDataset) else []
     if not len(ds): raise ValueError("ask_every needs samples with messages, not encoded ones")
-    first = [read_sample(ds[i], i) for i in range(min(3, len(ds)))]
+    first = [dataset.sample(i) for i in range(min(3, len(ds)))]
     return SampleAnswers(processor, first, out/'samples.jsonl', every, stage.template)
 
 def fsdp_units(

@@ -24,14 +24,14 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ..core import pick_device
+from ..core import pick_device, rank_and_world
 from ..data.batches import BatchLoader, EpochBatches, PadCollator
 from ..data.datasets import CachedDataset, Encoder, VLMDataset, leave_out, read_mixture
 from ..data.packing import PackCollator, PackSampler, lengths
 from ..durable import (asked_to_stop, find_checkpoint, mark_complete, numbered_checkpoints, publish,
     read_marker, remove, shield_worker, stop_on_signal)
 from .meter import MeteredTrainer, flop_rates
-from .parallel import parallel_args, rank_and_world
+from .parallel import parallel_args
 from .recipes import Stage, batch_sizes, check_names
 from .tuning import MuonAdamW, param_groups
 

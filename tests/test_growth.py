@@ -1,0 +1,155 @@
+"Cost that grows as the work does, and no faster: operations or bytes counted at two sizes, never seconds."
+import json, tracemalloc
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+import pytest
+
+torch = pytest.importorskip('torch')
+import numpy as np
+from tinyllava_cookbook import cached_files
+from tinyllava_cookbook.cached_files import SMALL, find_cached, known_checksum, write_cached
+from tinyllava_cookbook.data import batches, preflight, records
+from tinyllava_cookbook.data.batches import fill_packs, plan_packs
+from tinyllava_cookbook.data.datasets import VLMDataset
+from tinyllava_cookbook.data.faults import Fault
+from tinyllava_cookbook.data.packing import PackSampler
+from tinyllava_cookbook.data.records import Sample, read_llava
+from tinyllava_cookbook.eval.resampling import resampled
+from tinyllava_cookbook import durable
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch): monkeypatch.setenv('TINYLLAVA_CACHE', str(tmp_path/'cache'))
+
+def count_calls(monkeypatch, module, name):
+    "How often a function is called from here on, as a list that grows"
+    calls, plain = [], getattr(module, name)
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return plain(*args, **kwargs)
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+@contextmanager
+def peak_bytes():
+    "Most bytes that Python and numpy hold at a time within, beyond what they held before"
+    found = {}
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    try: yield found
+    finally:
+        found['peak'] = tracemalloc.get_traced_memory()[1] - before
+        tracemalloc.stop()
+
+def write_llava(path, n):
+    rows = [dict(id=str(i), conversations=[{'from': 'human', 'value': f'What is {i}?'}, {'from': 'gpt', 'value': 'A number.'}]) for i in range(n)]
+    path.write_text(json.dumps(rows))
+    return path
+
+def test_packs_are_filled_once_for_all_epochs_and_ranks(monkeypatch):
+    batches._filled.cache_clear()
+    calls = count_calls(monkeypatch, batches, 'fill_packs')
+    n = np.random.default_rng(0).integers(20, 400, 500)
+    for rank in range(2):
+        sampler = PackSampler(n, 1024, world_size=2, rank=rank)
+        for epoch in range(3): sampler.set_epoch(epoch)
+    assert len(calls) == 1
+    anew = [plan_packs(n, 1024, epoch=e, world_size=2)[1] for e in (2, 0)]
+    batches._filled.cache_clear()
+    assert anew == [plan_packs(n, 1024, epoch=e, world_size=2)[1] for e in (2, 0)]   # what was kept is what would come out
+
+def test_operations_of_filling_packs(monkeypatch):
+    def count(n):
+        calls = count_calls(monkeypatch, batches._Shelf, 'best')
+        fill_packs(np.random.default_rng(1).integers(300, 1100, n).tolist(), 4096)
+        monkeypatch.undo()
+        return len(calls)
+    looked = [count(n) for n in (2000, 4000, 8000)]
+    assert looked[1] <= 2.1*looked[0] and looked[2] <= 2.1*looked[1]
+
+def test_a_large_file_is_hashed_once(tmp_path, monkeypatch):
+    "By one of all processes, and again only when it is another file"
+    big = tmp_path/'big.json'
+    big.write_bytes(bytes(range(256))*((SMALL >> 8) + 64))
+    calls = count_calls(monkeypatch, cached_files, 'checksum')
+    sums = {known_checksum(big) for _ in range(8)}
+    assert len(calls) == 1 and sums == {durable.checksum(big)}
+    with big.open('r+b') as f: f.write(b'?')
+    assert known_checksum(big) == durable.checksum(big) not in sums
+
+def test_a_checksum_that_was_not_finished_is_not_believed(tmp_path):
+    big = tmp_path/'big.json'
+    big.write_bytes(b'x'*(SMALL + 1))
+    known_checksum(big)
+    note, = (tmp_path/'cache/checksums').iterdir()
+    note.write_text('abc')
+    assert known_checksum(big) == durable.checksum(big)
+
+def test_rows_are_written_once(tmp_path, monkeypatch):
+    "Whatever is done about bad samples, and however often they are read"
+    calls = count_calls(monkeypatch, records, '_write_rows')
+    path = write_llava(tmp_path/'d.json', 20)
+    for how in ('raise', 'keep', 'raise'): read_llava(path, on_bad_sample=how)
+    assert len(calls) == 1 and len(list((tmp_path/'cache/arrow').iterdir())) == 1
+
+def test_prune_keeps_what_was_read_last(tmp_path):
+    def write(file): file.write(b'x'*1000); return 1
+    old, new = (write_cached('arrow', key, '.arrow', write) for key in ('old', 'new'))
+    for path in (old, new): cached_files.os.utime(path, (1e9, 1e9))
+    assert find_cached('arrow', 'new', 'new') == new                   # read just now
+    assert [o.path for o in cached_files.prune_cache(days=30)] == [old] and new.is_file()
+    part = new.with_suffix('.tmp')
+    part.write_bytes(b'being written')
+    assert [o.path for o in cached_files.prune_cache(megabytes=0)] == [new] and part.is_file()
+
+def test_bytes_of_the_list_of_bad_samples():
+    "Grow with the bad ones, not with all"
+    def peak(n):
+        ds = VLMDataset(np.zeros(n), encoder=None)
+        ds.marks[5] = True
+        with peak_bytes() as found: assert ds.bad == ['5']
+        return found['peak']
+    peak(10)
+    assert peak(2_000_000) <= peak(1000) + 4096
+
+def test_clean_samples_look_for_faults_once(monkeypatch):
+    calls = []
+    plain = preflight.Report.bad.fget
+    monkeypatch.setattr(preflight.Report, 'bad', property(lambda self: calls.append(1) or plain(self)))
+    def count(n):
+        calls.clear()
+        faults = [Fault(i, str(i), 'too-long', '') for i in range(0, n, 10)]
+        r = preflight.Report(n, 0, faults, (), [None]*n, (), None, 1., rows=[dict(id=i) for i in range(n)])
+        assert len(list(preflight._clean(r))) == n - len(faults)
+        return len(calls)
+    assert count(100) == count(1000) == 1
+
+def test_bytes_of_an_interval():
+    "Of as many distinct scores as there are answers: less than a matrix of all resamples"
+    def peak(distinct, resamples=400):
+        tally = Counter({('', i/distinct): 1 for i in range(distinct)})
+        with peak_bytes() as found: resampled(lambda rows, weights: weights.sum(1), tally, resamples)
+        return found['peak']
+    small, large = peak(8_000), peak(32_000)
+    assert large < 2*small and large < 32_000*400*8/2
+
+def test_a_save_reads_no_earlier_checkpoint(tmp_path, monkeypatch):
+    "And a resume reads the newest alone"
+    from tinyllava_cookbook.train import trainer
+    for k in range(1, 6):
+        folder = tmp_path/f'checkpoint-{k}'
+        folder.mkdir()
+        (folder/'model.safetensors').write_bytes(bytes(100))
+        durable.mark_complete(folder, step=k, began=1.)
+    calls = count_calls(monkeypatch, durable, 'checksum')
+    trainer._rotate(tmp_path, 3, None)
+    assert calls == [] and sorted(o.name for o in tmp_path.glob('checkpoint-*')) == ['checkpoint-3', 'checkpoint-4', 'checkpoint-5']
+    assert durable.find_checkpoint(tmp_path, 'auto').name == 'checkpoint-5' and len(calls) == 1
+
+def test_answers_while_training_from_a_list_of_samples():
+    from tinyllava_cookbook.train.recipes import Stage
+    from tinyllava_cookbook.train.stages import _asking
+    rows = [Sample('a', [{'role': 'user', 'content': 'What?'}, {'role': 'assistant', 'content': 'That.'}])]
+    class Processor: template = 'llama'
+    found = _asking(Processor(), Stage('s'), VLMDataset(rows, encoder=None), Path('.'), 5)
+    assert [o.id for o in found.samples] == ['a']

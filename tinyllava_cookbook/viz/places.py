@@ -133,7 +133,8 @@ def _cells(model):
         return [('image', torch.arange(rows*cols).unflatten(0, (rows, cols)))]
     if _keeps_places(model):
         return _tower_cells(config)
-    raise ValueError(f"the {config.image_seq_length} tokens of {config.connector!r} on {config.vision_config.model_type!r} "
+    tower = config.vision_config.model_type
+    raise ValueError(f"the {config.image_seq_length} tokens of {config.connector!r} on {tower!r} "
         "have no known places on the image: give the connector a `token_grid`, or a parameter `queries` if it asks")
 
 # %% ../../nbs/60_viz.places.ipynb #eab7a980

@@ -230,56 +230,6 @@ def next_batch(
         taken.append(waiting.pop(0))
     return taken
 
-# %% ../../nbs/41_infer.batching.ipynb #7b3229c1
-class Batcher:
-    "Answers jobs of many callers in batches"
-    def __init__(self,
-        model,                  # A `VLMForConditionalGeneration`
-        processor,              # Its processor
-        max_rows:int=16,        # Jobs of a batch
-        max_tokens:int=65536,   # Tokens of a batch, padding and answers included
-        linger:float=.005,      # Seconds that the first job of a batch waits for others
-    ):
-        self.model = model
-        self.processor = processor
-        self.max_rows = max_rows
-        self.max_tokens = max_tokens
-        self.linger = linger
-        self.counts = Counts()
-        self.inbox = queue.SimpleQueue()
-        self.waiting = []
-        self.running = []
-        self.closed = False
-        self.thread = threading.Thread(target=self._work, daemon=True, name='batcher')
-        self.thread.start()
-
-    def submit(self, job:Job):
-        "Queue a job; it is told what comes of it"
-        if self.closed: raise RuntimeError("the batcher is closed; make another one")
-        self.inbox.put(job)
-
-    def call(self, work:Callable) -> Future:
-        "Run `work()` between two batches, in the thread that owns the model"
-        if self.closed: raise RuntimeError("the batcher is closed; make another one")
-        future = Future()
-        self.inbox.put((work, future))
-        return future
-
-    def close(self):
-        "End all answers and the thread"
-        if self.closed: return
-        self.closed = True
-        for job in [*self.running, *self.waiting]: job.cancel()
-        self.inbox.put(None)
-        self.thread.join()
-
-    def depth(self) -> int: return len(self.waiting) + self.inbox.qsize()
-
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
-
-    def _work(self): _answer_all(self)
-
 # %% ../../nbs/41_infer.batching.ipynb #90d61045
 def _receive(batcher, item):
     "Sort one item of the inbox: a call runs at once, a job waits"
@@ -334,3 +284,56 @@ def _answer_all(batcher):
     while not batcher.inbox.empty(): _receive(batcher, batcher.inbox.get())
     for job in batcher.waiting: job.cancel()
     _drop_left(batcher)
+
+# %% ../../nbs/41_infer.batching.ipynb #7b3229c1
+class Batcher:
+    "Answers jobs of many callers in batches"
+    def __init__(self,
+        model,                  # A `VLMForConditionalGeneration`
+        processor,              # Its processor
+        max_rows:int=16,        # Jobs of a batch
+        max_tokens:int=65536,   # Tokens of a batch, padding and answers included
+        linger:float=.005,      # Seconds that the first job of a batch waits for others
+    ):
+        self.model = model
+        self.processor = processor
+        self.max_rows = max_rows
+        self.max_tokens = max_tokens
+        self.linger = linger
+        self.counts = Counts()
+        self.inbox = queue.SimpleQueue()
+        self.waiting = []
+        self.running = []
+        self.closed = False
+        self.thread = threading.Thread(target=_answer_all, args=(self,), daemon=True)
+        self.thread.start()
+
+    def submit(self, job:Job):
+        "Queue a job; it is told what comes of it"
+        self._put(job)
+
+    def call(self, work:Callable) -> Future:
+        "Run `work()` between two batches, in the thread that owns the model"
+        future = Future()
+        self._put((work, future))
+        return future
+
+    def close(self):
+        "End all answers and the thread"
+        if self.closed: return
+        self.closed = True
+        for job in [*self.running, *self.waiting]: job.cancel()
+        self.inbox.put(None)
+        self.thread.join()
+
+    def _put(self, item):
+        if self.closed: raise RuntimeError("the batcher is closed; make another one")
+        self.inbox.put(item)
+
+    def depth(self) -> int: return len(self.waiting) + self.inbox.qsize()
+
+    def __enter__(self): return self
+    def __exit__(self, *error): self.close()
+
+    def _work(self): _answer_all(self)
+

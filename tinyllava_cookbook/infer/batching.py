@@ -330,10 +330,5 @@ class Batcher:
         if self.closed: raise RuntimeError("the batcher is closed; make another one")
         self.inbox.put(item)
 
-    def depth(self) -> int: return len(self.waiting) + self.inbox.qsize()
-
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
 
     def _work(self): _answer_all(self)
-

@@ -21,8 +21,6 @@ EXCEPTIONS = {
     (tuple(CHAT), '', 'system_first'): "a conversation's own system message is kept; the reference drops it",
     (tuple(PEER), '', 'two_images_one_turn'): "two images stay two; the reference makes one of them",
     (('pretrain',), '', 'no_image_single'): "no image, no mark of one; the reference writes one all the same",
-    (('llama',), 'real_llama2', 'image_middle'):
-        "two spaces where the image was: '▁', '▁and' in transformers 4.40, '▁▁', 'and' in 5 (transformers5_vs_goldens.txt)",
 }
 
 def excepted(template, tokenizer, case):

@@ -61,6 +61,7 @@ class Facts(NamedTuple):
     image_id:int|None       # Id of `<image>`, if it is an added token
     bos:list[int]           # What the tokenizer puts first
     mark:bool               # Does it open a text with a word-start mark, as Llama's do?
+    own_mark:bool           # Also a text that begins with a space, as SentencePiece does?
     control:dict[int, str]  # Added tokens, but for white space
     unknown:int|None        # Id of what it cannot write
     bare:Tokenizer          # The same without added tokens
@@ -84,7 +85,8 @@ def _look_up(tokenizer) -> Facts:
     first = tokenizer('').input_ids[:1]
     bos = first if first == [tokenizer.bos_token_id] else []
     mark = str(tokenizer.tokenize('a')[0]).startswith('▁')
-    return Facts(image_id, bos, mark, control, tokenizer.unk_token_id, _without_added_tokens(tokenizer), {})
+    own_mark = ''.join(tokenizer.tokenize(' a')).startswith('▁▁')
+    return Facts(image_id, bos, mark, own_mark, control, tokenizer.unk_token_id, _without_added_tokens(tokenizer), {})
 
 # %% ../../nbs/10_data.encoding.ipynb #55256872
 _known = weakref.WeakKeyDictionary()   # Tokenizer to its state and facts
@@ -239,11 +241,11 @@ def encode_pieces(
 ) -> tuple[list[int], Spans]:
     "Ids of pieces, and their spans in the joined text"
     ids = list(facts.bos) if adds_bos else []
-    if ids and facts.mark and pieces and pieces[0].how == 'plain': ids += ids_and_spans(tokenizer, ' ')[0]
+    if ids and facts.mark and pieces and pieces[0].how == 'plain': ids.append(tokenizer.convert_tokens_to_ids('▁'))
     spans = [(0, 0)] * len(ids)
     before = '' if adds_bos else 'run'
     for piece in pieces:
-        extra = _extra(piece.how, before, piece.text, facts.mark)
+        extra = _extra(piece.how, before, piece.text, facts.mark and not facts.own_mark)
         if piece.how == 'image': new, where = _image_ids(image_id, piece.text)
         elif piece.how == 'plain': new, where = plain_ids(facts, piece.text, extra)
         else: new, where = ids_and_spans(tokenizer, piece.text, extra)

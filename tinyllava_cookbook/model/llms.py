@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..core import IMAGE_TOKEN, Registry, quiet
 from ..data.templates import chat_template, templates
+from .sentencepiece import as_sentencepiece, pieces_of
 from ..trust import check_folder, checkpoint_path, read_config, reading
 from ..weights import load_strict
 
@@ -144,8 +145,10 @@ def load_tokenizer(
             "or another folder as tokenizer=")
     if Path(path).is_dir():
         check_folder(path)
+        pieces_of(path)   # an error that names the file
     with reading(path, 'tokenizer'):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        as_sentencepiece(tokenizer, path)
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
         raise ValueError(

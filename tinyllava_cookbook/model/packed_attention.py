@@ -223,7 +223,7 @@ def row_attention(
     "Within it, the model computes packed rows as chosen"
     before = llm.config._attn_implementation
     name = before if how is None else choose_attention(llm.config, how)
-    if say and name == PACKED: _say("packed rows: attention sample by sample (set pack_attention=sdpa for the dense mask)")
+    if say and name == PACKED: _say("packed rows: attention sample by sample; pack_attention=sdpa takes the dense mask")
     if name != before: llm.set_attn_implementation(name)
     try: yield name
     finally:

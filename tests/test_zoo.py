@@ -54,7 +54,7 @@ def test_plot_shows_all_and_yours():
 def test_a_real_run_can_be_read(tmp_path):
     "What `run_eval` writes is what `your_run` reads"
     from tinyllava_cookbook.eval import run as R
-    from tinyllava_cookbook.eval.records import Score
+    from tinyllava_cookbook.eval.results import Score
     s = Score('pope', 'f1', dict(f1=.5), {}, [dict(id=i, score=float(i%2)) for i in range(40)], {})
     (tmp_path/'pope').mkdir()
     (tmp_path/'pope'/'answers.jsonl').write_text(json.dumps(dict(question_id=0, answer_id='0', text='no')))

@@ -10,7 +10,8 @@ __all__ = ['LETTERS', 'MMMU_DOMAINS', 'FIRST_PASS', 'sqa_answer', 'scienceqa', '
 import random, re
 from ..core import read_json
 from .items import find
-from .records import Score, match, mean, read_answers, read_table, said, table
+from .results import Score, mean, table
+from .records import match, read_answers, read_table, said
 
 # %% ../../nbs/52_eval.choice.ipynb #a1192951
 LETTERS = 'ABCDE'

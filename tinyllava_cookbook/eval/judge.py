@@ -19,7 +19,8 @@ from ..endpoint import Endpoint, without_key
 from ..paid_requests import Asker, Cache, Estimate, Request, estimate, run_jobs
 from .choice import mmbench, mmbench_gold, mmbench_infer, mmbench_passes
 from .items import find
-from .records import Score, match, read_answers, said
+from .results import Score
+from .records import match, read_answers, said
 from .scoring import llavabench, llavaw_parse, mmvet
 
 # %% ../../nbs/55_eval.judge.ipynb #b6d23295

@@ -15,7 +15,8 @@ from ..core import Registry, Table, read_json, replacing, write_json
 from ..data.images import load_image
 from . import scoring
 from .benchmarks import BENCHES, mmbench_rows, need
-from .records import match, problem_words, read_jsonl
+from .results import problem_words
+from .records import match, read_jsonl
 from ..pages import image_tag, render, write_page as write_html
 
 # %% ../../nbs/56_eval.report.ipynb #b4533a69

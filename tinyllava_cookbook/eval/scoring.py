@@ -11,7 +11,8 @@ import inspect, math
 from pathlib import Path
 from ..core import Registry, Table, read_json
 from .items import Item, find
-from .records import Score, compare, match, mean, ratio, read_answers, said
+from .results import Score, compare, mean, percentile_interval, ratio
+from .records import match, read_answers, said
 from .yesno import (POPE_CATEGORIES, POPE_OFFSETS, mme, mme_answer, pope, pope_answer,
                                            pope_by_category, pope_mean_f1, pope_scores)
 from .vqa import gqa, textvqa, textvqa_normalize, vqa_normalize, vqav2
@@ -39,7 +40,7 @@ def bootstrap_ci(
     values,             # One value (or one row of values) per question
     seed:int=0,         # Same seed, same interval
     n:int=1000,         # Number of resamples
-    level:float=0.95,   # Share of the resampled scores inside the interval
+    level:float=0.95,   # Fraction of the resampled scores inside the interval
     stat=None,          # Score of a resampled array; `None`: the mean
 ) -> tuple[float,float]: # Lower and upper end
     "Percentile bootstrap interval of `stat(values)`"
@@ -48,13 +49,10 @@ def bootstrap_ci(
     stat = stat or np.mean
     if not len(values):
         raise ValueError("no values to resample; score at least one answer first")
-    if not 0<level<1:
-        raise ValueError(f"level {level!r} is not between 0 and 1; use 0.95 for a 95 % interval")
     rng = np.random.default_rng(seed)
     size = len(values)
     stats = [stat(values[rng.integers(0, size, size)]) for _ in range(n)]
-    lo,hi = np.quantile(stats, [(1-level)/2, (1+level)/2])
-    return float(lo), float(hi)
+    return percentile_interval(stats, level)
 
 # %% ../../nbs/53_eval.scoring.ipynb #6d9a3fe9
 def accuracy_by_kind(

@@ -12,7 +12,8 @@ from collections import Counter
 from functools import lru_cache
 from ..core import read_json
 from .items import find
-from .records import Score, match, mean, place, said, table
+from .results import Score, mean, table
+from .records import match, place, said
 
 # %% ../../nbs/51_eval.vqa.ipynb #8bf1219f
 def agreement(

@@ -12,8 +12,8 @@ from collections import Counter
 from pathlib import Path
 from ..core import SHORT
 from .items import Item, find, image_file
-from .records import (Score, match, mean, place, ratio, read_answers, read_jsonl, read_tabbed,
-                                             said, table)
+from .results import Score, mean, ratio, table
+from .records import match, place, read_answers, read_jsonl, read_tabbed, said
 
 # %% ../../nbs/50_eval.yesno.ipynb #f0dff13b
 _pope_no = {'No', 'not', 'no'}

@@ -34,7 +34,7 @@ from transformers.utils.generic import can_return_tuple
 from ..core import IGNORE
 from ..data.images import canvases
 from .vision import build_vision, feature_grid, input_size, n_layers, n_patches
-from tinyllava_cookbook.model.connectors import (blank_image, connect_features, image_features, new_connector,
+from tinyllava_cookbook.model.features import (blank_image, connect_features, image_features, new_connector,
     tower_features)
 from .llms import family_of, llm_logits, save_code
 

@@ -329,7 +329,8 @@ def marked_message(
     end:str,     # Behind either
 ) -> dict:
     "A message whose words are between characters; empty ones and images are left as they are"
-    if isinstance(m['content'], list): return dict(m, content=[_marked_block(b, m['role'], words, answer, end) for b in m['content']])
+    if isinstance(m['content'], list):
+        return dict(m, content=[_marked_block(b, m['role'], words, answer, end) for b in m['content']])
     if m['role'] == 'assistant': return dict(m, content=wrap_words(m['content'], answer, end))
     pieces = m['content'].split(IMAGE_TOKEN) if m['role'] == 'user' else [m['content']]
     wrapped = [wrap_words(o, words, end) if o.strip() else o for o in pieces]

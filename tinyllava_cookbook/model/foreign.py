@@ -365,14 +365,14 @@ def _read_llava(path, llm, vision):
     eyes,mode = _eyes(proc.image_processor)
     text_config = _adopt(hf.text_config)   # our own exports say more
     kept = getattr(hf, 'tinyllava_cookbook', {})
-    kept = {'image_mode': mode, 'template': kept.get('template')
-        or default_template(text_config, proc.tokenizer)} | kept
+    jinja = proc.chat_template or proc.tokenizer.chat_template
+    usual = 'hf' if jinja else default_template(text_config, proc.tokenizer)
+    kept = {'image_mode': mode, 'template': usual} | kept
     names = llava_names(tower_prefix(hf.vision_config))
     file = path/'generation_config.json'
     state = {rename(name, names): tensor for name,tensor in read_weights(path).items()}
     _zero_bias(hf.text_config, state)
     _untie(hf, state)
-    jinja = proc.chat_template or proc.tokenizer.chat_template
     return Foreign(llava_config(hf, path) | kept, state, names, eyes, proc.tokenizer, jinja,
         _generation(path) if file.exists() else None)
 

@@ -8,7 +8,8 @@ from PIL import Image, ImageDraw
 from tinyllava_cookbook.infer import generate
 from tinyllava_cookbook.infer.batching import Batcher, Finish, Job
 from tinyllava_cookbook.infer.requests import Policy
-from tinyllava_cookbook.infer.serve import Service, new_app, open_socket, running
+from tinyllava_cookbook.infer.serve import new_app, open_socket, running
+from tinyllava_cookbook.infer.service import Service
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.processor import compose
 

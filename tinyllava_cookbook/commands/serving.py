@@ -54,7 +54,7 @@ def _service(a, **limits):
     "The model of a command, ready to answer"
     from pathlib import Path
     from tinyllava_cookbook.infer.requests import Policy
-    from tinyllava_cookbook.infer.serve import Service
+    from tinyllava_cookbook.infer.service import Service
     policy = Policy(new_tokens=a.max_new_tokens, **limits)
     name = a.name or Path(a.model).resolve().name
     return Service(*load_model(a), name, policy, a.batch_size)

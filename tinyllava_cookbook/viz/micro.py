@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MICRO_VLM', 'save_micro', 'micro_vlm', 'ColorCase', 'color_cases', 'unused_color', 'recolored', 'object_box']
 
-# %% ../../nbs/60_viz.micro.ipynb #a49ecb45
+# %% ../../nbs/60_viz.micro.ipynb #1038a405
 import random, shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..microworld import COLORS, SIZES, Obj, Scene, alone, draw, sample_scene
 from ..model.checkpoints import load
 from ..model.processor import compose
 
-# %% ../../nbs/60_viz.micro.ipynb #9c21f5fc
+# %% ../../nbs/60_viz.micro.ipynb #0602e563
 MICRO_VLM = 'micro-vlm'   # A folder of the package's data
 
 def save_micro(
@@ -38,7 +38,7 @@ def save_micro(
     shutil.copymode(folder/'bake.json', folder/'model.safetensors')
     return folder
 
-# %% ../../nbs/60_viz.micro.ipynb #02dad1a4
+# %% ../../nbs/60_viz.micro.ipynb #13a16296
 @quiet()
 def micro_vlm(
     folder=None,  # From `save_micro`; `None` takes the one that ships with the package
@@ -56,7 +56,7 @@ def micro_vlm(
             "make both anew with `tinyllava quickstart --bake` and `save_micro`")
     return model.eval(), processor
 
-# %% ../../nbs/60_viz.micro.ipynb #9dfd6276
+# %% ../../nbs/60_viz.micro.ipynb #95822885
 @dataclass(frozen=True)
 class ColorCase:
     "A question for a colour, on a drawn scene"
@@ -73,7 +73,7 @@ class ColorCase:
     @property
     def image(self) -> Image.Image: return draw(self.scene, random.Random(self.seed))
 
-# %% ../../nbs/60_viz.micro.ipynb #2453477a
+# %% ../../nbs/60_viz.micro.ipynb #bf8c94ac
 def _case(seed):
     "A case drawn from `seed`: held-out, two objects or more"
     rng = random.Random(seed)
@@ -90,7 +90,7 @@ def color_cases(
     "Questions for colours on held-out scenes"
     return [_case(f'{seed}-case-{i}') for i in range(n)]
 
-# %% ../../nbs/60_viz.micro.ipynb #8c56843b
+# %% ../../nbs/60_viz.micro.ipynb #b9455b7d
 def unused_color(
     case:ColorCase, # Whose scene leaves colours over
 ) -> str:           # In the order of `COLORS`, begun at the object's own
@@ -112,7 +112,7 @@ def recolored(
     objs = tuple(new if one == obj else one for one in case.scene.objs)
     return ColorCase(replace(case.scene, objs=objs), new if obj == case.asked else case.asked, case.seed)
 
-# %% ../../nbs/60_viz.micro.ipynb #1af00d61
+# %% ../../nbs/60_viz.micro.ipynb #bc0b2241
 def object_box(
     obj:Obj,        # Of a scene
     side:int=64,    # Pixels of the picture's side

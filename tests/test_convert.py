@@ -11,7 +11,7 @@ from transformers import (AutoModelForCausalLM, CLIPVisionModel, LlavaConfig, Ll
 from transformers.utils import logging
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load, save
-from tinyllava_cookbook.model.foreign import bench_names, rename
+from tinyllava_cookbook.model.names import bench_names, rename
 from tinyllava_cookbook.model.card import model_card
 from tinyllava_cookbook.model.export import compose_folder, convert_folder, push_to_hub, to_llava
 from tinyllava_cookbook.model.serving import llama_cpp_commands, to_llama_cpp, vllm_problems

@@ -24,7 +24,7 @@ from ..core import quiet, read_json, write_json
 from ..data.images import pinpoints, prepare, target_size
 from .card import model_card
 from .checkpoints import load, save
-from .foreign import llava_names, rename, tower_prefix
+from .names import llava_names, rename, tower_prefix
 from .processor import compose
 from .vision import n_prefix, patch_grid
 from .vlm import flat_name

@@ -14,7 +14,7 @@ from huggingface_hub import save_torch_state_dict
 from ..core import read_json, write_json
 from .card import weight_shapes
 from .export import LLAVA_KINDS, llava_hf_config, llava_hf_state, llava_kind, why_not_llava
-from .foreign import llava_names, rename, tower_prefix
+from .names import llava_names, rename, tower_prefix
 from .vlm import causal_lm
 
 # %% ../../nbs/28_model.serving.ipynb #ec01f166

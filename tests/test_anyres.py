@@ -67,7 +67,7 @@ def test_equals_llava_next(parts, vision, llm):
 def test_counts_agree(pair, tmp_path):
     "Processor, encoder and model count the same tokens for 300 sizes; a file's size is read without decoding it"
     model,proc = pair
-    from tinyllava_cookbook.model.connectors import image_layout
+    from tinyllava_cookbook.model.features import image_layout
     rng = random.Random(1)
     sizes = [(rng.randint(1, 2000), rng.randint(1, 2000)) for _ in range(300)]
     assert [proc.n_tokens(o) for o in sizes] == [m for _,m in image_layout(model.config, sizes)]

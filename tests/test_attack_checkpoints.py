@@ -8,7 +8,7 @@ from transformers.utils import logging
 from tinyllava_cookbook.durable import mark_complete
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load, save
-from tinyllava_cookbook.model.foreign import factory_names, rename
+from tinyllava_cookbook.model.names import factory_names, rename
 from tinyllava_cookbook.weights import merge_lora
 from tinyllava_cookbook.model.llms import load_llm
 from tinyllava_cookbook.model.vision import load_vision

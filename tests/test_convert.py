@@ -11,9 +11,10 @@ from transformers import (AutoModelForCausalLM, CLIPVisionModel, LlavaConfig, Ll
 from transformers.utils import logging
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load, save
-from tinyllava_cookbook.model.foreign import bench_names, rename
-from tinyllava_cookbook.model.export import (compose_folder, convert_folder, llama_cpp_commands, model_card, push_to_hub,
-    to_llama_cpp, to_llava, vllm_problems)
+from tinyllava_cookbook.model.names import bench_names, rename
+from tinyllava_cookbook.model.card import model_card
+from tinyllava_cookbook.model.export import compose_folder, convert_folder, push_to_hub, to_llava
+from tinyllava_cookbook.model.serving import llama_cpp_commands, to_llama_cpp, vllm_problems
 from tinyllava_cookbook.model.llms import add_image_token, load_llm
 from tinyllava_cookbook.model.vision import load_vision
 from tinyllava_cookbook.weights import load_strict, read_weights

@@ -15,7 +15,8 @@ from tinyllava_cookbook.infer.generate import chat
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.adapters import restore
 from tinyllava_cookbook.model.checkpoints import load, save
-from tinyllava_cookbook.model.export import model_card, to_llava
+from tinyllava_cookbook.model.card import model_card
+from tinyllava_cookbook.model.export import to_llava
 from tinyllava_cookbook.model.processor import VLMProcessor, compose
 from tinyllava_cookbook.model.vlm import VLMForConditionalGeneration, VLMModel, causal_lm, flat_name
 

@@ -7,6 +7,8 @@ from hypothesis import given, settings, strategies as st
 from tinyllava_cookbook.core import IGNORE
 from tinyllava_cookbook.ingredients import tiny_llms
 from tinyllava_cookbook.model.llms import llm_families
+from tinyllava_cookbook.model import packed_attention
+from tinyllava_cookbook.model.packed_attention import PACKED
 from tinyllava_cookbook.data.batches import GroupedSampler, Lengths, PadCollator, fill_packs, plan_packs
 from tinyllava_cookbook.data.packing import PackCollator, PackSampler, block_mask
 
@@ -168,6 +170,7 @@ def test_sampler_is_the_plan():
 # ---------------------------------------------------------------------------------------------------- model
 
 FAMILIES = [o for o in tiny_llms.names() if o in llm_families] + ['openelm']
+WINDOWED = {'gemma2', 'gemma3_text', 'mistral'}   # of those, the tiny ones whose configuration has a sliding window
 NO_SDPA = {'gemma2'}     # caps the scores before the softmax, which sdpa cannot; transformers says so and stops
 
 @pytest.fixture(scope='module')
@@ -242,9 +245,9 @@ def varlen(monkeypatch):
     return calls
 
 @pytest.mark.parametrize('family', FAMILIES)
-@pytest.mark.parametrize('attention', ['sdpa', 'eager'])
+@pytest.mark.parametrize('attention', ['sdpa', 'eager', PACKED])
 def test_packed_logits(make, family, attention):
-    "From positions alone transformers builds the block mask: each sample as if alone, images and filling included"
+    "From positions alone transformers builds the block mask, or we find the blocks: each sample as if alone, images and filling included"
     model, _ = make(family, attention)
     parts = samples(model)
     expected = [alone(model, s) for s in parts]
@@ -296,6 +299,80 @@ def test_packed_loss_and_gradients(make, family):
         assert abs(packed - loss) < (1e-6 if exact else 1e-5) and grads.keys() == same.keys()
         for n, g in grads.items(): torch.testing.assert_close(same[n], g, atol=atol, rtol=1e-4, msg=n)
     model.eval()
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_packed_attention_equals_the_dense_mask(make, family, monkeypatch):
+    "Loss and gradients to 1e-5 of the largest, without a mask of all pairs; windows shorter than the samples where the family has them"
+    model, _ = make(family, 'sdpa')
+    config = model.config.text_config
+    windows = getattr(config, 'sliding_window', None)
+    if windows: monkeypatch.setattr(config, 'sliding_window', 6)
+    layers = [m for m in model.language_model.modules() if getattr(m, 'sliding_window', None)]
+    for m in layers: monkeypatch.setattr(m, 'sliding_window', 6)
+    batch = PackCollator(multiple_of=100)(samples(model))
+    model.train()
+    loss, grads = loss_and_grads(model, batch)
+    found, plain = [], packed_attention.find_blocks
+    monkeypatch.setattr(packed_attention, 'find_blocks', lambda *a: found.append(plain(*a)) or found[-1])
+    model.language_model.set_attn_implementation(PACKED)
+    packed, same = loss_and_grads(model, batch)
+    model.eval()
+    assert found and all(o is not None and sum(o.lengths) == batch['input_ids'].shape[1] for o in found)
+    assert (6 in {o.window for o in found}) == (family in WINDOWED)
+    assert abs(packed - loss) < 1e-6 and grads.keys() == same.keys()
+    most = max(g.abs().max().item() for g in grads.values())
+    for n, g in grads.items(): torch.testing.assert_close(same[n], g, atol=1e-5*most, rtol=1e-4, msg=n)
+
+@pytest.mark.parametrize('family', ['llama', 'mistral', 'gemma2'])
+def test_packed_attention_with_padding_and_a_cache(make, family):
+    "Generation and padded batches are as they were"
+    model, _ = make(family, 'sdpa')
+    if family in NO_SDPA: model = copy.deepcopy(model).float()   # eager attention in double precision makes NaN of padding
+    batch = PadCollator(0, side='left')(samples(model))
+    batch = {k: v.to(model.dtype) if k == 'pixel_values' else v for k, v in batch.items() if k != 'labels'}
+    def run():
+        with torch.no_grad(): return model(**batch).logits, model.generate(**batch, max_new_tokens=4, do_sample=False)
+    logits, ids = run()
+    model.language_model.set_attn_implementation(PACKED)
+    same, again = run()
+    keep = batch['attention_mask'].bool()
+    close(same[keep], logits[keep])
+    assert torch.equal(ids, again)
+
+def test_pairs_that_are_computed(monkeypatch):
+    "Twice the samples, twice the pairs; not four times"
+    seen, plain = [], torch.nn.functional.scaled_dot_product_attention
+    def counted(q, k, v, **kw):
+        seen.append(q.shape[2]*k.shape[2])
+        return plain(q, k, v, **kw)
+    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention', counted)
+    def pairs(n, **kw):
+        seen.clear()
+        x = torch.randn(1, 2, 64*n, 8)
+        packed_attention.packed_attention(None, x, x, x, packed_attention.Blocks((64,)*n, **kw))
+        return sum(seen)
+    assert pairs(16) == 2*pairs(8) == 16*64*64
+    assert pairs(16, window=8) == 2*pairs(8, window=8) <= 16*64*2*8
+
+def test_a_stage_chooses_its_attention(make, tmp_path, monkeypatch, capsys):
+    "Packed rows by themselves, and as before afterwards; overridden; losses are the same"
+    from tinyllava_cookbook.train.recipes import Stage
+    from tinyllava_cookbook.train.stages import train_stage
+    first, processor = make('llama')
+    data = samples(first, (1, 0, 2, 0, 1, 1))
+    calls, plain = [], packed_attention._one_by_one
+    monkeypatch.setattr(packed_attention, '_one_by_one', lambda *a: calls.append(1) or plain(*a))
+    def train(**kw):
+        calls.clear()
+        model = copy.deepcopy(first).float()
+        stage = Stage('s', tune=dict(llm='full'), global_batch_size=3, lr=1e-3, max_steps=2, max_length=100, **kw)
+        losses = [o['loss'] for o in train_stage(model, processor, stage, tmp_path/str(len(list(tmp_path.iterdir()))), data=data, device='cpu').log]
+        assert model.language_model.config._attn_implementation == 'sdpa'
+        return losses, bool(calls)
+    packed, dense, padded = train(pack=100), train(pack=100, pack_attention='sdpa'), train()
+    assert (packed[1], dense[1], padded[1]) == (True, False, False)
+    np.testing.assert_allclose(packed[0], dense[0], rtol=1e-5)
+    with pytest.raises(ValueError, match="attention 'flash' is not one of"): Stage('s', pack_attention='flash')
 
 def test_samples_do_not_see_each_other(make):
     "Another sample before it, another image, another order: the logits of a sample stay to the last bit"

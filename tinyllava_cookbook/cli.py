@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['commands', 'Command', 'Usage', 'command', 'positive', 'pairs', 'json_value', 'trust_argument', 'recipe_arguments',
-           'model_arguments', 'hide_progress', 'load_model', 'parser', 'one_line', 'main']
+           'model_arguments', 'hide_progress', 'load_model', 'import_argument', 'import_named', 'parser', 'one_line',
+           'main']
 
 # %% ../nbs/90_cli.ipynb #02acc75e
 import argparse, json, os, sys
 from collections.abc import Callable
 from dataclasses import dataclass
 import tinyllava_cookbook
-from .core import Registry
+from .core import Registry, UnknownName
+from .plugins import import_plugin, plugins
 
 # %% ../nbs/90_cli.ipynb #1da06c22
 @dataclass
@@ -105,6 +107,27 @@ def load_model(
     device = pick_device(a.device)
     return load(a.model, device=device, dtype=pick_dtype(device), trust_remote_code=a.trust_remote_code)
 
+# %% ../nbs/90_cli.ipynb #d75200a0
+def import_argument(
+    p:argparse.ArgumentParser,  # Changed in place
+    **how,                      # For `add_argument`
+):
+    "Add --import"
+    words = dict(action='append', default=argparse.SUPPRESS, dest='plugins', metavar='FILE|PACKAGE',
+                 help="Python that registers parts of your own; code runs from nowhere else (repeatable; "
+                      f"also {os.pathsep.join(('TINYLLAVA_PLUGINS=A', 'B'))})")
+    p.add_argument('--import', **words | how)
+
+def import_named(
+    argv:list[str],  # Words after `tinyllava`
+) -> list[str]:      # What --import names
+    "Import the plugins that a command line names"
+    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    import_argument(p, nargs='?', default=[])
+    given = [o for words in p.parse_known_args(argv)[0].plugins if words for o in words.split(os.pathsep) if o]
+    for o in given: import_plugin(o)
+    return given
+
 # %% ../nbs/90_cli.ipynb #edffa233
 _FIRST = """quickstart bake recipes budget check train launch deepspeed-config chat eval score judge submission
     convert compose bench""".split()
@@ -116,15 +139,18 @@ def _order():
 
 def parser() -> argparse.ArgumentParser: # For `tinyllava` and all its commands
     "The parser of the command line"
-    debug = argparse.ArgumentParser(add_help=False)
-    debug.add_argument('--debug', action='store_true', default=argparse.SUPPRESS, help='show the traceback of an error')
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument('--debug', action='store_true', default=argparse.SUPPRESS,
+                        help='show the traceback of an error')
+    import_argument(common)
     p = argparse.ArgumentParser(prog='tinyllava', description='Small vision-language models: train, ask, score.',
-                                parents=[debug], epilog='tinyllava COMMAND --help tells more about a command.')
+                                parents=[common], epilog='tinyllava COMMAND --help tells more about a command.')
     p.add_argument('--version', action='version', version=f'tinyllava-cookbook {tinyllava_cookbook.__version__}')
     sub = p.add_subparsers(metavar='COMMAND', dest='command', required=True)
     for name in _order():
         c = commands[name]
-        c.arguments(sub.add_parser(name, help=c.help, description=c.help[0].upper()+c.help[1:]+'.', parents=[debug]))
+        about = c.help[0].upper()+c.help[1:]+'.'
+        c.arguments(sub.add_parser(name, help=c.help, description=about, parents=[common]))
     return p
 
 # %% ../nbs/90_cli.ipynb #ab2724f0
@@ -138,24 +164,39 @@ def one_line(
     return text if text and isinstance(e, (ValueError, KeyError, OSError)) else f"{type(e).__name__}: {text}"
 
 # %% ../nbs/90_cli.ipynb #c6ad2d1a
-def main(
-    argv:list[str]|None=None, # Words after `tinyllava`; `None` takes those of the process
-) -> int:                     # Exit code
-    "Run one command; errors become one line"
-    a, code = parser().parse_args(argv), 0
+def _failed(e, words, debug):
+    "The exit code of an error, once it is said"
+    if debug: raise e
+    own = '; for parts of your own: --import FILE' if isinstance(e, UnknownName) and not plugins() else ''
+    print(f'{words}: {one_line(e)}{own}', file=sys.stderr)
+    return 2 if isinstance(e, Usage) else 1
+
+def _run(a):
+    "Run a command; its exit code"
     try:
         code = commands[a.command].run(a) or 0
         sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         return 130
     except BrokenPipeError:   # whoever read our output has gone, as in `| head`; nothing may be left to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as e:
-        if getattr(a, 'debug', False): raise
-        print(f'tinyllava {a.command}: {one_line(e)}', file=sys.stderr)
-        return 2 if isinstance(e, Usage) else 1
-    return code
+        return 0
+    except Exception as e: return _failed(e, f'tinyllava {a.command}', getattr(a, 'debug', False))
+
+def main(
+    argv:list[str]|None=None, # Words after `tinyllava`; `None` takes those of the process
+) -> int:                     # Exit code
+    "Run one command; errors become one line"
+    words = sys.argv[1:] if argv is None else [str(o) for o in argv]
+    try:
+        plugins = import_named(words)
+        p = parser()
+    except Exception as e: return _failed(e, 'tinyllava', '--debug' in words)
+    a = p.parse_args(words)
+    a.plugins = plugins
+    return _run(a)
 
 # %% ../nbs/90_cli.ipynb #0975ec44
 #| eval: false

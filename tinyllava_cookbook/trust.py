@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .core import quiet, read_json
+from .plugins import check_plugins
 
 # %% ../nbs/09_trust.ipynb #ae282ad6
 def listed(
@@ -201,6 +202,7 @@ def check_folder(
     "Errors for what no checkpoint should hold, before anything of it is used"
     folder = Path(folder)
     check_links(folder)
+    check_plugins(folder, CONFIG_MAPPING)
     for file in (folder/name for name in CONFIGS if (folder/name).exists()):
         config = read_object(file)
         check_values(config, file)

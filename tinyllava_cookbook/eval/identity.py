@@ -66,7 +66,8 @@ _PROBE = [dict(role='user', content='<image>\nWhat?'),
 
 def _rendered(processor) -> str:
     "A conversation as the template and the tokenizer make it, image and end of turn included"
-    template = chat_template(processor.template)
+    template = chat_template(processor.template,
+                             processor.tokenizer)
     ids,_ = template.encode(_PROBE, processor.tokenizer,
                             processor.image_token_id,
                             generate=True)

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['connectors', 'Connector', 'Identity', 'Linear', 'MLP', 'AvgPool', 'PixelShuffle', 'PerceiverLayer', 'Resampler',
-           'QFormerLayer', 'QFormer', 'MoFMLP', 'connector', 'peer_weights', 'new_connector', 'image_layout',
-           'tower_features', 'connect_features', 'image_features', 'blank_image']
+           'QFormerLayer', 'QFormer', 'MoFMLP', 'connector', 'peer_weights']
 
 # %% ../../nbs/21_model.connectors.ipynb #055513c0
 import math, re
@@ -15,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Registry
-from ..data.images import anyres_n_tokens, best_canvas, join_tiles
-from .vision import input_size, vision_features
 
 # %% ../../nbs/21_model.connectors.ipynb #332d9efc
 class Connector(nn.Module):
@@ -356,98 +353,3 @@ def peer_weights(
             name = re.sub(old, new, name)
         out[name] = weight[0] if name == 'queries' and weight.dim() == 3 else weight
     return out
-
-# %% ../../nbs/21_model.connectors.ipynb #e2eab3f7
-def new_connector(
-    config,            # Of the model that it is for: a `VLMConfig`
-) -> nn.Module:        # Maps (b, n, vision width) to (b, m, LLM width)
-    "The connector of a configuration, with new weights"
-    vision = config.vision_config
-    text = config.text_config
-    kwargs = dict(config.connector_kwargs or {})
-    if config.connector == 'mof_mlp' and hasattr(vision, 'both'):
-        kwargs.setdefault('d_first', vision.both[0].hidden_size)
-    conn = connector(config.connector, vision.hidden_size, text.hidden_size, **kwargs)
-    if config.image_mode == 'anyres':
-        conn.image_newline = nn.Parameter(torch.randn(text.hidden_size)/text.hidden_size**.5)
-    return conn
-
-# %% ../../nbs/21_model.connectors.ipynb #857b1360
-def image_layout(
-    config,                 # A `VLMConfig`: says how images become tokens
-    image_sizes:list,       # Height and width of each image
-) -> list[tuple]:           # Of each: rows and columns of tiles, besides the view of everything; and tokens
-    "How an 'anyres' model cuts each image up"
-    tile = input_size(config.vision_config)
-    points = [tuple(pair) for pair in config.image_grid_pinpoints or ()]
-    if not points:
-        raise ValueError(
-            f"image_sizes go with image_mode 'anyres', this model's is {config.image_mode!r}")
-    def tiles(size):
-        return tuple(pair//edge for pair,edge in zip(best_canvas(size, points), tile))
-    return [(tiles(pair), anyres_n_tokens(pair, config.image_token_grid, points, tile))
-        for pair in map(tuple, image_sizes)]
-
-# %% ../../nbs/21_model.connectors.ipynb #040416eb
-def _join_images(config, x_tnd, image_sizes, newline):
-    "Tiles of all images to one sequence of features for each image"
-    sizes = image_sizes.tolist()
-    grids = [tiles for tiles,_ in image_layout(config, sizes)]
-    counts = [1 + math.prod(tiles) for tiles in grids]
-    if sum(counts) != len(x_tnd):
-        raise ValueError(
-            f"{len(x_tnd)} tiles, but images of {sizes} have {sum(counts)}; let the processor make them")
-    each = zip(x_tnd.split(counts), sizes, grids)
-    return [join_tiles(x, size, config.image_token_grid, grid, newline) for x,size,grid in each]
-
-def tower_features(
-    model,                  # Gives vision tower and configuration
-    pixel_values:Tensor,    # (tiles, 3, h, w)
-) -> Tensor:                # (tiles, n, vision width)
-    "Features of the layer that the connector reads"
-    config = model.config
-    size = tuple(pixel_values.shape[-2:])
-    want = input_size(model.config.vision_config)
-    if size != want:
-        raise ValueError(
-            f"images of {size} pixels, but the encoder is shown {want}; let the processor prepare them")
-    return vision_features(model.vision_tower, pixel_values.to(model.vision_tower.device),
-        config.vision_feature_layer,
-        config.vision_feature_select, config.drop_first_patch)
-
-# %% ../../nbs/21_model.connectors.ipynb #549b3afb
-def connect_features(
-    model,                          # Gives connector and configuration
-    x_bnv:Tensor,                   # From `tower_features`
-    image_sizes:Tensor|None=None,   # (images, 2) heights and widths, for 'anyres'
-) -> Tensor|list[Tensor]:           # (images, image_seq_length, d), or for 'anyres' (tokens, d) of each image
-    "Vision features as the LLM reads them"
-    config = model.config
-    conn = model.connector
-    # 4-bit weights are bytes
-    floats = (parameter.dtype for parameter in conn.parameters() if parameter.is_floating_point())
-    x = conn(x_bnv.to(next(floats, x_bnv.dtype)))
-    newline = getattr(conn, 'image_newline', None)
-    scale = config.text_config.hidden_size**.5 if config.scale_image_features else 1
-    if image_sizes is not None:
-        return [features*scale for features in _join_images(config, x, image_sizes, newline)]
-    if newline is not None:
-        x = x + 0*newline   # takes part, so no process waits for its gradient
-    return x*scale
-
-def image_features(
-    model,                          # Gives vision tower, connector and configuration
-    pixel_values:Tensor,            # (tiles, 3, h, w); one tile per image, unless the mode is 'anyres'
-    image_sizes:Tensor|None=None,   # (images, 2) heights and widths, for 'anyres'
-) -> Tensor:                        # (images, image_seq_length, d), or for 'anyres' (tokens, d)
-    "Images as the LLM reads them"
-    x = connect_features(model, tower_features(model, pixel_values), image_sizes)
-    return torch.cat(x) if isinstance(x, list) else x
-
-def blank_image(
-    model,        # Gives vision tower and configuration
-) -> Tensor:      # (1, 3, h, w) zeros
-    "An empty image for a batch without any"
-    vision = model.config.vision_config
-    return torch.zeros(1, vision.num_channels, *input_size(vision),
-        device=model.vision_tower.device)

@@ -22,7 +22,7 @@ from tinyllava_cookbook.data.images import (IMAGE_MODES, anyres_n_tokens, best_c
     target_size)
 from ..data.templates import chat_template
 from .vision import load_vision
-from .connectors import new_connector
+from .features import new_connector
 from .llms import add_image_token, default_template, load_llm, stop_ids
 from .vlm import VLMConfig, VLMForConditionalGeneration
 

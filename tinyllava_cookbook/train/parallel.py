@@ -26,6 +26,7 @@ def _adam_numbers(stage):
     return dict(lr=stage.lr, betas=betas, eps=more.get('adam_epsilon', 1e-8),
                 weight_decay=stage.weight_decay)
 
+# %% ../../nbs/32_train.parallel.ipynb #2a269036
 def _stage_numbers(stage, world_size):
     "What plain DeepSpeed has to be told about a stage"
     if stage.optimizer == 'muon':
@@ -90,6 +91,7 @@ def _not_all_came(rank, world, limit, error):
         f"rank {rank} of {world}: not all processes came to {place} within {limit.seconds} s; "
         f"look for the one that failed, or set TINYLLAVA_RENDEZVOUS ({reason})")
 
+# %% ../../nbs/32_train.parallel.ipynb #2acd1b6f
 def _form_group(store, rank, world, cuda, limit):
     "The processes of a store become the default group"
     store.set_timeout(limit)
@@ -115,6 +117,7 @@ def join_processes(
     if cuda: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     _form_group(store, rank, world, cuda, timedelta(seconds=timeout))
 
+# %% ../../nbs/32_train.parallel.ipynb #e7e240e2
 def leave_processes():
     "Part from the other processes, where there are any"
     if dist.is_initialized(): dist.destroy_process_group()
@@ -139,6 +142,7 @@ def _check_parallel(name, stage, cuda):
 # %% ../../nbs/32_train.parallel.ipynb #b3bde792
 _FSDP = dict(fsdp=True, fsdp_config=dict(version=2, state_dict_type='FULL_STATE_DICT'))
 
+# %% ../../nbs/32_train.parallel.ipynb #1e35da82
 def parallel_args(
     name:str,     # One of `PARALLEL`
     stage:Stage,  # What is trained that way

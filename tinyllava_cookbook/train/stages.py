@@ -25,6 +25,7 @@ from ..data.datasets import CachedDataset, VLMDataset
 from ..durable import FolderLock, Stopped, mark_complete, publish, stop_if_asked, stop_on_signal
 from ..ingredients import ingredient
 from ..model.checkpoints import load, save
+from ..model.packed_attention import row_attention
 from ..model.processor import compose
 from .displays import SampleAnswers, progress_callback
 from .identity import data_identity, folder_identity, model_identity
@@ -180,6 +181,11 @@ def _trainer(model, processor, stage, out, data=None, images=None, seed=0, callb
     return VLMTrainer(model, processor, stage, args, dataset, callbacks, packs, held, identity, **kwargs), table
 
 # %% ../../nbs/36_train.stages.ipynb #117882de
+def _rows_of(model, stage, progress):
+    "How packed rows are computed within it"
+    how = stage.pack_attention if stage.pack else None
+    return row_attention(model.language_model, how, progress and not rank_and_world()[0])
+
 def train_stage(
     model,               # A `VLMForConditionalGeneration`, changed in place; with ZeRO or FSDP, take the one in `final`
     processor,           # Its processor
@@ -201,7 +207,7 @@ def train_stage(
     origin=None,         # Identity of what `model` was opened from, to keep with the finished stage
 ) -> StageResult:        # Log, time and steps
     "Train one stage; after a signal it saves, and the process ends with code 85"
-    with stop_on_signal(), _locked(out) as lock:
+    with stop_on_signal(), _locked(out) as lock, _rows_of(model, stage, progress):
         trainer,table = _trainer(model, processor, stage, Path(out), data, images, seed, callbacks, progress,
                                  device, parallel, eval_data, ask_every, accept=accept, lock=lock)
         start = time.perf_counter()

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..model.adapters import (adapted, add_adapters, is_quantized,
     n_weights, need_bitsandbytes, plain_name, quantize)
-from ..model.connectors import blank_image, image_features
+from ..model.features import blank_image, image_features
 from .recipes import ADAPTERS, PARTS, Stage, Table, Tune
 
 # %% ../../nbs/31_train.tuning.ipynb #122f0ee2
@@ -53,6 +53,7 @@ def _meta_copy(parameter):
     if packed is None: return torch.empty_like(parameter, device='meta')
     return torch.empty(packed.shape, device='meta')
 
+# %% ../../nbs/31_train.tuning.ipynb #77e193e6
 def _unquantized(module, stack):
     "Run 4-bit layers as the linear layers that they stand for, while `stack` is open"
     for layer in filter(is_quantized, module.modules()):
@@ -99,6 +100,7 @@ def tower_names(
             found.append(name)
     return found if len(found) > 1 else ['']
 
+# %% ../../nbs/31_train.tuning.ipynb #33af4722
 def layer_list(
     module:nn.Module,         # A single tower or language model
 ) -> tuple[str|None,int]:     # Its name, or `None` without one; how many layers it holds
@@ -136,6 +138,7 @@ def _tower_from_layer(tower, start, first, reached, part):
     begin = [name.startswith(f'{layers}.{first}.') for name in names].index(True)
     return [start + name for name in names[begin:]]
 
+# %% ../../nbs/31_train.tuning.ipynb #511bf4ef
 def _from_layer(model, part, first, reached):
     "Full names from layer `first` to the end of each tower, and of what follows the towers"
     names = []
@@ -271,6 +274,7 @@ def _hidden_matrices(model):
             found.add(id(layer.weight))
     return found
 
+# %% ../../nbs/31_train.tuning.ipynb #4b01cb58
 def muon_groups(
     groups:list[dict],  # For AdamW
     model,              # Whose parameters they hold
@@ -295,6 +299,7 @@ def _part_groups(model, stage, part):
     return [dict(name=part, params=matrices, lr=lr, weight_decay=stage.weight_decay),
             dict(name=f'{part} (no decay)', params=others, lr=lr, weight_decay=0.)]
 
+# %% ../../nbs/31_train.tuning.ipynb #8cd86def
 def param_groups(
     model,          # A model after `apply_tune`
     stage:Stage,    # Gives learning rates and weight decay
@@ -357,6 +362,7 @@ def _tower_boxes(tower, start):
         boxes.setdefault(box, []).append((start + name, parameter))
     return list(boxes.items())
 
+# %% ../../nbs/31_train.tuning.ipynb #174e18ef
 def _boxes(model, part):
     "The boxes of a part, tower after tower; the output head joins the last one"
     boxes = []

@@ -13,6 +13,7 @@ from itertools import islice, product
 
 from fastcore.basics import patch
 from ..core import IGNORE, IMAGE_TOKEN, Registry
+from .content import listed, render_chat, takes_lists, text_of
 from .encoding import Part, control_end, encode_parts, images_apart, supervised
 
 # %% ../../nbs/11_data.templates.ipynb #da37b171
@@ -124,8 +125,9 @@ class _Rendering:
         generate:bool=False,     # Stop where the assistant begins
     ) -> tuple[list[int], list[int]]:  # Ids and labels, equally long
         "Token ids, one per image, and labels: the id where supervised, else `IGNORE`"
-        parts = self.of(tokenizer).parts(messages, generate)
-        ids, spans = encode_parts(parts, tokenizer, image_token_id, self._adds_bos, self.vocabulary)
+        t = self.of(tokenizer)
+        parts = t.parts(messages, generate)
+        ids, spans = encode_parts(parts, tokenizer, image_token_id, t._adds_bos, t.vocabulary)
         labels = [i if on else IGNORE for i, on in zip(ids, supervised(parts, spans))]
         return ids[:max_length], labels[:max_length]
 
@@ -314,6 +316,12 @@ def wrap_words(
     at = text.index(core) if core else len(text)
     return text[:at] + opening + core + closing + text[at + len(core):]
 
+def _marked_block(block:dict, role:str, words:str, answer:str, end:str) -> dict:
+    "An image as it is, a text with its words between characters"
+    text = block.get('text', '')
+    opening = answer if role == 'assistant' else words
+    return dict(block, text=wrap_words(text, opening, end)) if text.strip() or role == 'assistant' else block
+
 def marked_message(
     m:dict,      # A message
     words:str,   # Character before words of users and systems
@@ -321,6 +329,8 @@ def marked_message(
     end:str,     # Behind either
 ) -> dict:
     "A message whose words are between characters; empty ones and images are left as they are"
+    if isinstance(m['content'], list):
+        return dict(m, content=[_marked_block(b, m['role'], words, answer, end) for b in m['content']])
     if m['role'] == 'assistant': return dict(m, content=wrap_words(m['content'], answer, end))
     pieces = m['content'].split(IMAGE_TOKEN) if m['role'] == 'user' else [m['content']]
     wrapped = [wrap_words(o, words, end) if o.strip() else o for o in pieces]
@@ -333,12 +343,17 @@ class HFTemplate(_Rendering):
     name:str = 'hf'          # Its name
     tokenizer:object = None  # Carries the template
     vocabulary:tuple[str, ...] = ()  # Added tokens that samples may write
-    _adds_bos = False        # the template writes it
 
     def of(self, tokenizer): return replace(self, tokenizer=tokenizer)
 
-    def _say(self, messages, generate=False):
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+    def _say(self, messages, generate=False): return render_chat(self.tokenizer, messages, generate)
+
+    @property
+    def _adds_bos(self):   # a template for content lists leaves that to the processor
+        return self.tokenizer is not None and takes_lists(self.tokenizer) and not self._writes_bos
+
+    @property
+    def _writes_bos(self): return self._say(_PROBE[:1]).startswith(self.tokenizer.bos_token or '\0')
 
     @property
     def stop(self) -> str:
@@ -361,16 +376,17 @@ def _split(t:HFTemplate, messages:list[dict], text:str, generate:bool) -> list[t
     names = {answer: 'a', words: 'w', '': ''}
     out = [(pieces[i], names[pieces[i+1]], pieces[i+2]) for i in range(0, len(pieces), 3)]
     same = ''.join(fmt + said for fmt, _, said in out) == text
-    answers = [m['content'].strip() for m in messages if m['role'] == 'assistant']
+    answers = [text_of(m['content']).strip() for m in messages if m['role'] == 'assistant']
     if same and [said for _, whose, said in out if whose == 'a'] == answers: return out
     raise ValueError("the tokenizer's chat template rewrites or drops messages, so what is supervised cannot be "
                      f"told; choose from {[o for o in templates.names() if o != t.name]}")
 
 # %% ../../nbs/11_data.templates.ipynb #eb6d1424
-def _end_of_turn(tokenizer, text:str) -> int:
-    "Where the first control token of `text` ends"
+def _end_of_turn(tokenizer, text:str, generate:bool=False) -> int|None:
+    "Where the first control token of `text` ends; `None` where the end token has to be put in front"
     end = control_end(tokenizer, text)
     if end is not None: return end
+    if takes_lists(tokenizer) and (generate or tokenizer.eos_token): return None
     raise ValueError(f"the tokenizer's chat template ends an answer with {text!r}; no control token is in it, "
                      "so a model would never learn to stop")
 
@@ -388,7 +404,9 @@ def _rendered(t:HFTemplate, messages:list[dict], generate:bool) -> list[Part]:
     starts = _answer_starts(t, messages, text)
     out, at, before = [], 0, ''
     for fmt, whose, words in _split(t, messages, text, generate):
-        i = _end_of_turn(t.tokenizer, fmt) if before == 'a' else 0             # supervised: fmt[:i] and fmt[j:]
+        i = _end_of_turn(t.tokenizer, fmt, generate) if before == 'a' else 0   # supervised: fmt[:i] and fmt[j:]
+        if i is None and not generate: out.append(Part(t.tokenizer.eos_token, True))
+        i = i or 0
         j = max(i, min(len(fmt), next(starts) - at)) if whose == 'a' else len(fmt)
         out += [Part(fmt[:i], True), *images_apart(fmt[i:j], 'format'), Part(fmt[j:], True)]
         out.append(Part(words, whose == 'a', 'text'))
@@ -405,9 +423,10 @@ def parts(self:HFTemplate,
     "The tokenizer's rendering in pieces that know whose words they are"
     if self.tokenizer is None: raise ValueError("'hf' belongs to a tokenizer; get it by chat_template('hf', tokenizer)")
     if not self.tokenizer.chat_template: raise ValueError("template 'hf': this tokenizer carries no chat template")
-    messages = read_messages(messages)
-    if generate and messages[-1]['role'] == 'assistant': messages = messages[:-1]
-    return _rendered(self, messages, generate)
+    plain = read_messages(messages)
+    if takes_lists(self.tokenizer): plain = [listed(m, given) for m, given in zip(plain, messages)]
+    if generate and plain[-1]['role'] == 'assistant': plain = plain[:-1]
+    return _rendered(self, plain, generate)
 
 # %% ../../nbs/11_data.templates.ipynb #cc4a4d09
 @patch

@@ -73,7 +73,7 @@ def _batch(model, processor, prompts, images, blind=False):
 # %% ../../nbs/40_infer.generate.ipynb #cb07ec8d
 def _ends(processor):
     "Ids that end an answer: the template's end of turn, the tokenizer's end"
-    return stop_ids(processor.tokenizer, chat_template(processor.template).stop)
+    return stop_ids(processor.tokenizer, chat_template(processor.template, processor.tokenizer).stop)
 
 def _how(temperature):
     if temperature: return dict(do_sample=True, temperature=temperature)

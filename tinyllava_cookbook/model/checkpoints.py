@@ -177,6 +177,8 @@ def _placed(device, dtype, quantization, device_map):
 def _open_foreign(foreign, path, config, **kwargs):
     "Model and processor of a folder of another layout, some fields set otherwise"
     foreign.config |= config or {}
+    if (config or {}).get('template', 'hf') != 'hf':
+        foreign.chat_template = None   # written anew for that template
     return build(foreign, path, **kwargs)
 
 # %% ../../nbs/26_model.checkpoints.ipynb #5d268ca4

@@ -24,6 +24,7 @@ from .llms import (TOKENIZER_FILES, check_tokenizer, default_template,
 from tinyllava_cookbook.model.names import (bench_names, factory_names, llava_names, rename,
     tower_prefix)
 from .processor import processor_for
+from .sentencepiece import as_sentencepiece
 from .vision import (MoFConfig, load_image_processor, load_vision,
     n_layers, n_prefix, tower_paths)
 from tinyllava_cookbook.model.vlm import (VLMConfig, VLMForConditionalGeneration, causal_lm,
@@ -175,7 +176,9 @@ def load_processor(
     "The processor of a folder, checked, and without code that it may bring"
     check_folder(path)
     with reading(path, 'processor'):
-        return AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        as_sentencepiece(processor.tokenizer, path)
+    return processor
 
 # %% ../../nbs/25_model.foreign.ipynb #6bb9ed8f
 def _parts(path):
@@ -365,14 +368,14 @@ def _read_llava(path, llm, vision):
     eyes,mode = _eyes(proc.image_processor)
     text_config = _adopt(hf.text_config)   # our own exports say more
     kept = getattr(hf, 'tinyllava_cookbook', {})
-    kept = {'image_mode': mode, 'template': kept.get('template')
-        or default_template(text_config, proc.tokenizer)} | kept
+    jinja = proc.chat_template or proc.tokenizer.chat_template
+    usual = 'hf' if jinja else default_template(text_config, proc.tokenizer)
+    kept = {'image_mode': mode, 'template': usual} | kept
     names = llava_names(tower_prefix(hf.vision_config))
     file = path/'generation_config.json'
     state = {rename(name, names): tensor for name,tensor in read_weights(path).items()}
     _zero_bias(hf.text_config, state)
     _untie(hf, state)
-    jinja = proc.chat_template or proc.tokenizer.chat_template
     return Foreign(llava_config(hf, path) | kept, state, names, eyes, proc.tokenizer, jinja,
         _generation(path) if file.exists() else None)
 

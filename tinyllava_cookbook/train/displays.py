@@ -147,7 +147,7 @@ class SampleAnswers(TrainerCallback):
         max_new_tokens:int=48,   # Longest answer
     ):
         self.processor,self.samples,self.file,self.every,self.n = processor,samples,Path(file),every,max_new_tokens
-        t = chat_template(template or processor.template)
+        t = chat_template(template or processor.template, processor.tokenizer)
         self.text = [t.render(o.messages[:-1], generate=True) for o in samples]
     def on_train_begin(self, args, state, control, **kw):
         if state.is_world_process_zero: keep_lines_before(self.file, state.global_step)

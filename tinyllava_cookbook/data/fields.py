@@ -67,6 +67,7 @@ def _absent(value):
     if isinstance(value, (str, list, tuple)): return len(value) == 0
     return value is None
 
+# %% ../../nbs/11_data.fields.ipynb #e091c59b
 def one_of(
     record:dict, # Of a file
     *keys:str,   # Two names for the same
@@ -102,6 +103,7 @@ def _join(path, folder):
     raise ValueError(f"no folder for image {str(path)!r}; images knows "
                      f"{sorted(folder)}; '' is for all others")
 
+# %% ../../nbs/11_data.fields.ipynb #06672fb2
 def _is_picture(o):
     "Does it hold pixels?"
     encoded = isinstance(o, (bytes, bytearray))

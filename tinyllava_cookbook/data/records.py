@@ -55,6 +55,7 @@ def _messages(record):
     raise ValueError(f"no 'conversations' and no 'messages'; its keys "
                      f"are {sorted(map(str, record))}")
 
+# %% ../../nbs/12_data.records.ipynb #66bb1877
 def _said_before(record):
     "What was wrong with it when its file was read"
     if isinstance(record, Exception): return str(record)
@@ -161,6 +162,7 @@ def _key(*parts) -> str:
     return hashlib.blake2b(text.encode('utf-8', 'backslashreplace'),
                            digest_size=16).hexdigest()
 
+# %% ../../nbs/12_data.records.ipynb #0964bd76
 def _folder(images, default:Path):
     "The image folder, or those by the first part of a path; absolute, and checked"
     if isinstance(images, dict):
@@ -177,6 +179,7 @@ def _paths(record) -> list[str]:
     try: return [str(o) for o in image_fields(record)]
     except (ValueError, AttributeError): return []
 
+# %% ../../nbs/12_data.records.ipynb #8373e960
 def _first_turns(record, turns):
     "The record with the first messages alone"
     if turns is None or not isinstance(record, dict):

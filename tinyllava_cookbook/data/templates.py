@@ -27,6 +27,7 @@ def user_parts(
     image = Part(IMAGE_TOKEN, kind='image')
     return [image, Part(f'\n{words}', kind='text')] if words else [image]
 
+# %% ../../nbs/11_data.templates.ipynb #aef5b328
 def place_image(
     content:str,  # A user's turn
 ) -> str:         # The same with a lone `<image>` in front
@@ -199,6 +200,8 @@ _JOIN = ("{% set ns.c = '' %}"
          "{% set ns.c = ns.c + ('' if loop.first else '\\n') + "
          "(p['text'] if p['type'] == 'text' else '<image>') %}"
          "{% endfor %}{% endif %}")
+
+# %% ../../nbs/11_data.templates.ipynb #215e71a4
 _FRONT = ("{% if m['role'] == 'user' and "
           "ns.c.split('<image>') | length == 2 %}"
           "{% set ns.c = ('<image>\\n' + "

@@ -23,7 +23,7 @@ from .recipes import Recipe, Stage, batch_sizes, recipe_names
 from .recipes import recipe as find_recipe
 from .meter import flop_rates, peak_tflops
 from .parallel import PARALLEL
-from .trainer import stage_rows
+from .data import stage_rows
 
 # %% ../../nbs/39_train.budget.ipynb #8bcac8d0
 @dataclass

@@ -18,6 +18,7 @@ die() { echo "${SLURM_JOB_NAME-dry run}: $*" >&2; exit 1; }
 
 RECIPE=${RECIPE-tinyllava_base}                            # `tinyllava recipes` lists them; or a JSON file
 OUT=${OUT-runs/$(basename -- "$RECIPE" .json)}             # weights, checkpoints, logs: where all nodes see it
+PLUGINS=${PLUGINS-${TINYLLAVA_PLUGINS-}}                   # Python that registers your own parts: own.py, or A:B
 MODEL=${MODEL-$OUT/model}                                  # folder of the model
 BENCH=${BENCH-gqa,textvqa,scienceqa,pope,mme}              # as `tinyllava eval` takes it
 DATA=${DATA-data/eval}                                     # the benchmarks' own files
@@ -26,6 +27,7 @@ VENV=${VENV-.venv}                                         # its bin/tinyllava i
 
 # answered questions are kept
 command=(eval "$MODEL" --bench "$BENCH" --data "$DATA" --out "$OUT/eval" --device "$DEVICE")
+[ -z "$PLUGINS" ] || command+=(--import "$PLUGINS")        # parts of your own
 command+=("$@")                                            # words after the script's name
 
 program=("$VENV/bin/tinyllava")                            # the exported library, and nothing else

@@ -19,6 +19,7 @@ die() { echo "${SLURM_JOB_NAME-dry run}: $*" >&2; exit 1; }
 STAGE=${STAGE-pretrain}                                    # of the recipe
 RECIPE=${RECIPE-tinyllava_base}                            # `tinyllava recipes` lists them; or a JSON file
 OUT=${OUT-runs/$(basename -- "$RECIPE" .json)}             # weights, checkpoints, logs: where all nodes see it
+PLUGINS=${PLUGINS-${TINYLLAVA_PLUGINS-}}                   # Python that registers your own parts: own.py, or A:B
 DATA=${DATA-data/llava/blip_laion_cc_sbu_558k.json}        # training data; empty: the recipe's
 IMAGES=${IMAGES-data/llava/llava_pretrain/images}          # folder of the images; empty: the recipe's
 START=${START-}                                            # model to start from; empty: the parts of the recipe
@@ -32,6 +33,7 @@ command+=(--parallel "$PARALLEL" --device "$DEVICE")       # parallelism and dev
 [ -z "$DATA" ] || command+=(--data "$DATA")                # empty: the recipe's data
 [ -z "$IMAGES" ] || command+=(--images "$IMAGES")          # the same
 [ -z "$START" ] || command+=(--start "$START")             # empty: from the parts of the recipe
+[ -z "$PLUGINS" ] || command+=(--import "$PLUGINS")        # parts of your own
 command+=("$@")                                            # words after the script's name
 
 program=("$VENV/bin/tinyllava")                            # the exported library, and nothing else

@@ -13,7 +13,8 @@ from tinyllava_cookbook.ingredients import tiny_checkpoint, tiny_llms
 from tinyllava_cookbook.model.llms import (add_image_token, default_template, llm_families, llm_logits, load_llm, load_tokenizer,
                                            prove_llm, save_code, set_padding, stop_ids, trust_code)
 from tinyllava_cookbook.model.processor import compose
-from tinyllava_cookbook.model.vlm import VLMForConditionalGeneration, supervised_loss
+from tinyllava_cookbook.model.loss import supervised_loss
+from tinyllava_cookbook.model.vlm import VLMForConditionalGeneration
 
 logging.disable_progress_bar()
 FAMILIES = [*tiny_llms, 'openelm']

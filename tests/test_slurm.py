@@ -34,11 +34,23 @@ def test_bash_reads_it(name):
         assert all(o['why'] for o in explain(text))
         assert max(map(len, text.splitlines())) < 135
 
+def write_program(path):
+    "The library that is tested here, as a program"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)} -m tinyllava_cookbook.cli "$@"\n')
+    path.chmod(0o755)
+    return path
+
+@pytest.fixture(scope='module')
+def on_path(tmp_path_factory):
+    "PATH with `tinyllava`, which the pipeline asks for the stages of a recipe"
+    return f"{write_program(tmp_path_factory.mktemp('bin')/'tinyllava').parent}{os.pathsep}{os.environ['PATH']}"
+
 @pytest.mark.parametrize('name', SCRIPTS)
-def test_dry_run_prints_the_command(name, tmp_path):
+def test_dry_run_prints_the_command(name, tmp_path, on_path):
     "Values reach the command as they are, whatever they hold; nothing of them is run"
     odd = "a b'c\"d $(touch oops) `touch oops` ; touch oops"
-    env = BARE | dict(DRY_RUN='1', OUT=odd, DATA=odd, PRETRAIN_DATA=odd, BENCH=odd, RECIPE='micro')
+    env = BARE | dict(DRY_RUN='1', OUT=odd, DATA=odd, PRETRAIN_DATA=odd, BENCH=odd, RECIPE='micro', PATH=on_path)
     words = dict(sweep=['x.y=1'], evaluate=['--answers', odd]).get(name, ['--set', odd])
     r = subprocess.run(['bash', ROOT/f'slurm/{name}.sh', *words], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert r.returncode == 0 and r.stderr == '' and list(tmp_path.iterdir()) == []
@@ -49,6 +61,78 @@ def test_dry_run_prints_the_command(name, tmp_path):
         a = cli.parser().parse_args(said[said.index('.venv/bin/tinyllava') + 1:])   # a command that exists, with these options
         assert a.command == ('eval' if 'eval' in said else 'train')
     assert len(r.stdout.splitlines()) == (3 if name == 'pipeline' else 1)
+
+def pipeline(tmp_path, on_path, *words, **env):
+    "Stage -> words of its command, in the order of a dry run"
+    env = BARE | dict(DRY_RUN='1', PATH=on_path) | env
+    r = subprocess.run(['bash', ROOT/'slurm/pipeline.sh', *words], env=env, cwd=tmp_path, capture_output=True, text=True)
+    if r.returncode: return r.stderr
+    return {o.partition(': ')[0]: shlex.split(o.partition(': ')[2]) for o in r.stdout.splitlines()}
+
+def option(said, name):
+    "The word after an option; `None` without that option"
+    return said[said.index(name) + 1] if name in said else None
+
+def test_a_pipeline_has_a_job_for_each_stage_of_any_recipe(tmp_path, on_path):
+    "From what the stage before has saved, on data of its own; then the finished model is evaluated"
+    jobs = pipeline(tmp_path, on_path, RECIPE='tinyllava_share', FINETUNE_IMAGES='my images')
+    assert list(jobs) == ['pretrain', 'share', 'finetune', 'evaluate']
+    assert [option(jobs[o], '--start') for o in ('pretrain', 'share', 'finetune')] == [None, 'runs/tinyllava_share/pretrain', 'runs/tinyllava_share/share']
+    assert [option(jobs[o], '--data') for o in ('pretrain', 'share', 'finetune')] == ['data/llava/blip_laion_cc_sbu_558k.json',
+        'data/sharegpt4v/share-captioner_coco_lcs_sam_1246k_1107.json', 'data/llava/llava_v1_5_mix665k.json']
+    assert option(jobs['finetune'], '--images') == 'my images'
+    assert all(o[o.index('train'):][1:3] == ['tinyllava_share', stage] for stage,o in jobs.items() if stage != 'evaluate')
+    said = jobs['evaluate']
+    assert said[said.index('eval') + 1] == 'runs/tinyllava_share/model'
+    one = pipeline(tmp_path, on_path, RECIPE='train_llava', FINETUNE_DATA='')
+    assert list(one) == ['finetune', 'evaluate'] and option(one['finetune'], '--start') is None and option(one['finetune'], '--data') is None
+
+def test_a_pipeline_begins_where_it_is_told_to(tmp_path, on_path):
+    "The share recipe goes on from the connector of the base recipe"
+    jobs = pipeline(tmp_path, on_path, RECIPE='tinyllava_share', STAGES='share finetune', START='runs/tinyllava_base/pretrain', SHARE_DATA='a b.json')
+    assert list(jobs) == ['share', 'finetune', 'evaluate']
+    assert [option(jobs[o], '--start') for o in ('share', 'finetune')] == ['runs/tinyllava_base/pretrain', 'runs/tinyllava_share/share']
+    assert option(jobs['share'], '--data') == 'a b.json'
+    only = pipeline(tmp_path, on_path, RECIPE='tinyllava_share', STAGES='pretrain')['evaluate']
+    assert only[only.index('eval') + 1] == 'runs/tinyllava_share/pretrain'      # what was trained last
+    assert "no stage in recipe 'micro': 'share'; choose from" in pipeline(tmp_path, on_path, RECIPE='micro', STAGES='share')
+    assert "no recipe 'mikro'" in pipeline(tmp_path, on_path, RECIPE='mikro')
+    assert "no program '.venv/bin/tinyllava': install it there, or say VENV=DIR" in pipeline(tmp_path, '/usr/bin:/bin')
+
+def test_plugins_reach_every_job(tmp_path, on_path):
+    own = tmp_path/'own parts.py'
+    own.write_text("from tinyllava_cookbook.train.recipes import micro, recipes\nrecipes.register('mine', micro)\n")
+    jobs = pipeline(tmp_path, on_path, RECIPE='mine', PLUGINS='own parts.py')
+    assert list(jobs) == ['pretrain', 'finetune', 'evaluate'] and {option(o, '--import') for o in jobs.values()} == {'own parts.py'}
+    assert option(pipeline(tmp_path, on_path, RECIPE='mine', TINYLLAVA_PLUGINS=str(own))['evaluate'], '--import') == str(own)
+
+def test_any_stage_is_a_job(tmp_path):
+    from tinyllava_cookbook.train.recipes import recipe, to_dict
+    r = to_dict(recipe('micro'))
+    r['stages'][1]['name'] = 'tune'
+    (tmp_path/'own.json').write_text(json.dumps(r))
+    text = job_script('tune', RECIPE=str(tmp_path/'own.json'))
+    assert '#SBATCH --job-name=tune' in text and 'STAGE=${STAGE-tune}' in text and 'START=${START-$OUT/pretrain}' in text
+    assert 'llava_train_QCM-LEA.json' in job_script('finetune', RECIPE='scienceqa')
+    with pytest.raises(ValueError, match="no job 'tone'; choose from .*'share'.*'tune'"): job_script('tone', RECIPE=str(tmp_path/'own.json'))
+
+LINE = re.compile(r'^(?:[A-Z_]+="[^"]*" |[A-Z_]+=\S+ )*(?:bash|sbatch) slurm/\w+\.sh.*$', re.M)
+
+def test_every_recipe_notebook_says_how_to_submit_it(tmp_path, on_path):
+    "Its line, as a dry run"
+    from tinyllava_cookbook.train.recipes import recipe, recipes
+    (tmp_path/'slurm').symlink_to(ROOT/'slurm')
+    seen = set()
+    for path in sorted((ROOT/'nbs').glob('7[1-5]_recipes.*.ipynb')):
+        cells = json.loads(path.read_text())['cells']
+        lines = [o for c in cells for o in LINE.findall(''.join(c['source']))]
+        assert lines, path.name
+        for line in lines:
+            r = subprocess.run(['bash', '-c', line.replace('sbatch', 'bash')], env=BARE | dict(DRY_RUN='1', PATH=on_path), cwd=tmp_path,
+                               capture_output=True, text=True)
+            assert r.returncode == 0 and not r.stderr and 'srun' in r.stdout, (path.name, line, r.stderr)
+            seen |= set(re.findall(r'RECIPE=(\w+)', line))
+    assert {o for o in recipes.names() if recipes[o].__module__.startswith('tinyllava_cookbook.recipes.')} <= seen
 
 def test_variants(tmp_path):
     ask = Ask(nodes=4, gpus=2, cpus=3, time='1:00:00', partition='p', account='a', modules=('cuda/12',), venv='/opt/my env', options=('--qos=q',))
@@ -104,10 +188,7 @@ def work(tmp_path_factory):
     "A folder as a user has it: slurm/, .venv, data with a space in the name"
     d = tmp_path_factory.mktemp('work')
     (d/'slurm').symlink_to(ROOT/'slurm')
-    (d/'.venv/bin').mkdir(parents=True)
-    program = d/'.venv/bin/tinyllava'   # the library that is tested here
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m tinyllava_cookbook.cli "$@"\n')
-    program.chmod(0o755)
+    write_program(d/'.venv/bin/tinyllava')
     write_world(d/'a world', 8, seed=3)
     write_benchmarks(d/'bench', 2)
     return d
@@ -184,6 +265,22 @@ def test_pipeline(slurm, work):
     assert first['EndTime'] <= second['StartTime'] and second['EndTime'] <= third['StartTime']
     assert 'pope' in json.loads((work/'runs/chain/eval/scores.json').read_text())['benchmarks']
     assert len(read_json(work/'runs/chain/finetune/log.json')['log']) == 2
+
+@pytest.mark.slow
+def test_pipelines_of_all_recipes(slurm, work):
+    "The right jobs in the right order, of debug configs; held, as each stage is tried elsewhere"
+    from tinyllava_cookbook.train.recipes import recipe, recipes, to_dict
+    env = setting(work, EVAL_DATA='bench', SBATCH=shlex.join(['sbatch', '--hold', *SMALL]))
+    del env['DATA'], env['IMAGES']
+    for name in (o for o in recipes.names() if recipes[o].__module__.startswith('tinyllava_cookbook.')):
+        lines = slurm.run('bash', 'slurm/pipeline.sh', cwd=work, env=env | dict(RECIPE=name)).splitlines()
+        ids = dict(o.split(': ') for o in lines)
+        assert list(ids) == [*(o.name for o in recipe(name).stages), 'evaluate']
+        found = [slurm.job(o) for o in ids.values()]
+        assert [o['JobName'] for o in found] == list(ids)
+        waits = [re.sub(r'\(\w+\)$', '', o['Dependency']) for o in found[1:]]
+        assert waits == [f'afterok:{o}' for o in list(ids.values())[:-1]] and found[0]['Dependency'] == '(null)'
+        slurm.run('scancel', *ids.values())
 
 @pytest.mark.slow
 def test_missing_data_fails_in_seconds(slurm, work):

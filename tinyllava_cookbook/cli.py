@@ -199,7 +199,7 @@ def main(
     try:
         plugins = import_named(words)
         p = parser()
-    except Exception as e: return _failed(e, 'tinyllava', '--debug' in words)
+    except Exception as e: return _failed(e, ' '.join(['tinyllava', *words[:1]]), '--debug' in words)
     a = p.parse_args(words)
     a.plugins = plugins
     return _run(a)

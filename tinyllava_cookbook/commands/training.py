@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/92_commands.training.ipynb #d0a3f277
-import json, shlex, sys
+import json, os, shlex, sys
 from pathlib import Path
 from ..core import rank_and_world
 from ..cli import Usage, command, hide_progress, pairs, positive, recipe_arguments, trust_argument
@@ -90,7 +90,7 @@ def _train_words(a, out):
     "The command as it would be typed"
     options = {'--out': [out], '--set': a.changes, '--data': a.data, '--images': [a.images], '--start': [a.start],
         '--resume': [a.resume], '--accept': a.accept, '--parallel': [a.parallel], '--eval-data': [a.eval_data],
-        '--report-to': a.report_to,
+        '--report-to': a.report_to, '--import': getattr(a, 'plugins', []),
         '--ask-every': [a.ask_every and str(a.ask_every)], '--device': [a.device]}
     given = [w for k,vs in options.items() for v in vs if v and (k, v) not in _usual for w in (k, v)]
     given += ['--trust-remote-code']*a.trust_remote_code
@@ -152,22 +152,34 @@ def _train(a):
 
 # %% ../../nbs/92_commands.training.ipynb #e7da9ef3
 def _recipes_args(p):
-    p.add_argument('words', metavar='show NAME', nargs='*', help='one recipe: a name or a JSON file (default: all)')
+    p.add_argument('words', metavar='show|stages NAME', nargs='*',
+                   help='one recipe, a name or a JSON file (default: all); stages: one line for each of them, '
+                   'or for those named after it: stage, folder of its weights, data, images, apart by tabs')
     p.add_argument('--set', metavar='PATH=VALUE', action='append', default=[], dest='changes',
                    help='change a field of it, e.g. finetune.lr=1e-4 (repeatable)')
     p.add_argument('--json', action='store_true', help='print JSON: a list, or the recipe with all its fields')
+
+def _doc(function): return (function.__doc__ or '').strip()
 
 def _about(name, recipes):
     "Name, parts, stages and source of a recipe"
     r = recipes[name]()
     return dict(name=name, vision=r.vision, connector=r.connector, llm=r.llm, start=r.start,
-                stages=[s.name for s in r.stages], about=recipes[name].__doc__.strip().split('\n')[0])
+                stages=[s.name for s in r.stages], about=_doc(recipes[name]).split('\n')[0])
 
 def _recipe_line(o):
     parts = o['start'] or f"{o['vision']} + {o['connector']} + {o['llm']}"
     return f"{o['name']:24}{o['about']}\n{'':24}{parts}: {', '.join(o['stages'])}"
 
 # %% ../../nbs/92_commands.training.ipynb #2f756577
+def _stage_lines(a, name, stages):
+    "One line for each stage, as slurm/pipeline.sh reads it"
+    if a.changes: raise Usage("--set changes no stage's name; leave it out")
+    from tinyllava_cookbook.train.launch import stage_rows
+    rows = stage_rows(name, stages)
+    if a.json: return print(json.dumps([dict(zip(('stage', 'folder', 'data', 'images'), o)) for o in rows]))
+    for row in rows: print(*row, sep='\t')
+
 @command('recipes', 'list the recipes, or show one: recipes show NAME', _recipes_args)
 def _recipes(a):
     from dataclasses import replace
@@ -176,13 +188,15 @@ def _recipes(a):
         if a.changes: raise Usage("--set changes one recipe: tinyllava recipes show NAME --set ...")
         rows = [_about(n, recipes) for n in recipe_names()]
         return print(json.dumps(rows) if a.json else '\n'.join(map(_recipe_line, rows)))
-    if len(a.words) != 2 or a.words[0] != 'show': raise Usage("write tinyllava recipes, or tinyllava recipes show NAME")
-    name = a.words[1]
+    word,name,*stages = [*a.words, '', ''][:max(len(a.words), 2)]
+    if word == 'stages' and name: return _stage_lines(a, name, stages)
+    if not name or stages or word != 'show':
+        raise Usage("write tinyllava recipes, tinyllava recipes show NAME or tinyllava recipes stages NAME")
     r = override(recipe(name), a.changes)
     r = replace(r, stages=[r.stage(s.name) for s in r.stages])
     if a.json: return print(json.dumps(r.to_dict()))
     base = name.split(':')[0]
-    doc = f"\n\n{' '.join(recipes[base].__doc__.split())}" if base in recipes else ''
+    doc = f"\n\n{' '.join(_doc(recipes[base]).split())}" if base in recipes else ''
     print(f"{r}{doc}\n\ntinyllava train {shlex.quote(name)} --dry-run shows every field")
 
 # %% ../../nbs/92_commands.training.ipynb #2d979f56
@@ -258,7 +272,8 @@ def _cluster_args(p):
                    help='a further line for sbatch, e.g. --option=--qos=long (repeatable)')
 
 def _launch_args(p):
-    p.add_argument('job', metavar='JOB', help='pretrain, finetune, lora, evaluate, sweep or pipeline')
+    p.add_argument('job', metavar='JOB', help='pretrain, share, finetune, lora, evaluate, sweep, pipeline, or any '
+                   'stage of the recipe that --set RECIPE=NAME says')
     _cluster_args(p)
     p.add_argument('--set', metavar='NAME=VALUE', action='append', default=[], dest='changes',
                    help='another default of a variable in the script, e.g. RECIPE=my.json (repeatable)')
@@ -272,7 +287,8 @@ def _launch(a):
     known = ('nodes', 'gpus', 'cpus', 'time', 'partition', 'account', 'container', 'venv', 'modules', 'options')
     given = {k:v for k in known if (v := getattr(a, k)) is not None}
     if a.job == 'pipeline' and given:
-        raise Usage("pipeline submits three scripts; say e.g. SBATCH='sbatch --nodes=2' when you run it")
-    text = launch.job_script(a.job, launch.Cluster(**given), **pairs(a.changes, '--set'))
+        raise Usage("pipeline submits other scripts; say e.g. SBATCH='sbatch --nodes=2' when you run it")
+    own = dict(PLUGINS=os.pathsep.join(a.plugins)) if getattr(a, 'plugins', []) else {}
+    text = launch.job_script(a.job, launch.Cluster(**given), **own | pairs(a.changes, '--set'))
     if a.out: print(f"wrote {launch.write_script(text, a.out)}")
     else: print(launch.explain(text) if a.explain else text, end='\n' if a.explain else '')

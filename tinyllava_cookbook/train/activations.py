@@ -17,7 +17,7 @@ from torch import nn
 
 from ..model.architecture import meta_model
 from ..model.vision import n_layers, n_patches
-from ..model.vlm import VLMConfig
+from ..model.config import VLMConfig
 from .recipes import ADAPTERS, PARTS, Recipe, Stage
 from .tuning import layer_list, learnable, linear_names, reachable, tower_names
 

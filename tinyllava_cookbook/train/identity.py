@@ -18,7 +18,7 @@ from xxhash import xxh3_128
 
 from ..data.records import Sample
 from ..durable import checksum
-from ..model.vlm import VLMConfig
+from ..model.config import VLMConfig
 
 # %% ../../nbs/35_train.identity.ipynb #a96c0f0b
 LOOKED_AT = 256   # Images, and rows that are no Arrow table, that are read for an identity

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..model.architecture import meta_vlm
 from ..model.vision import input_size, n_patches
-from ..model.vlm import LOGITS_AT_ONCE
+from ..model.loss import LOGITS_AT_ONCE
 from .activations import (ElementBytes, MicroBatch, adapter_size, annotate, each_tower,
                                                   micro_batch, n_direct, n_trainable, segments, stack)
 from .recipes import PARTS, Stage

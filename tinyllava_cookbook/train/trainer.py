@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ..core import pick_device, rank_and_world
+from ..core import gpu_dtype, pick_device, rank_and_world
 from ..data.batches import BatchLoader, EpochBatches, PadCollator
 from ..data.packing import PackCollator
 from ..durable import (asked_to_stop, find_checkpoint, mark_complete, numbered_checkpoints,
@@ -48,7 +48,9 @@ def _of_stage(stage):
 def _of_machine(cuda):
     "Arguments that the machine decides"
     modern = cuda and torch.cuda.get_device_capability() >= (8, 0)
-    return dict(use_cpu=not cuda, bf16=cuda, dataloader_pin_memory=cuda, tf32=True if modern else None)
+    half = gpu_dtype() if cuda else None
+    return dict(use_cpu=not cuda, bf16=half == 'bfloat16', fp16=half == 'float16',
+                dataloader_pin_memory=cuda, tf32=True if modern else None)
 _FIXED = dict(   # Arguments that are the same everywhere
     save_total_limit=2, logging_steps=1, disable_tqdm=True, logging_nan_inf_filter=False,
     report_to='none', remove_unused_columns=False, label_names=['labels'],

@@ -230,6 +230,15 @@ def test_halves_that_do_not_belong_together(good, tmp_path, file, keys, values, 
     fields(d, file, *keys, **values)
     with pytest.raises(ValueError, match=words): load(d, 'cpu')
 
+def test_an_entry_of_the_processor_is_gone(good, tmp_path):
+    "One letter of its name is enough: an error of ours that names the folder and what is missing"
+    d = copy_of(good['ours'], tmp_path/'d')
+    file = d/'processor_config.json'
+    file.write_text(file.read_text().replace('"image_processor"', '"imag_processor"', 1))
+    (d/'complete.json').unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError, match="its processor lacks a file or an entry: Can't load image processor") as e: load(d, 'cpu')
+    assert str(d) in str(e.value)
+
 def test_a_tokenizer_of_another_model(good, tmp_path):
     "Ids that the embedding has no rows for: in a part, in ours, in a folder of llava-hf"
     from tinyllava_cookbook.ingredients import tiny_tokenizer

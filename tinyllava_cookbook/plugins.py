@@ -42,6 +42,8 @@ def _plugin_file(path:Path, given:str) -> Plugin:
         raise PluginError(
             f"no plugin {given!r}: there is no file {str(code)!r}; give the path of a .py file, of a "
             "folder with __init__.py, or the name of an installed package")
+    if code.suffix != '.py':
+        raise PluginError(f"no plugin {given!r}: a plugin is Python, in a .py file or a folder with __init__.py")
     name = path.name if path.is_dir() else path.stem
     return Plugin(name, str(path), PLUGIN_PREFIX + re.sub(r'\W', '_', name))
 

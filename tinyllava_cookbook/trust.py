@@ -229,7 +229,14 @@ def reading(
     try:
         with quiet():
             yield
-    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+    except OSError as e:
+        # of the operating system, in words of ours already, or about a name on the Hub
+        if e.errno or isinstance(e, FileNotFoundError) or not Path(path).is_dir():
+            raise
+        why = str(e).partition('. ')[0]   # the rest advises on names on the Hub
+        raise FileNotFoundError(f"{str(path)!r}: its {what} lacks a file or an entry: {why}; "
+            "save the folder again, or copy it again") from e
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except BaseException as e:   # the Rust of `tokenizers` panics with one that is no Exception
         if not isinstance(e, Exception) and type(e).__name__ != 'PanicException':

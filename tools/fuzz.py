@@ -334,7 +334,8 @@ class Recipes:
         for k,v in (source.items() if isinstance(source, dict) else enumerate(source)):
             got = made[k]
             if path[-1:] == ('tune',) and isinstance(v, str): need(got['mode'] == v, f'{path}, {k}: {v!r} became {got!r}')
-            elif isinstance(v, (dict, list)) and v: self.kept(v, got, (*path, k))
+            elif isinstance(v, dict) and isinstance(got, dict): self.kept(v, got, (*path, k))   # what was not given has its default
+            elif isinstance(v, list) and v: self.kept(v, got, (*path, k))
             elif v is None and k in ('r', 'alpha', 'dropout'): pass   # a default
             else: need(repr(got) == repr(v), f'{path}, {k}: {v!r} became {got!r}')
 

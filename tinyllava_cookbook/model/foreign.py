@@ -24,6 +24,7 @@ from .llms import (TOKENIZER_FILES, check_tokenizer, default_template,
 from tinyllava_cookbook.model.names import (bench_names, factory_names, llava_names, rename,
     tower_prefix)
 from .processor import processor_for
+from .sentencepiece import as_sentencepiece
 from .vision import (MoFConfig, load_image_processor, load_vision,
     n_layers, n_prefix, tower_paths)
 from tinyllava_cookbook.model.vlm import (VLMConfig, VLMForConditionalGeneration, causal_lm,
@@ -175,7 +176,9 @@ def load_processor(
     "The processor of a folder, checked, and without code that it may bring"
     check_folder(path)
     with reading(path, 'processor'):
-        return AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        as_sentencepiece(processor.tokenizer, path)
+    return processor
 
 # %% ../../nbs/25_model.foreign.ipynb #6bb9ed8f
 def _parts(path):

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ..core import pick_device, rank_and_world
+from ..core import gpu_dtype, pick_device, rank_and_world
 from ..data.batches import BatchLoader, EpochBatches, PadCollator
 from ..data.datasets import CachedDataset, Encoder, VLMDataset, leave_out, read_mixture
 from ..data.packing import PackCollator, PackSampler, lengths
@@ -50,9 +50,11 @@ def training_args(
     known = [f.name for f in dataclasses.fields(TrainingArguments)]
     check_names(stage.trainer, known, f"trainer argument in stage {stage.name!r}:")
     cuda = pick_device(device).type == 'cuda'
+    half = gpu_dtype() if cuda else None
     size,accumulate = sizes or batch_sizes(stage, rank_and_world()[1])
     settings = dict(
-        output_dir=str(out), seed=seed, use_cpu=not cuda, bf16=cuda, dataloader_pin_memory=cuda,
+        output_dir=str(out), seed=seed, use_cpu=not cuda, dataloader_pin_memory=cuda,
+        bf16=half == 'bfloat16', fp16=half == 'float16',
         tf32=True if cuda and torch.cuda.get_device_capability() >= (8, 0) else None,
         per_device_train_batch_size=size, gradient_accumulation_steps=accumulate,
         learning_rate=stage.lr, lr_scheduler_type=_schedules[stage.schedule], warmup_steps=stage.warmup,

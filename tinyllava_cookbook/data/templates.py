@@ -208,7 +208,7 @@ _FRONT = ("{% if m['role'] == 'user' and "
           "(ns.c | replace('<image>', '') | trim)) | trim %}{% endif %}")
 _FLAT = _JOIN + _FRONT
 
-# %% ../../nbs/11_data.templates.ipynb #215e71a4
+# %% ../../nbs/11_data.templates.ipynb #fd55091e
 def _said(fmt:str, mark:str) -> str:
     "A system or user turn in Jinja"
     opening, closing = fmt.split('{}')

@@ -21,15 +21,25 @@ from .report import (SUBMISSIONS, annotations, as_published, results_table, scor
 from ..infer.generate import answer_ids, prompt_ids, user_turn
 
 # %% ../../nbs/57_eval.run.ipynb #46b94691
+def _image_names(item):
+    "The images of a question, as far as they can be told apart"
+    return tuple(str(image) if isinstance(image, (str, Path)) else id(image) for image in item.images)
+
 def plan(
     items:list[Item], # The questions
     batch_size:int,   # Questions answered at a time
 ) -> list[list[int]]: # Batches of indices, longest prompts first
-    "Batches of questions of similar length"
+    "Batches of questions of similar length, those on the same images together"
     if batch_size<1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    def size(i):      # characters are near enough to tokens
-        return -len(items[i].images), -len(items[i].prompt), i
+    first, longest = {}, {}
+    for i,item in enumerate(items):      # characters are near enough to tokens
+        shown = _image_names(item)
+        first.setdefault(shown, i)
+        longest[shown] = max(longest.get(shown, 0), len(item.prompt))
+    def size(i):
+        shown = _image_names(items[i])
+        return -len(shown), -longest[shown], first[shown], -len(items[i].prompt), i
     order = sorted(range(len(items)), key=size)
     return [order[start:start+batch_size]
             for start in range(0, len(order), batch_size)]

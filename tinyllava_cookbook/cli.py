@@ -86,9 +86,13 @@ def model_arguments(
     p:argparse.ArgumentParser,  # Changed in place
     required:bool=True,         # Must --model be given?
 ):
-    "Add --model and --device"
+    "Add --model, --device, --dtype, --quantization and --template"
     p.add_argument('--model', required=required, metavar='DIR', help='folder of a trained model')
     p.add_argument('--device', default='auto', help='auto, cpu or cuda (default: %(default)s)')
+    p.add_argument('--dtype', default='auto', choices=['auto', 'float32', 'bfloat16', 'float16'],
+                   help='precision (default: bfloat16 on a GPU that has it, else float16; float32 on a CPU)')
+    p.add_argument('--quantization', choices=['4bit', '8bit'], help='keep the language model in so many bits')
+    p.add_argument('--template', metavar='NAME', help="chat template (default: the model's own)")
     trust_argument(p)
 
 # %% ../nbs/90_cli.ipynb #91084a4b
@@ -102,10 +106,12 @@ def load_model(
 ) -> tuple:                # Model and processor
     "The model that a command was given"
     from tinyllava_cookbook.core import pick_device, pick_dtype
-    from tinyllava_cookbook.model.checkpoints import load
+    from tinyllava_cookbook.model.checkpoints import load, with_template
     hide_progress()
     device = pick_device(a.device)
-    return load(a.model, device=device, dtype=pick_dtype(device), trust_remote_code=a.trust_remote_code)
+    opened = load(a.model, device=device, dtype=pick_dtype(device, a.dtype), quantization=a.quantization,
+                  trust_remote_code=a.trust_remote_code)
+    return with_template(*opened, a.template) if a.template else opened
 
 # %% ../nbs/90_cli.ipynb #d75200a0
 def import_argument(
@@ -193,7 +199,7 @@ def main(
     try:
         plugins = import_named(words)
         p = parser()
-    except Exception as e: return _failed(e, 'tinyllava', '--debug' in words)
+    except Exception as e: return _failed(e, ' '.join(['tinyllava', *words[:1]]), '--debug' in words)
     a = p.parse_args(words)
     a.plugins = plugins
     return _run(a)

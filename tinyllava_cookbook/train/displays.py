@@ -160,7 +160,8 @@ class SampleAnswers(TrainerCallback):
         cut = bool(args.fsdp or args.deepspeed)   # then no process can compute alone
         if not (cut or state.is_world_process_zero): return
         x = self.processor(text=self.text, images=[i for o in self.samples for i in o.images], return_tensors='pt')
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        half = torch.float16 if args.fp16 else torch.bfloat16
+        with torch.autocast(args.device.type, half, enabled=args.bf16 or args.fp16):
             ids = model.eval().generate(**x.to(args.device), max_new_tokens=self.n, do_sample=False, synced_gpus=cut)
         said = self.processor.tokenizer.batch_decode(ids[:, x['input_ids'].shape[1]:], skip_special_tokens=True)
         if not state.is_world_process_zero: return

@@ -51,7 +51,9 @@ def flop_rates(
 
 # %% ../../nbs/33_train.meter.ipynb #8e96dc07
 PEAK_TFLOPS = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, 'L40S': 362, 'A6000': 155,
-               '4090': 165, '3090': 71}   # Dense bf16, by part of the device's name, from the makers' data sheets
+               '4090': 165, '4080': 97, '4070 Ti': 80, '3090': 71, '3070': 41,
+               'TITAN RTX': 130, 'RTX 8000': 130, '2080 Ti': 54}   # By part of the device's name
+# Dense bf16, on Turing fp16, with 32-bit sums, from the makers' data sheets
 
 def peak_tflops(
     name:str,     # As `torch.cuda.get_device_name` gives it

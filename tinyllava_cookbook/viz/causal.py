@@ -9,7 +9,7 @@ __all__ = ['AnswerBatch', 'first_answer_id', 'answer_batch', 'answer_log_probs',
            'rollout_values', 'relevance_values', 'all_recolored', 'spread_blocks', 'wilson_interval', 'hits',
            'hit_table']
 
-# %% ../../nbs/65_viz.causal.ipynb #0dc57b73
+# %% ../../nbs/65_viz.causal.ipynb #82088ed9
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .micro import ColorCase, object_box, recolored, unused_color
 from .places import TokenMap, token_maps
 from .probes import attention_calls, attention_rows, output_gradients, relevance, rollout
 
-# %% ../../nbs/65_viz.causal.ipynb #72d3b3d9
+# %% ../../nbs/65_viz.causal.ipynb #f8dcb494
 @dataclass
 class AnswerBatch:
     "Prompts, pictures and the first token of each answer"
@@ -43,7 +43,7 @@ class AnswerBatch:
         inputs = {name: x[index] for name,x in self.inputs.items()}
         return AnswerBatch(inputs, self.answer_b[index], self.places_bn[index])
 
-# %% ../../nbs/65_viz.causal.ipynb #db0a2939
+# %% ../../nbs/65_viz.causal.ipynb #5711b98b
 def first_answer_id(
     processor,       # Of the model
     messages:list,   # A conversation that ends with the user
@@ -74,7 +74,7 @@ def answer_batch(
     ids = [first_answer_id(processor, one, answer) for one,answer in zip(messages, answers)]
     return AnswerBatch(inputs, torch.tensor(ids), places.unflatten(0, (len(prompts), -1)))
 
-# %% ../../nbs/65_viz.causal.ipynb #1c62231d
+# %% ../../nbs/65_viz.causal.ipynb #ae223869
 @torch.no_grad()
 def answer_log_probs(
     model,               # A `VLMForConditionalGeneration`
@@ -86,7 +86,7 @@ def answer_log_probs(
     logits = [model(**batch.select(part).inputs, logits_to_keep=1, use_cache=False).logits[:, -1] for part in parts]
     return torch.cat(logits).float().log_softmax(-1)
 
-# %% ../../nbs/65_viz.causal.ipynb #9fa235c9
+# %% ../../nbs/65_viz.causal.ipynb #d15a31aa
 @torch.no_grad()
 def embedded(
     model,              # A `VLMForConditionalGeneration`
@@ -97,7 +97,7 @@ def embedded(
     emb_btd, _ = merge_inputs(model.model, ids_bt, batch.inputs['pixel_values'])
     return AnswerBatch(dict(inputs_embeds=emb_btd, attention_mask=mask_bt), batch.answer_b, batch.places_bn)
 
-# %% ../../nbs/65_viz.causal.ipynb #ef20ad1f
+# %% ../../nbs/65_viz.causal.ipynb #fca34e03
 def occluded(
     pixels_chw:Tensor,       # As the encoder sees a picture
     grid:tuple[int, int],    # Rows and columns of what is covered
@@ -115,7 +115,7 @@ def occluded(
         out[i, :, r*height//rows:(r+1)*height//rows, across] = fill_c[:, None, None]
     return out
 
-# %% ../../nbs/65_viz.causal.ipynb #1d73b9ad
+# %% ../../nbs/65_viz.causal.ipynb #31f5bfe6
 def occlusion_effects(
     model,                  # A `VLMForConditionalGeneration`
     batch:AnswerBatch,      # From `answer_batch`
@@ -131,7 +131,7 @@ def occlusion_effects(
         effects.append(answer_log_probs(model, one, size).gather(1, one.answer_b[:, None])[:, 0])
     return whole_b - torch.stack(effects)
 
-# %% ../../nbs/65_viz.causal.ipynb #daa9fb53
+# %% ../../nbs/65_viz.causal.ipynb #55d36ee7
 def decoder_layers(
     llm:nn.Module,  # The decoder of a language model
 ) -> nn.ModuleList: # In order
@@ -167,7 +167,7 @@ def layer_inputs(
         for handle in handles:
             handle.remove()
 
-# %% ../../nbs/65_viz.causal.ipynb #a7a990df
+# %% ../../nbs/65_viz.causal.ipynb #04fe871b
 def layer_activations(
     model,              # A `VLMForConditionalGeneration`
     batch:AnswerBatch,  # From `answer_batch`
@@ -196,7 +196,7 @@ def patched_log_probs(
     with layer_inputs(model.language_model, change):
         return answer_log_probs(model, batch, size)
 
-# %% ../../nbs/65_viz.causal.ipynb #eb09f0c3
+# %% ../../nbs/65_viz.causal.ipynb #ce345e4d
 def token_blocks(
     grid:tuple[int, int],       # Rows and columns of the image tokens
     blocks:tuple[int, int],     # Rows and columns of the blocks; must divide them
@@ -208,7 +208,7 @@ def token_blocks(
     index = torch.arange(rows*cols).reshape(down, rows//down, across, cols//across)
     return index.transpose(1, 2).flatten(2).flatten(0, 1)
 
-# %% ../../nbs/65_viz.causal.ipynb #0b19e64b
+# %% ../../nbs/65_viz.causal.ipynb #58549303
 def patching_effects(
     model,               # A `VLMForConditionalGeneration`
     batch:AnswerBatch,   # Of one scene each; it says which answer is measured
@@ -229,7 +229,7 @@ def patching_effects(
         effects.append(after_bv.gather(1, answer_b1) - before_b1)
     return torch.cat(effects, 1)
 
-# %% ../../nbs/65_viz.causal.ipynb #72d8051f
+# %% ../../nbs/65_viz.causal.ipynb #cf13ce91
 def shows_box(
     one:TokenMap,   # Of the image
     box:tuple,      # Left, top, right and bottom, in pixels of the picture
@@ -243,7 +243,7 @@ def shows_box(
     down = (y[:-1] < box[3]) & (y[1:] > box[1])
     return down[:, None] & across
 
-# %% ../../nbs/65_viz.causal.ipynb #5f13ede9
+# %% ../../nbs/65_viz.causal.ipynb #25cc391c
 def object_tokens(
     one:TokenMap,           # Of the image
     batch:AnswerBatch,      # A case each
@@ -272,7 +272,7 @@ def swapped(
     donor_btd = layer_activations(model, donor)[layer]
     return patched_log_probs(model, batch, donor_btd, here_bt, layer).argmax(-1)
 
-# %% ../../nbs/65_viz.causal.ipynb #941f79ff
+# %% ../../nbs/65_viz.causal.ipynb #b93f6d08
 def rank_correlation(
     a_bn:Tensor, # Values
     b_bn:Tensor, # Other values of the same things
@@ -285,7 +285,7 @@ def rank_correlation(
     a, b = (rank - rank.mean(-1, keepdim=True) for rank in ranked)
     return (a*b).sum(-1)/(a.norm(dim=-1)*b.norm(dim=-1))
 
-# %% ../../nbs/65_viz.causal.ipynb #73e1b233
+# %% ../../nbs/65_viz.causal.ipynb #2372c912
 def _to_image(weights_bt, batch):
     "Values of positions to those of image tokens"
     return weights_bt.gather(1, batch.places_bn)
@@ -310,7 +310,7 @@ def rollout_values(
         model(**batch.inputs, logits_to_keep=1, use_cache=False)
     return _to_image(rollout(calls, [batch.row])[:, 0], batch)
 
-# %% ../../nbs/65_viz.causal.ipynb #aa4dcf68
+# %% ../../nbs/65_viz.causal.ipynb #33df1f14
 def relevance_values(
     model,              # A `VLMForConditionalGeneration`
     batch:AnswerBatch,  # From `answer_batch`
@@ -322,7 +322,7 @@ def relevance_values(
     grads = output_gradients(log_probs.sum(), calls)     # rows of a batch do not see each other
     return _to_image(relevance(calls, grads, [batch.row])[:, 0], batch)
 
-# %% ../../nbs/65_viz.causal.ipynb #4b36f350
+# %% ../../nbs/65_viz.causal.ipynb #7870cdc3
 def all_recolored(
     case:ColorCase,     # Whose objects all change
 ) -> ColorCase:         # The same scene, drawn alike
@@ -342,7 +342,7 @@ def spread_blocks(
         out_bn[:, tokens] = effect_b[:, None]
     return out_bn
 
-# %% ../../nbs/65_viz.causal.ipynb #b6d52e3a
+# %% ../../nbs/65_viz.causal.ipynb #06b0490e
 def wilson_interval(
     hit:int,     # How many of them
     n:int,       # Were tried

@@ -107,6 +107,7 @@ def _shard_line(item, text, model_id):
     "An answer, and a hash of what was asked"
     return answer_row(item, text, model_id) | dict(asked=asked_hash(item))
 
+# %% ../../nbs/57_eval.run.ipynb #0d61dfd6
 def _answer_rest(model, processor, batches, done, shard, bar, **how):
     "Ask each batch that lacks an answer; all of it, so that it has the same neighbours"
     limits = how['max_new_tokens'], how['blind']
@@ -124,6 +125,7 @@ def _bar(name, batches, rank, progress):
     return tqdm(total=sum(map(len, batches)),
                 unit=' answers', desc=name, disable=hide)
 
+# %% ../../nbs/57_eval.run.ipynb #1841c96c
 def _begin(folder, world):
     "Set the old answers aside, where no other process can be reading them"
     if world>1:
@@ -139,6 +141,7 @@ def _shown(item):
              else 'in its file' for image in item.images]
     return ', '.join(names) or 'none'
 
+# %% ../../nbs/57_eval.run.ipynb #01558aca
 def _same_questions(items, mine, done, folder):
     "An answer to another wording of the question, or about another image, is not an answer"
     place = f"{str(folder)!r} answers question"

@@ -287,11 +287,19 @@ def _children(o):
     own = {f.name:getattr(o, f.name) for f in dataclasses.fields(o)}
     return own | {s.name:s for s in o.stages} if isinstance(o, Recipe) else own
 
+def _tune_value(text, path):
+    "A mode, or a JSON object of the fields of `Tune`"
+    if not text.startswith('{'): return text
+    try: return json.loads(text)
+    except ValueError as e:
+        raise ValueError(f"override {path}={text}: not JSON ({e}); write e.g. {path}='"
+                         '{"mode": "lora", "r": 8}' "'") from None
+
 def _set(o, way, text, path):
     (k,*rest),kids = way,_children(o)
     check_names([k], list(kids), f"field in override {path!r}:")
     if k in ('trainer', 'model') and len(rest) == 1: kids[k][rest[0]] = _loads(text)   # these take any key
-    elif isinstance(kids[k], Tune) and not rest: o[k] = _tune(text)                      # tune.llm=full
+    elif isinstance(kids[k], Tune) and not rest: o[k] = _tune(_tune_value(text, path))   # tune.llm=full
     elif rest and isinstance(kids[k], (Stage, Tune, dict)): _set(kids[k], rest, text, path)
     elif rest: raise ValueError(f"override {path!r}: {k!r} has no fields of its own")
     elif isinstance(kids[k], (Stage, Tune, dict, list)):

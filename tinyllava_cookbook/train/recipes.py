@@ -305,7 +305,7 @@ def _children(node):
     if isinstance(node, Recipe): own |= {stage.name: stage for stage in node.stages}
     return own
 
-# %% ../../nbs/30_train.recipes.ipynb #949119bb
+# %% ../../nbs/30_train.recipes.ipynb #9ec6c2de
 _NODES = Stage, Tune, dict   # What has fields of its own
 
 def _too_early(child, path):

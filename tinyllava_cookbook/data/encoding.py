@@ -159,6 +159,7 @@ class _Piece(NamedTuple):
     text:str   # Its characters
     how:str    # 'run', 'image', 'plain' for words that would be a control token, 'cut' where borders must hold
 
+# %% ../../nbs/10_data.encoding.ipynb #054079ed
 def _add(pieces:list[_Piece], text:str, how:str):
     "Append a piece, or let a run go on"
     last = pieces[-1] if pieces else _Piece(0, '', 'run')
@@ -293,6 +294,7 @@ def _allowed(vocabulary, parts:list[Part], facts:Facts) -> set[int]:
                              "template writes itself; samples may not")
     return {i for i, s in facts.control.items() if s in vocabulary}
 
+# %% ../../nbs/10_data.encoding.ipynb #763ff7b9
 def _check_images(parts:list[Part], image_id):
     "An error where there are images and no id for them"
     if image_id is None and any(p.kind == 'image' for p in parts):

@@ -170,6 +170,7 @@ right: {{ gold }}
 def _cut(text, longest=240):
     return text if len(text)<=longest else text[:longest]+'…'
 
+# %% ../../nbs/56_eval.report.ipynb #9d6c0528
 def _turn(item, text):
     gold = item.answer
     if not isinstance(gold, str): gold = ' / '.join(dict.fromkeys(gold))
@@ -205,7 +206,6 @@ def questions_by_id(
 # %% ../../nbs/56_eval.report.ipynb #91ac43f2
 _STYLE = """figure{border-left:4px solid #999;padding-left:.6rem} img{max-height:11rem}
 figure.worst{border-color:#c33} figure.best{border-color:#393}"""
-
 _SECTION = """<h2 id="{{ name }}">{{ name }}</h2>
 {% if reason %}<p>{{ reason }}</p>
 {% endif %}{% for title, rows in tables.items() %}

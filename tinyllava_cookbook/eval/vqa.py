@@ -52,6 +52,7 @@ def _punctuation(text, comma):
         out = out.replace(mark, '' if drop or at_word else ' ')
     return re.sub(r'\.(?!\d)', '', out, count=32)
 
+# %% ../../nbs/51_eval.vqa.ipynb #fde88500
 def _words(text):
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     words = [word for word in words if word not in ARTICLES]
@@ -65,6 +66,7 @@ def _normal(text, comma):
 def _plain(text):
     return text.replace('\n', ' ').replace('\t', ' ').strip()
 
+# %% ../../nbs/51_eval.vqa.ipynb #59b346e4
 def vqa_normalize(
     s:str, # An answer as it was given
 ) -> str:  # The form that is compared
@@ -318,6 +320,7 @@ def _gqa_files(place):
     near = path.with_name(path.name.replace('questions', 'choices'))
     return questions, read_json(near) if near!=path and near.is_file() else {}
 
+# %% ../../nbs/51_eval.vqa.ipynb #c751e017
 def _gqa_said(row):
     return row['prediction'] if 'prediction' in row else gqa_normalize(said(row))
 

@@ -409,6 +409,7 @@ def _mme_answer_key(row):
     id = str(row['question_id'])
     return _mme_key(id.split('/')[0], id, row.get('prompt', ''))
 
+# %% ../../nbs/50_eval.yesno.ipynb #4c7e8e53
 def _mme_tables(items):
     "Score of each subtask, and the subtasks that are absent"
     counts = {}

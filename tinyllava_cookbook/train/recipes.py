@@ -291,6 +291,14 @@ def _convert(text, hint, path):
         want = kind.__name__ if number else 'JSON value'
         raise ValueError(f"override {path}={text}: {text!r} is not a valid {want}") from None
 
+def _tune_value(text, path):
+    "A mode, or a JSON object of the fields of `Tune`"
+    if not text.startswith('{'): return text
+    try: return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"override {path}={text}: not JSON ({error}); write e.g. {path}='"
+                         '{"mode": "lora", "r": 8}' "'") from None
+
 def _any_value(text):
     "JSON, or the text itself"
     words = {'none': None, 'true': True, 'false': False}
@@ -331,7 +339,7 @@ def _set(node, way, text, path):
     child = children[name]
     free = name in ('trainer', 'model') and len(rest) == 1   # these take any key
     if free: child[rest[0]] = _any_value(text)
-    elif isinstance(child, Tune) and not rest: node[name] = _tune(text)   # tune.llm=full
+    elif isinstance(child, Tune) and not rest: node[name] = _tune(_tune_value(text, path))   # tune.llm=full
     elif rest and isinstance(child, _NODES): _set(child, rest, text, path)
     elif rest: raise ValueError(f"override {path!r}: {name!r} has no fields of its own")
     elif isinstance(child, (*_NODES, list)): raise _too_early(child, path)

@@ -103,11 +103,9 @@ def test_tokens_with_dollars_do_not_break_the_attention_figure():
     torch = pytest.importorskip('torch')
     from PIL import Image
     from tinyllava_cookbook.viz.attention import AnswerAttention, show_attention
-    from tinyllava_cookbook.model.vlm import VLMConfig
-    from transformers import LlamaConfig, SiglipVisionConfig
-    c = VLMConfig(vision_config=SiglipVisionConfig(image_size=28, patch_size=14, hidden_size=8, num_attention_heads=1, num_hidden_layers=1),
-                  text_config=LlamaConfig(hidden_size=8, vocab_size=9, num_attention_heads=1), image_token_id=8, image_seq_length=4)
-    att = AnswerAttention(Image.new('RGB', (28, 28)), 'what?', TEX, torch.rand(1, 1, len(TEX), 9), torch.arange(4), [0], c)
+    from tinyllava_cookbook.viz.places import TokenMap
+    maps = [TokenMap('image', torch.arange(4).view(2, 2), (0, 0, 28, 28))]
+    att = AnswerAttention(Image.new('RGB', (28, 28)), 'what?', TEX, torch.rand(1, 1, len(TEX), 9), torch.arange(4), [0], maps)
     fig = show_attention(att, most=len(TEX))
     assert [o.get_title().split('\n')[0] for o in fig.axes[1:len(TEX)]][:3] == TEX[:3]
     drawn(fig)

@@ -133,7 +133,8 @@ def test_likelihoods(adapter, home, docs):
 def test_the_likeliest_answer_is_known_as_such(adapter, home, docs):
     "What the model itself says, up to its end, is greedy; one token changed, it is not"
     lm = adapter.SimpleModel(home, device='cpu')
-    ask, images, _ = lm._ask('Red?', {}, visual(docs[0]))
+    from tinyllava_cookbook.infer.generate import user_turn
+    ask, images = [user_turn('Red?', 1)], visual(docs[0])
     row = lm.processor.encoder()(adapter.Sample('x', [*ask, dict(role='assistant', content='yes')], images))
     want = row['labels'][row['labels']>=0]
     assert row['labels'][-len(want):].tolist() == want.tolist()             # the answer and its end close the row

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image, ImageFile
 
 torch = pytest.importorskip('torch')
+from tinyllava_cookbook.data import images
 from tinyllava_cookbook.data.images import (IMAGE_MODES, anyres_n_tokens, best_canvas, image_size, load_image, pinpoints,
                                             prepare, target_size, unpad)
 
@@ -251,3 +252,47 @@ def test_size_is_that_of_the_upright_picture(tmp_path, turn, suffix):
     exif = Image.Exif(); exif[0x0112] = turn
     Image.new('RGB', (32, 16)).save(tmp_path/f'a.{suffix}', exif=exif)
     assert image_size(tmp_path/f'a.{suffix}') == load_image(tmp_path/f'a.{suffix}').size[::-1] == ((32, 16) if turn > 4 else (16, 32))
+
+def processors():
+    "Image processors of the towers' families, both backends where they are here"
+    import transformers
+    square, edge = dict(height=40, width=40), dict(shortest_edge=40)
+    made = {}
+    for name, kw in dict(SiglipImageProcessor=dict(size=square), CLIPImageProcessor=dict(size=edge, crop_size=square), ViTImageProcessor=dict(size=square),
+                         BitImageProcessor=dict(size=edge, crop_size=square), ConvNextImageProcessor=dict(size=dict(shortest_edge=400))).items():
+        for backend in ('Pil', ''):
+            cls = getattr(transformers, name + backend, None)
+            try: made[name + backend] = cls(**kw)
+            except (ImportError, TypeError): continue
+    return made
+
+@pytest.mark.parametrize('name', list(processors()))
+def test_pixels_by_table_are_those_of_the_processor(name):
+    "To the last bit, whatever the size; no tolerance"
+    processor, rng = processors()[name], np.random.default_rng(0)
+    for size in ((40, 40), (41, 97), (300, 200), (17, 23)):
+        image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+        usual = processor(images=[image], return_tensors='pt')['pixel_values'].float()
+        assert torch.equal(prepare(image, processor, 'none')[0], usual)
+
+def test_a_table_follows_the_settings():
+    from transformers import SiglipImageProcessorPil
+    processor = SiglipImageProcessorPil(size=dict(height=8, width=8))
+    before = images.pixel_table(processor)
+    processor.image_mean = [.1, .2, .3]
+    after = images.pixel_table(processor)
+    assert before is not None and after is not None and not np.array_equal(before, after)
+    processor.do_normalize = False
+    assert np.array_equal(images.pixel_table(processor)[0], (np.arange(256)*processor.rescale_factor).astype(np.float32))
+
+def test_floating_point_work_is_done_once(monkeypatch):
+    "For the table, not for each image"
+    from transformers import CLIPImageProcessorPil
+    processor = CLIPImageProcessorPil(size=dict(shortest_edge=23), crop_size=dict(height=23, width=23))   # of no other test
+    calls, plain = [], CLIPImageProcessorPil.rescale
+    monkeypatch.setattr(CLIPImageProcessorPil, 'rescale', lambda self, *a, **k: calls.append(1) or plain(self, *a, **k))
+    some = [Image.new('RGB', (30 + k, 50), (k, 2*k, 3*k)) for k in range(20)]
+    for image in some: images.prepare(image, processor, 'pad')
+    once = len(calls)
+    for image in some: images.prepare(image, processor, 'crop')
+    assert 0 < once == len(calls) <= 4

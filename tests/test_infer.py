@@ -70,6 +70,41 @@ def test_each_distinct_picture_is_prepared_once_per_batch(models, monkeypatch):
     G.answers(model, processor, ['what?']*6, [a, b, a, a, b, [a, b]], max_new_tokens=1, batch_size=6, progress=False)
     assert len(seen) == 2
 
+@pytest.fixture(scope='module')
+def many(parts, tmp_path_factory):
+    "Models of more families, one of them with tiles, one with a sliding window"
+    root, kw = tmp_path_factory.mktemp('many'), dict(initializer_range=.3)
+    made = {o: compose(parts['siglip'], tiny_checkpoint(o, root/o, **kw)) for o in ('gemma2', 'mistral', 'smollm3')}
+    made['anyres'] = compose(parts['siglip'], parts['llama'], image_mode='anyres')
+    made['llama'] = compose(parts['siglip'], parts['llama'], template='llama')
+    return made
+
+@pytest.mark.parametrize('name', ['llama', 'anyres', 'gemma2', 'mistral', 'smollm3'])
+def test_questions_on_one_image_answer_as_alone(many, name):
+    "Token for token, blind and seeing, with one image and with two"
+    model, processor = many[name]
+    a, b = picture(0), picture(1, (90, 30))
+    qs = ['what?', 'is there a red circle in the image?', 'count the circles', 'where is it, left or right of the middle?', 'which?']
+    shown = [[a], [a], [a], [b], [a, b], [a, b], [a], [b], [a, b], []]
+    prompts = [G.prompt_ids(processor, [G.user_turn(qs[k%5], len(o))], o) for k,o in enumerate(shown)]
+    for blind in (False, True):
+        alone = [G.answer_ids(model, processor, [p], o, 8, blind)[0] for p,o in zip(prompts, shown)]
+        assert G.answer_ids(model, processor, prompts, sum(shown, []), 8, blind) == alone
+        assert G.answer_ids(model, processor, prompts[:4], sum(shown[:4], []), 8, blind) == alone[:4]
+    assert len(set(map(tuple, alone))) > 1
+
+def test_what_questions_on_one_image_cost(many):
+    "Tiles through tower and connector, and tokens through the decoder before the first new one: ten questions against one"
+    model, processor = many['llama']
+    tiles, tokens = [], []
+    hooks = [model.connector.register_forward_pre_hook(lambda m, args: tiles.append(len(args[0]))),
+             model.language_model.register_forward_pre_hook(lambda m, args, kw: tokens.append(kw['inputs_embeds'].shape[:2].numel()), with_kwargs=True)]
+    prompt = G.prompt_ids(processor, [G.user_turn('what?', 1)])
+    rest = len(prompt) - processor.image_seq_length - prompt.index(processor.image_token_id)
+    G.answer_ids(model, processor, [prompt]*10, [picture(0)]*10, 1)
+    for hook in hooks: hook.remove()
+    assert sum(tiles) == 1 and sum(tokens) == len(prompt) - rest + 10*rest
+
 def test_blind_is_a_picture_of_zeros(models, monkeypatch):
     model, processor = models['llama']
     img, prompt = picture(1), G.prompt_ids(processor, [G.user_turn('what?', 1)])
@@ -200,15 +235,15 @@ def test_attention_of_a_given_answer(models):
     assert not torch.equal(att.maps(layer=1), every.maps(layer=0))
 
 @pytest.mark.parametrize('mode', ['pad', 'crop', 'squash'])
-def test_the_picture_shown_is_the_one_seen(models, mode):
+def test_maps_lie_on_the_original_picture(models, mode):
     model, processor = models['llama']
     old, processor.image_mode = processor.image_mode, mode
     try: att = answer_attention(model, processor, picture(1, (90, 30)), 'what?', answer='red')
     finally: processor.image_mode = old
-    h, w = processor.pixels(picture(1)).shape[-2:]
-    assert att.image.size == (w, h)
-    top = att.image.getpixel((w//2, 0))
-    assert (max(top) < 200) == (mode=='pad')         # grey bars only where padded
+    assert att.image.size == (90, 30) and att.heat().shape[1:] == (30, 90)
+    covered = (att.heat()[0] > 0).float()
+    assert covered.mean(0).tolist() == ([0]*30 + [1]*30 + [0]*30 if mode == 'crop' else [1]*90)
+    assert (att.heat().sum() < .9*att.on_image().sum()) == (mode == 'pad')   # what lies on the border is not on the picture
 
 def test_figure_has_a_panel_per_token(models):
     import matplotlib.pyplot as plt

@@ -360,8 +360,8 @@ def test_a_stage_chooses_its_attention(make, tmp_path, monkeypatch, capsys):
     from tinyllava_cookbook.train.stages import train_stage
     first, processor = make('llama')
     data = samples(first, (1, 0, 2, 0, 1, 1))
-    calls, plain = [], packed_attention._one_by_one
-    monkeypatch.setattr(packed_attention, '_one_by_one', lambda *a: calls.append(1) or plain(*a))
+    calls, plain = [], packed_attention.find_blocks
+    monkeypatch.setattr(packed_attention, 'find_blocks', lambda *a: calls.append(1) or plain(*a))
     def train(**kw):
         calls.clear()
         model = copy.deepcopy(first).float()

@@ -219,7 +219,8 @@ def _deepspeed(a):
 # %% ../../nbs/92_commands.training.ipynb #030a4379
 def _budget_args(p):
     recipe_arguments(p)
-    p.add_argument('--gpus', default='1xA100-40G', metavar='NxGPU', help='how many of which (default: %(default)s)')
+    p.add_argument('--gpus', default='1xA100-40G', metavar='NxGPU',
+                   help='how many of which, or 1x12GiB (default: %(default)s)')
     p.add_argument('--stage', metavar='STAGE', action='append', dest='stages', help='only this one (repeatable)')
     p.add_argument('--parallel', default='ddp', metavar='HOW',
                    help='ddp, zero1, zero2, zero3, each of these with -offload, or fsdp (default: %(default)s)')
@@ -227,10 +228,26 @@ def _budget_args(p):
     p.add_argument('--mfu', type=float, metavar='SHARE', help="of the GPUs' peak that is reached (default: assumed)")
     p.add_argument('--price', type=float, metavar='USD', help='per GPU and hour (default: a dated list price)')
     p.add_argument('--json', action='store_true', help='print one JSON object; memory in bytes')
+    p.add_argument('--infer', action='store_true',
+                   help='forecast answering instead: weights at 32, 16, 8 and 4 bits, KV cache')
+    p.add_argument('--prompt-tokens', type=positive, default=128, metavar='N',
+                   help='with --infer: of text (default: %(default)s)')
+    p.add_argument('--answer-tokens', type=positive, default=256, metavar='N',
+                   help='with --infer (default: %(default)s)')
 
 # %% ../../nbs/92_commands.training.ipynb #480278b1
+def _infer_budget(a):
+    "Print what answering with the model of a recipe takes on a card"
+    from tinyllava_cookbook.train.recipes import override, recipe
+    r = override(recipe(a.recipe), a.changes)
+    from tinyllava_cookbook.infer.memory import inference_budget
+    from tinyllava_cookbook.train.activations import recipe_model
+    b = inference_budget(recipe_model(r), r.name, a.gpus, prompt=a.prompt_tokens, answer=a.answer_tokens)
+    print(json.dumps(b.to_dict()) if a.json else b)
+
 @command('budget', 'forecast memory, hours and cost of a recipe on GPUs', _budget_args)
 def _budget(a):
+    if a.infer: return _infer_budget(a)
     if a.mfu is not None and not 0 < a.mfu <= 1: raise Usage(f"--mfu {a.mfu:g} is not a share above 0 and up to 1")
     if a.price is not None and not 0 <= a.price < 1e9: raise Usage(f"--price {a.price:g} is not an amount of USD")
     from tinyllava_cookbook.train.recipes import override, recipe

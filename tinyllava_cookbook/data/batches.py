@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'join_images', 'check_samples', 'pad_rows', 'PadCollator', 'padding_share', 'EpochBatches', 'balanced_runs',
-           'GroupedSampler', 'Lengths', 'fill_packs', 'plan_packs', 'naming_hangs', 'BatchLoader', 'parallel_map']
+           'GroupedSampler', 'Lengths', 'Shelf', 'fill_packs', 'plan_packs', 'naming_hangs', 'BatchLoader',
+           'parallel_map']
 
 # %% ../../nbs/14_data.batches.ipynb #bcb9be5d
 import contextlib, math, os
@@ -214,9 +215,13 @@ class Lengths:
         return self.tokens*(1 + self.tokens/(12*width)) + patch*self.patches
 
 # %% ../../nbs/14_data.batches.ipynb #f797f3dd
-class _Shelf:
+class Shelf:
     "Samples by size; bit `n` of `sizes` says whether one of size `n` is left"
-    def __init__(self, sizes, order, budget):
+    def __init__(self,
+        sizes,   # Of each sample
+        order,   # Samples, those to be taken last first
+        budget,  # Most that fits into a pack
+    ):
         self.items, self.budget = [[] for _ in range(budget + 1)], budget
         for i in order: self.items[sizes[i]].append(i)
         self.sizes = sum(1 << n for n, left in enumerate(self.items) if left)
@@ -246,7 +251,7 @@ def fill_packs(
     "Packs that are as full as can be, of samples drawn at random"
     order = np.random.default_rng(seed).permutation(len(sizes)).tolist()
     order.sort(key=lambda i: -max(sizes[i] - budget//2, 0))
-    shelf, packs, room = _Shelf(sizes, order, budget), [], 0
+    shelf, packs, room = Shelf(sizes, order, budget), [], 0
     few = 2.5*sum(sizes)/max(1, len(sizes))
     def put(size):
         nonlocal room

@@ -37,7 +37,8 @@ def _talk(rng) -> list[dict]:
     out = []
     for k in range(rng.randint(1, 6)):
         mark = '' if k else f'{IMAGE_TOKEN}\n'
-        out.append({'from': 'human', 'value': mark + _said(rng, 10) + '?'})
+        out.append({'from': 'human',
+                    'value': mark + _said(rng, 10) + '?'})
         out.append({'from': 'gpt', 'value': _said(rng, 60) + '.'})
     return out
 
@@ -53,7 +54,8 @@ def write_conversations(
     with Path(path).open('w') as f:
         f.write('[')
         for i in range(n):
-            row = dict(id=f'{i:09}', image=image.format(i), conversations=_talk(rng))
+            row = dict(id=f'{i:09}', image=image.format(i),
+                       conversations=_talk(rng))
             if i: f.write(',\n')
             f.write(json.dumps(row))
         f.write(']')
@@ -79,25 +81,33 @@ def _world(folder, n, size, mode, seed=0):
     "A dataset of `n` pictures and conversations"
     rng = np.random.default_rng(seed)
     some = [photo(size, rng) for _ in range(8)]   # drawing them all would take longer than what is measured
-    for i in range(n): some[i % 8].save(folder/f'{i}.jpg', quality=90)
+    for i in range(n):
+        some[i % 8].save(folder/f'{i}.jpg', quality=90)
     tok = tiny_tokenizer('llama')
     tok.add_special_tokens({'additional_special_tokens': [IMAGE_TOKEN]})
-    clip = CLIPImageProcessorPil(size=dict(shortest_edge=336), crop_size=dict(height=336, width=336))
-    encoder = Encoder(tok, clip, 'llama', image_seq_length=576, image_mode=mode, max_length=4096)
+    clip = CLIPImageProcessorPil(size=dict(shortest_edge=336),
+                                 crop_size=dict(height=336, width=336))
+    encoder = Encoder(tok, clip, 'llama', image_seq_length=576,
+                      image_mode=mode, max_length=4096)
     return VLMDataset(read_data(write_conversations(folder/'data.json', n)), encoder)
 
-def _cpu_seconds() -> float: return sum(os.times()[:4])   # of children that have ended too
+# %% ../../nbs/18_data.bench.ipynb #21878d2e
+def _cpu_seconds() -> float:
+    return sum(os.times()[:4])   # of children that have ended too
 
 # %% ../../nbs/18_data.bench.ipynb #688ee347
 def _timed(ds, batch_size:int, workers:int) -> dict:
     "One pass over a dataset"
     start = time.perf_counter()
     before = _cpu_seconds()
-    batches = DataLoader(ds, batch_size, collate_fn=PadCollator(0), num_workers=workers)
+    batches = DataLoader(ds, batch_size, collate_fn=PadCollator(0),
+                         num_workers=workers)
     seen = sum(len(b['input_ids']) for b in batches)
     took = time.perf_counter() - start
     used = max(_cpu_seconds() - before, .01)   # at least a tick of that clock
-    return dict(workers=workers, samples=seen, samples_s=round(seen/took, 1), cpu_ms=round(1000*used/seen, 2),
+    return dict(workers=workers, samples=seen,
+                samples_s=round(seen/took, 1),
+                cpu_ms=round(1000*used/seen, 2),
                 per_core=round(seen/used, 1))
 
 # %% ../../nbs/18_data.bench.ipynb #3267d732
@@ -123,7 +133,8 @@ def _parts(ds:VLMDataset, n:int, mode:str) -> dict:
     encoded = [ds[i] for i in range(n)]
     collator = PadCollator(0)
     processor = ds.encoder.image_processor
-    def batch(i): return collator(encoded[i:i + 16]) if i % 16 == 0 else None
+    def batch(i):
+        return collator(encoded[i:i + 16]) if i % 16 == 0 else None
     return {'read the row': ds.sample,
             'open the image': lambda i: load_image(samples[i].images[0]),
             'to pixel values': lambda i: prepare(images[i], processor, mode),
@@ -147,7 +158,8 @@ def bench_parts(
     "Milliseconds of processor per sample, by part"
     with tempfile.TemporaryDirectory() as place:
         ds = _world(Path(place), n, size, mode)
-        return Table(_part_row(name, part, n) for name, part in _parts(ds, n, mode).items())
+        return Table(_part_row(name, part, n)
+                     for name, part in _parts(ds, n, mode).items())
 
 # %% ../../nbs/18_data.bench.ipynb #312286fd
 def _memory_of(pid='self') -> dict:
@@ -186,10 +198,14 @@ def measure_loading(
     took = time.process_time() - start
     peak = _peak() - base
     main = _memory_of()['rss'] - base
-    loader = DataLoader(_Reading(rows), batch_size=None, num_workers=workers, multiprocessing_context='fork')
+    loader = DataLoader(_Reading(rows), batch_size=None,
+                        num_workers=workers,
+                        multiprocessing_context='fork')
     each = list(loader)
-    def mean(name): return round(sum(o[name] for o in each)/workers)
-    return dict(kind=kind, load_cpu_s=round(took, 1), peak_mb=round(peak), main_mb=round(main),
+    def mean(name):
+        return round(sum(o[name] for o in each)/workers)
+    return dict(kind=kind, load_cpu_s=round(took, 1),
+                peak_mb=round(peak), main_mb=round(main),
                 worker_rss_mb=mean('rss'), worker_own_mb=mean('own'))
 
 # %% ../../nbs/18_data.bench.ipynb #013471ba
@@ -200,10 +216,15 @@ print(json.dumps(measure_loading(kind, file, int(workers))))"""
 
 def _apart(kind:str, file, workers:int, cache:str) -> dict:
     "`measure_loading` in a process of its own"
-    env = {**os.environ, 'TINYLLAVA_CACHE': cache, 'OMP_NUM_THREADS': '1'}
-    command = [sys.executable, '-c', _MEASURE, kind, str(file), str(workers)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f"measuring {kind!r} failed: {done.stderr[-500:]}")
+    env = {**os.environ, 'TINYLLAVA_CACHE': cache,
+           'OMP_NUM_THREADS': '1'}
+    command = [sys.executable, '-c', _MEASURE,
+               kind, str(file), str(workers)]
+    done = subprocess.run(command, env=env,
+                          capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring {kind!r} failed: "
+                           f"{done.stderr[-500:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../../nbs/18_data.bench.ipynb #4b597329
@@ -214,10 +235,12 @@ def bench_memory(
 ) -> list[dict]:      # A Python list, Arrow at first, Arrow from the cache
     "Megabytes that loading takes at its peak, that stay, and that each loader holds; Linux only"
     if not Path('/proc/self/smaps_rollup').exists():
-        raise OSError("memory is measured through /proc, which Linux alone has")
+        raise OSError("memory is measured through /proc, which Linux "
+                      "alone has")
     with tempfile.TemporaryDirectory() as place:
         file = write_conversations(Path(place)/'data.json', n) if file is None else Path(file)
-        rows = Table(_apart(kind, file, workers, place) for kind in ('list', 'arrow', 'arrow'))
+        rows = Table(_apart(kind, file, workers, place)
+                     for kind in ('list', 'arrow', 'arrow'))
     rows[2]['kind'] = 'arrow, again'
     return rows
 
@@ -228,9 +251,12 @@ def bench_all(
     images:int=512,       # Samples for speed
 ) -> dict:                # All tables
     "Everything that this notebook measures"
-    found = dict(date=time.strftime('%Y-%m-%d'), cores=os.cpu_count(), load=os.getloadavg()[0], versions=versions(),
+    found = dict(date=time.strftime('%Y-%m-%d'), cores=os.cpu_count(),
+                 load=os.getloadavg()[0], versions=versions(),
                  data=bench_data(images),
-                 anyres=bench_data(images//4, size=(672, 504), mode='anyres'), parts=bench_parts(images//2),
+                 anyres=bench_data(images//4, size=(672, 504),
+                                   mode='anyres'),
+                 parts=bench_parts(images//2),
                  samples=n, memory=bench_memory(n))
     write_json(out, found)
     return found

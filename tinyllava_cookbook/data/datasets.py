@@ -27,14 +27,27 @@ def expand(
     max_length:int|None=None,  # Cut from the right, between images
 ) -> tuple[list[int], list[int], int]:  # Ids, labels, images that are left
     "Write every image as its number of tokens"
-    long_ids, long_labels, images = [], [], 0
-    for token, label in zip(ids, labels):
-        n = counts[images] if token == image_token_id else 1
-        if max_length is not None and len(long_ids) + n > max_length: break
-        images += token == image_token_id
-        long_ids += [token] * n
-        long_labels += [label] * n
+    long_ids, long_labels, images, start = [], [], 0, 0
+    most = len(ids) + sum(counts) if max_length is None else max_length
+    while start < len(ids):
+        stop = _next(ids, image_token_id, start)
+        stop = min(stop, start + most - len(long_ids))   # text is cut anywhere
+        long_ids += ids[start:stop]
+        long_labels += labels[start:stop]
+        start = stop
+        if start == len(ids) or ids[start] != image_token_id: break
+        n = counts[images]
+        if len(long_ids) + n > most: break               # an image is left out
+        long_ids += [image_token_id]*n
+        long_labels += [labels[start]]*n
+        images += 1
+        start += 1
     return long_ids, long_labels, images
+
+def _next(values, wanted, start):
+    "Where it comes next; the end, if it does not"
+    try: return values.index(wanted, start)
+    except ValueError: return len(values)
 
 # %% ../../nbs/13_data.datasets.ipynb #1626ab8b
 def _image_id(tokenizer) -> int:

@@ -72,21 +72,28 @@ def _without_added_tokens(tokenizer) -> Tokenizer:
     "A tokenizer of the same model, for which every string is words"
     full = tokenizer.backend_tokenizer
     bare = Tokenizer(full.model)
-    if full.normalizer is not None: bare.normalizer = full.normalizer
-    if full.pre_tokenizer is not None: bare.pre_tokenizer = full.pre_tokenizer
+    if full.normalizer is not None:
+        bare.normalizer = full.normalizer
+    if full.pre_tokenizer is not None:
+        bare.pre_tokenizer = full.pre_tokenizer
     return bare
 
 # %% ../../nbs/10_data.encoding.ipynb #19428383
 def _look_up(tokenizer) -> Facts:
     "The facts of a tokenizer"
-    added = {i: t.content for i, t in tokenizer.added_tokens_decoder.items()}
-    control = {i: s for i, s in added.items() if s.replace('▁', ' ').strip()}
-    image_id = next((i for i, s in added.items() if s == IMAGE_TOKEN), None)
+    added = {i: t.content
+             for i, t in tokenizer.added_tokens_decoder.items()}
+    control = {i: s for i, s in added.items()
+               if s.replace('▁', ' ').strip()}
+    image_id = next((i for i, s in added.items() if s == IMAGE_TOKEN),
+                    None)
     first = tokenizer('').input_ids[:1]
     bos = first if first == [tokenizer.bos_token_id] else []
     mark = str(tokenizer.tokenize('a')[0]).startswith('▁')
     own_mark = ''.join(tokenizer.tokenize(' a')).startswith('▁▁')
-    return Facts(image_id, bos, mark, own_mark, control, tokenizer.unk_token_id, _without_added_tokens(tokenizer), {})
+    return Facts(image_id, bos, mark, own_mark, control,
+                 tokenizer.unk_token_id,
+                 _without_added_tokens(tokenizer), {})
 
 # %% ../../nbs/10_data.encoding.ipynb #55256872
 _known = weakref.WeakKeyDictionary()   # Tokenizer to its state and facts
@@ -103,8 +110,10 @@ def tokenizer_facts(
 ) -> Facts:        # Looked up once
     "The facts of a tokenizer"
     if not getattr(tokenizer, 'is_fast', False):
-        raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer, without character offsets; "
-                         "take a fast one (is_fast), as AutoTokenizer gives wherever there is one")
+        raise ValueError(f"{type(tokenizer).__name__} is a slow "
+                         "tokenizer, without character offsets; "
+                         "take a fast one (is_fast), as AutoTokenizer "
+                         "gives wherever there is one")
     state, facts = _known.get(tokenizer, (None, None))
     if facts is None or state != _state(tokenizer, facts):
         facts = _look_up(tokenizer)
@@ -121,7 +130,8 @@ def _trimmed(text:str, a:int, b:int) -> tuple[int, int]:
 
 def _acts(facts:Facts, i:int, said:str) -> bool:
     "Is this the id of a control token? What a tokenizer cannot write gets an id too, which is none"
-    return i in facts.control and (i != facts.unknown or said == facts.control[i])
+    return i in facts.control and (i != facts.unknown
+                                   or said == facts.control[i])
 
 # %% ../../nbs/10_data.encoding.ipynb #b643d9f8
 def forged_words(
@@ -149,12 +159,15 @@ class _Piece(NamedTuple):
     text:str   # Its characters
     how:str    # 'run', 'image', 'plain' for words that would be a control token, 'cut' where borders must hold
 
+# %% ../../nbs/10_data.encoding.ipynb #054079ed
 def _add(pieces:list[_Piece], text:str, how:str):
     "Append a piece, or let a run go on"
     last = pieces[-1] if pieces else _Piece(0, '', 'run')
     if not text: return
-    if pieces and how == last.how == 'run': pieces[-1] = last._replace(text=last.text + text)
-    else: pieces.append(_Piece(last.at + len(last.text), text, how))
+    if pieces and how == last.how == 'run':
+        pieces[-1] = last._replace(text=last.text + text)
+    else:
+        pieces.append(_Piece(last.at + len(last.text), text, how))
 
 # %% ../../nbs/10_data.encoding.ipynb #ef32b2fa
 def cut_pieces(
@@ -169,19 +182,23 @@ def cut_pieces(
     for part in parts:
         at = 0
         end = start + len(part.text)
-        inside = [span for span in plain if start <= span[0] < end and part.kind == 'text']
+        inside = [span for span in plain if start <= span[0] < end
+                  and part.kind == 'text']
         for first, last in inside:
             _add(out, part.text[at:first - start], run)
             at = last - start
             _add(out, part.text[first - start:at], 'plain')
-        _add(out, part.text[at:], 'image' if part.kind == 'image' and not image_known else run)
+        _add(out, part.text[at:],
+             'image' if part.kind == 'image'
+             and not image_known else run)
         start = end
     return out
 
 # %% ../../nbs/10_data.encoding.ipynb #80888067
 def _extra(how:str, before:str, text:str, mark:bool) -> str:
     "What goes in front of a piece: a newline in mid-line, or the space that Llama's add in any case"
-    if 'plain' in (how, before) or how == before == 'cut': return '\n'
+    if 'plain' in (how, before) or how == before == 'cut':
+        return '\n'
     return ' ' if mark and before != 'run' and text.startswith((' ', '▁')) else ''
 
 # %% ../../nbs/10_data.encoding.ipynb #7b606ae8
@@ -190,7 +207,9 @@ def _encode(tokenizer, text:str) -> tuple[list[int], Spans]:
     if isinstance(tokenizer, Tokenizer):
         enc = tokenizer.encode(text, add_special_tokens=False)
         return enc.ids, enc.offsets
-    enc = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=False,
+    enc = tokenizer(text, add_special_tokens=False,
+                    return_offsets_mapping=True,
+                    split_special_tokens=False,
                     verbose=False)
     return enc['input_ids'], enc['offset_mapping']
 
@@ -206,7 +225,8 @@ def ids_and_spans(
     skip = _encode(tokenizer, extra)[0] if extra == '\n' else []
     if ids[:len(skip)] != skip: return _encode(tokenizer, text)
     shift = len(extra)
-    moved = [(max(start - shift, 0), max(end - shift, 1)) for start, end in spans[len(skip):]]
+    moved = [(max(start - shift, 0), max(end - shift, 1))
+             for start, end in spans[len(skip):]]
     return ids[len(skip):], moved
 
 # %% ../../nbs/10_data.encoding.ipynb #044a934a
@@ -217,19 +237,23 @@ def plain_ids(
 ) -> tuple[list[int], Spans]:
     "Ids of words that would be a control token"
     ids, spans = ids_and_spans(facts.bare, text, extra)
-    if not any(_acts(facts, i, text) for i in ids): return ids, spans
+    if not any(_acts(facts, i, text) for i in ids):
+        return ids, spans
     ids = []
     spans = []
     for at, character in enumerate(text):
         new = ids_and_spans(facts.bare, character, extra)[0]
         if any(_acts(facts, i, character) for i in new):
-            raise ValueError(f"this tokenizer cannot write {text!r} but as a control token; take it out of the sample")
+            raise ValueError(f"this tokenizer cannot write {text!r} "
+                             "but as a control token; take it out of "
+                             "the sample")
         ids += new
         spans += [(at, at + 1)] * len(new)
     return ids, spans
 
 # %% ../../nbs/10_data.encoding.ipynb #565aea6b
-def _image_ids(image_id:int, text:str) -> tuple[list[int], Spans]: return [image_id], [(0, len(text))]
+def _image_ids(image_id:int, text:str) -> tuple[list[int], Spans]:
+    return [image_id], [(0, len(text))]
 
 # %% ../../nbs/10_data.encoding.ipynb #1f6742d0
 def encode_pieces(
@@ -241,16 +265,22 @@ def encode_pieces(
 ) -> tuple[list[int], Spans]:
     "Ids of pieces, and their spans in the joined text"
     ids = list(facts.bos) if adds_bos else []
-    if ids and facts.mark and pieces and pieces[0].how == 'plain': ids.append(tokenizer.convert_tokens_to_ids('▁'))
+    if ids and facts.mark and pieces and pieces[0].how == 'plain':
+        ids.append(tokenizer.convert_tokens_to_ids('▁'))
     spans = [(0, 0)] * len(ids)
     before = '' if adds_bos else 'run'
     for piece in pieces:
-        extra = _extra(piece.how, before, piece.text, facts.mark and not facts.own_mark)
-        if piece.how == 'image': new, where = _image_ids(image_id, piece.text)
-        elif piece.how == 'plain': new, where = plain_ids(facts, piece.text, extra)
-        else: new, where = ids_and_spans(tokenizer, piece.text, extra)
+        extra = _extra(piece.how, before, piece.text,
+                       facts.mark and not facts.own_mark)
+        if piece.how == 'image':
+            new, where = _image_ids(image_id, piece.text)
+        elif piece.how == 'plain':
+            new, where = plain_ids(facts, piece.text, extra)
+        else:
+            new, where = ids_and_spans(tokenizer, piece.text, extra)
         ids += new
-        spans += [(piece.at + start, piece.at + end) for start, end in where]
+        spans += [(piece.at + start, piece.at + end)
+                  for start, end in where]
         before = piece.how
     return ids, spans
 
@@ -260,13 +290,17 @@ def _allowed(vocabulary, parts:list[Part], facts:Facts) -> set[int]:
     written = ''.join(p.text for p in parts if p.kind == 'format')
     for token in vocabulary:
         if token in written or token == IMAGE_TOKEN:
-            raise ValueError(f"vocabulary holds {token!r}, which the template writes itself; samples may not")
+            raise ValueError(f"vocabulary holds {token!r}, which the "
+                             "template writes itself; samples may not")
     return {i for i, s in facts.control.items() if s in vocabulary}
 
+# %% ../../nbs/10_data.encoding.ipynb #763ff7b9
 def _check_images(parts:list[Part], image_id):
     "An error where there are images and no id for them"
     if image_id is None and any(p.kind == 'image' for p in parts):
-        raise ValueError(f"the tokenizer has no special token {IMAGE_TOKEN!r}; add it, or pass image_token_id")
+        raise ValueError(f"the tokenizer has no special token "
+                         f"{IMAGE_TOKEN!r}; add it, or pass "
+                         "image_token_id")
 
 # %% ../../nbs/10_data.encoding.ipynb #ddc4c5e9
 def written_tokens(
@@ -275,37 +309,45 @@ def written_tokens(
     facts:Facts,       # Of it
 ) -> int:
     "How many control tokens the template writes"
-    def apart(p): return p.kind == 'text' or p.kind == 'image' and facts.image_id is None
+    def apart(p):
+        return p.kind == 'text' or p.kind == 'image' and facts.image_id is None
     total = 0
     for by_others, group in groupby(parts, apart):
         text = ''.join(p.text for p in group)
         if by_others: continue
         if text not in facts.written:
             found = zip(*ids_and_spans(tokenizer, text))
-            facts.written[text] = sum(_acts(facts, i, text[a:b].strip()) for i, (a, b) in found)
+            facts.written[text] = sum(_acts(facts, i, text[a:b].strip())
+                                      for i, (a, b) in found)
         total += facts.written[text]
     return total
 
 # %% ../../nbs/10_data.encoding.ipynb #74c19cb2
-def _present(text:str, words:bytes, ids:list[int], spans:Spans, facts:Facts) -> int:
+def _present(text:str, words:bytes, ids:list[int],
+             spans:Spans, facts:Facts) -> int:
     "How many there are in the result"
     total = 0
     for i, span in zip(ids, spans):
-        if i not in facts.control or span[0] == span[1]: continue
+        if i not in facts.control or span[0] == span[1]:
+            continue
         start, end = _trimmed(text, *span)
-        total += _acts(facts, i, text[start:end]) and not any(words[start:end])
+        total += _acts(facts, i,
+                       text[start:end]) and not any(words[start:end])
     return total
 
 # %% ../../nbs/10_data.encoding.ipynb #f8788e93
-def _unforged(parts, tokenizer, image_id:int|None, adds_bos:bool, allowed:set, run:str) -> tuple[list[int], Spans]:
+def _unforged(parts, tokenizer, image_id:int|None, adds_bos:bool,
+              allowed:set, run:str) -> tuple[list[int], Spans]:
     "Ids and spans without a control token on words"
     facts = tokenizer_facts(tokenizer)
     text = ''.join(p.text for p in parts)
     words = character_flags(parts, lambda p: p.kind == 'text')
     plain = []
     while True:
-        pieces = cut_pieces(parts, plain, facts.image_id is not None, run)
-        ids, spans = encode_pieces(pieces, tokenizer, facts, image_id, adds_bos)
+        pieces = cut_pieces(parts, plain,
+                            facts.image_id is not None, run)
+        ids, spans = encode_pieces(pieces, tokenizer,
+                                   facts, image_id, adds_bos)
         forged = forged_words(text, words, ids, spans, facts, allowed)
         if not forged: return ids, spans
         plain = sorted({*plain, *forged})
@@ -326,12 +368,19 @@ def encode_parts(
     text = ''.join(p.text for p in parts)
     words = character_flags(parts, lambda p: p.kind == 'text')
     for run in ('run', 'cut'):
-        ids, spans = _unforged(parts, tokenizer, image_id, adds_bos, allowed, run)
-        if _present(text, words, ids, spans, facts) >= written_tokens(parts, tokenizer, facts): break
-    else: raise ValueError("words beside a control token of the template take it away; a tokenizer with other flags "
-                           "(special=True) keeps them apart")
-    if facts.image_id is not None: ids = [image_id if i == facts.image_id else i for i in ids]
-    return ids, [_trimmed(text, *s) if i in facts.control else s for i, s in zip(ids, spans)]
+        ids, spans = _unforged(parts, tokenizer, image_id,
+                               adds_bos, allowed, run)
+        if _present(text, words, ids, spans,
+                    facts) >= written_tokens(parts, tokenizer, facts):
+            break
+    else:
+        raise ValueError("words beside a control token of the template "
+                         "take it away; a tokenizer with other flags "
+                         "(special=True) keeps them apart")
+    if facts.image_id is not None:
+        ids = [image_id if i == facts.image_id else i for i in ids]
+    return ids, [_trimmed(text, *s) if i in facts.control else s
+                 for i, s in zip(ids, spans)]
 
 # %% ../../nbs/10_data.encoding.ipynb #ce2f312d
 def control_end(

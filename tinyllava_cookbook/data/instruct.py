@@ -25,7 +25,7 @@ class Picture:
     id:str                 # Its name; must differ between pictures
     image:str              # Its file, as it shall stand in the data
     captions:list[str]     # What people said of it
-    boxes:list[tuple] = () # `(name, left, top, right, bottom)`, shares of width and height
+    boxes:list[tuple] = () # `(name, left, top, right, bottom)`, fractions of width and height
 
 # %% ../../nbs/17_data.instruct.ipynb #a99df1a8
 def context(
@@ -33,8 +33,10 @@ def context(
 ) -> str:             # What is sent
     "The picture in words, as the writer gets it"
     lines = ['Said of the picture:']
-    for caption in picture.captions: lines.append(f'- {caption}')
-    if picture.boxes: lines.append('Where things are (left, top, right, bottom):')
+    for caption in picture.captions:
+        lines.append(f'- {caption}')
+    if picture.boxes:
+        lines.append('Where things are (left, top, right, bottom):')
     for name, *box in picture.boxes:
         numbers = ', '.join(f'{v:.2f}' for v in box)
         lines.append(f'- {name}: {numbers}')
@@ -48,14 +50,18 @@ def read_coco(
     "Pictures of COCO's annotation files"
     said = read_json(captions)
     texts = {}
-    for a in said['annotations']: texts.setdefault(a['image_id'], []).append(a['caption'].strip())
-    boxes = _coco_boxes(said['images'], read_json(instances)) if instances else {}
+    for a in said['annotations']:
+        texts.setdefault(a['image_id'], []).append(a['caption'].strip())
+    boxes = {}
+    if instances:
+        boxes = _coco_boxes(said['images'], read_json(instances))
     images = [o for o in said['images'] if o['id'] in texts]
-    return [Picture(str(o['id']), o['file_name'], texts[o['id']], boxes.get(o['id'], [])) for o in images]
+    return [Picture(str(o['id']), o['file_name'], texts[o['id']],
+                    boxes.get(o['id'], [])) for o in images]
 
 # %% ../../nbs/17_data.instruct.ipynb #a1361418
 def _coco_boxes(images:list[dict], found:dict) -> dict:
-    "Image id to boxes in shares of width and height"
+    "Image id to boxes in fractions of width and height"
     names = {c['id']: c['name'] for c in found['categories']}
     sizes = {o['id']: (o['width'], o['height']) for o in images}
     boxes = {}
@@ -88,7 +94,8 @@ class Kind:
         picture:Picture,  # Decides; the same picture gets the same request
     ) -> str|None:        # `None` where the writer asks itself
         "The question to be answered"
-        if self.requests: return random.Random(f'{self.name} {picture.id}').choice(self.requests)
+        if self.requests:
+            return random.Random(f'{self.name} {picture.id}').choice(self.requests)
 
 # %% ../../nbs/17_data.instruct.ipynb #9c7fefcc
 RULES = """You write training data for an assistant that looks at pictures. You cannot see the picture yourself: \
@@ -103,7 +110,8 @@ def reply_json(
     turns:list[Turn],  # Questions and answers
 ) -> str:              # As the writer replies
     "Turns as JSON"
-    return json.dumps(dict(turns=[t._asdict() for t in turns]), ensure_ascii=False)
+    return json.dumps(dict(turns=[t._asdict() for t in turns]),
+                      ensure_ascii=False)
 
 # %% ../../nbs/17_data.instruct.ipynb #fb57607b
 def prompt(
@@ -128,13 +136,25 @@ def _about(picture:Picture, kind:Kind) -> dict:
 # %% ../../nbs/17_data.instruct.ipynb #3bbdf572
 _kitchen = Picture('kitchen', 'kitchen.jpg',
     ['A woman slices vegetables at a kitchen counter while a child looks on.',
-     'A mother and her son prepare a meal together.', 'Someone is cutting carrots next to a steaming pot.'],
-    [('person', .18, .12, .49, .95), ('person', .55, .41, .73, .96), ('knife', .41, .52, .5, .57),
-     ('carrot', .47, .58, .53, .61), ('carrot', .49, .61, .56, .64), ('pot', .78, .42, .97, .6)])
+     'A mother and her son prepare a meal together.',
+     'Someone is cutting carrots next to a steaming pot.'],
+    [('person', .18, .12, .49, .95),
+     ('person', .55, .41, .73, .96),
+     ('knife', .41, .52, .5, .57),
+     ('carrot', .47, .58, .53, .61),
+     ('carrot', .49, .61, .56, .64),
+     ('pot', .78, .42, .97, .6)])
+
+# %% ../../nbs/17_data.instruct.ipynb #ddedf6c8
 _station = Picture('station', 'station.jpg',
-    ['People with umbrellas wait on a platform as a train pulls in.', 'A wet railway platform on a grey day.'],
-    [('train', .02, .25, .46, .8), ('umbrella', .55, .3, .66, .41), ('umbrella', .7, .28, .84, .42),
-     ('person', .57, .38, .64, .88), ('person', .72, .39, .81, .92), ('suitcase', .82, .74, .9, .93)])
+    ['People with umbrellas wait on a platform as a train pulls in.',
+     'A wet railway platform on a grey day.'],
+    [('train', .02, .25, .46, .8),
+     ('umbrella', .55, .3, .66, .41),
+     ('umbrella', .7, .28, .84, .42),
+     ('person', .57, .38, .64, .88),
+     ('person', .72, .39, .81, .92),
+     ('suitcase', .82, .74, .9, .93)])
 
 # %% ../../nbs/17_data.instruct.ipynb #0b512427
 kinds = Registry('kind of conversation')
@@ -143,27 +163,40 @@ kinds.register('conversation', Kind('conversation', turns=(2, 8), max_tokens=700
 how many, where, what is going on, how things relate. Ask only what has one certain answer, or what is certainly \
 not there. Answers are one or two full sentences.""",
     examples=[(_kitchen, [
-        Turn('What is the woman doing?', 'She is cutting carrots on the kitchen counter.'),
-        Turn('How many people are in the kitchen?', 'Two: the woman and a child, who stands to her right.'),
-        Turn('Is anything on the stove?', 'Yes, there is a steaming pot on the far right.'),
-        Turn('Is the child cutting something too?', 'No, the child only looks on while she cuts.')]),
+        Turn('What is the woman doing?',
+             'She is cutting carrots on the kitchen counter.'),
+        Turn('How many people are in the kitchen?',
+             'Two: the woman and a child, who stands to her right.'),
+        Turn('Is anything on the stove?',
+             'Yes, there is a steaming pot on the far right.'),
+        Turn('Is the child cutting something too?',
+             'No, the child only looks on while she cuts.')]),
       (_station, [
-        Turn('What is the weather like?', 'It is rainy and grey: the platform is wet and people hold umbrellas.'),
-        Turn('Where is the train?', 'It is on the left, pulling in along the platform.'),
-        Turn('Does anyone have luggage?', 'Yes, there is a suitcase beside the person on the right.')])]))
+        Turn('What is the weather like?',
+             'It is rainy and grey: the platform is wet and people '
+             'hold umbrellas.'),
+        Turn('Where is the train?',
+             'It is on the left, pulling in along the platform.'),
+        Turn('Does anyone have luggage?',
+             'Yes, there is a suitcase beside the person on the right.')])]))
 
 # %% ../../nbs/17_data.instruct.ipynb #a22cfd12
 kinds.register('detail', Kind('detail', max_tokens=900,
     task="""Task: one turn. The question is given; answer it with a description of the whole picture in one or two \
 paragraphs: first what it is about, then what is where, then what else can be told with certainty.""",
-    requests=('Describe the picture in detail.', 'What can be seen here? Please leave nothing out.',
-              'Tell me everything that this picture shows.', 'Walk me through the scene, part by part.',
-              'Imagine that I cannot see the picture. What is in it?', 'Give a full account of the image.'),
+    requests=('Describe the picture in detail.',
+              'What can be seen here? Please leave nothing out.',
+              'Tell me everything that this picture shows.',
+              'Walk me through the scene, part by part.',
+              'Imagine that I cannot see the picture. What is in it?',
+              'Give a full account of the image.'),
     examples=[(_kitchen, [Turn('Walk me through the scene, part by part.',
         """The picture shows a woman and a child preparing a meal in a kitchen. She stands at the counter on the \
 left, tall in the frame, and is cutting carrots; two of them lie just in front of her knife. The child, who reaches \
 about to her chest, stands a little to the right of the middle and watches her work. On the far right a pot is \
 steaming, so something is already cooking while the vegetables are being cut.""")])]))
+
+# %% ../../nbs/17_data.instruct.ipynb #88163f37
 kinds.register('reasoning', Kind('reasoning', max_tokens=900,
     task="""Task: one turn. Ask a question that looking alone does not answer: why, what for, what next, what to \
 take care of, what it tells about the people. The answer starts from what is there and reasons to its conclusion, in \
@@ -179,13 +212,19 @@ _LEAK = re.compile(r'\bcaptions?\b|\bbounding box|\bcoordinates?\b|\b[01]?\.\d\d
 
 def _check_turn(t) -> Turn:
     "A turn of two texts that give nothing away"
-    if not isinstance(t, dict): raise ValueError(f"a turn is {t!r}, not an object with question and answer")
+    if not isinstance(t, dict):
+        raise ValueError(f"a turn is {t!r}, not an object with "
+                         "question and answer")
     for name in Turn._fields:
         said = t.get(name)
-        if not isinstance(said, str) or not said.strip(): raise ValueError(f"a turn has no {name}: {t!r}")
-        if IMAGE_TOKEN in said: raise ValueError(f"the {name} {said!r} holds {IMAGE_TOKEN}")
+        if not isinstance(said, str) or not said.strip():
+            raise ValueError(f"a turn has no {name}: {t!r}")
+        if IMAGE_TOKEN in said:
+            raise ValueError(f"the {name} {said!r} holds {IMAGE_TOKEN}")
         leak = _LEAK.search(said)
-        if leak: raise ValueError(f"the {name} {said!r} speaks of its notes: {leak[0]!r}")
+        if leak:
+            raise ValueError(f"the {name} {said!r} speaks of its "
+                             f"notes: {leak[0]!r}")
     return Turn(t['question'].strip(), t['answer'].strip())
 
 # %% ../../nbs/17_data.instruct.ipynb #06b3ea55
@@ -197,11 +236,14 @@ def read_turns(
     body = re.sub(r'<think>.*?</think>', '', text, flags=re.S)
     body = body[max(body.find('{'), 0):body.rfind('}') + 1]
     try: turns = json.loads(body)['turns']
-    except (ValueError, KeyError, TypeError): raise ValueError(f"no JSON with 'turns' in {text[:80]!r}") from None
-    if not isinstance(turns, list): raise ValueError(f"'turns' is {turns!r}, not a list")
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"no JSON with 'turns' in {text[:80]!r}") from None
+    if not isinstance(turns, list):
+        raise ValueError(f"'turns' is {turns!r}, not a list")
     low, high = kind.turns
     if not low <= len(turns) <= high:
-        raise ValueError(f"{len(turns)} turns, where {low} to {high} were asked for")
+        raise ValueError(f"{len(turns)} turns, where {low} to {high} "
+                         "were asked for")
     return [_check_turn(t) for t in turns]
 
 # %% ../../nbs/17_data.instruct.ipynb #4015d40b
@@ -213,9 +255,12 @@ def to_record(
     "A sample in LLaVA's format, checked as the dataset reader does"
     first = kind.request(picture) or turns[0].question
     said = []
-    for t in turns: said += [{'from': 'human', 'value': t.question}, {'from': 'gpt', 'value': t.answer}]
+    for t in turns:
+        said += [{'from': 'human', 'value': t.question},
+                 {'from': 'gpt', 'value': t.answer}]
     said[0]['value'] = f'{IMAGE_TOKEN}\n{first}'
-    record = dict(id=f'{picture.id}-{kind.name}', image=picture.image, conversations=said)
+    record = dict(id=f'{picture.id}-{kind.name}',
+                  image=picture.image, conversations=said)
     read_sample(record)
     return record
 
@@ -228,7 +273,8 @@ def requests_for(
 ) -> list[Request]:          # In the order of the pictures
     "What `instruct` asks"
     pairs = [(p, kinds[k]) for p in pictures for k in names]
-    return [Request(f'{p.id}-{k.name}', prompt(p, k), k.max_tokens) for p, k in pairs]
+    return [Request(f'{p.id}-{k.name}', prompt(p, k), k.max_tokens)
+            for p, k in pairs]
 
 # %% ../../nbs/17_data.instruct.ipynb #1ffd108d
 @dataclass
@@ -241,7 +287,8 @@ class Made:
     usd:float|None          # What the answers in the cache have cost
     def __str__(self):
         cost = '' if self.usd is None else f' for {self.usd:.4f} USD'
-        return (f'{len(self.records):,} samples{cost} ({self.read:,} tokens read, {self.made:,} written), '
+        return (f'{len(self.records):,} samples{cost} ({self.read:,} '
+                f'tokens read, {self.made:,} written), '
                 f'{len(self.rejected):,} rejected')
 
 # %% ../../nbs/17_data.instruct.ipynb #abc53a0f
@@ -252,11 +299,30 @@ def check_pictures(
     "Everything that would make paid answers useless"
     counts = Counter(p.id for p in pictures)
     twice = [k for k, n in counts.items() if n > 1]
-    if twice: raise ValueError(f"{len(twice)} ids belong to several pictures, the first is {twice[0]!r}")
+    if twice:
+        raise ValueError(f"{len(twice)} ids belong to several "
+                         f"pictures, the first is {twice[0]!r}")
     bare = [p.id for p in pictures if not p.captions]
-    if bare: raise ValueError(f"{len(bare)} pictures have no caption, the first is {bare[0]!r}")
+    if bare:
+        raise ValueError(f"{len(bare)} pictures have no caption, the "
+                         f"first is {bare[0]!r}")
     gone = [p.image for p in pictures if not (folder/p.image).is_file()]
-    if gone: raise FileNotFoundError(f"{len(gone)} pictures are not in {str(folder)!r}, the first is {gone[0]!r}")
+    if gone:
+        raise FileNotFoundError(f"{len(gone)} pictures are not in "
+                                f"{str(folder)!r}, the first is "
+                                f"{gone[0]!r}")
+
+# %% ../../nbs/17_data.instruct.ipynb #3011c0a6
+def _reader(pictures, names):
+    "Makes a record of an answer; an error where it cannot"
+    what = {}
+    for picture in pictures:
+        for name in names:
+            what[f'{picture.id}-{name}'] = picture, kinds[name]
+    def read(tag, text):
+        picture, kind = what[tag]
+        return to_record(picture, kind, read_turns(text, kind))
+    return read
 
 # %% ../../nbs/17_data.instruct.ipynb #461d67bc
 def instruct(
@@ -277,12 +343,14 @@ def instruct(
     folder = Path(images or out.parent)
     cache = Cache(cache or out.with_suffix('.answers.jsonl'))
     check_pictures(pictures, folder)
-    what = {f'{p.id}-{k}': (p, kinds[k]) for p in pictures for k in names}
-    def read(tag, text): return to_record(*what[tag], read_turns(text, what[tag][1]))
     requests = requests_for(pictures, names)
-    done, bad = ask_all(requests, endpoint, cache, read, workers, repairs, budget, progress)
-    if not done: raise ValueError(f"none of the {len(bad)} answers can be used; the first: {[*bad.values()][:1]}")
-    records = [without_key(done[tag], endpoint) for tag in what if tag in done]
+    done, bad = ask_all(requests, endpoint, cache, _reader(pictures, names),
+                        workers, repairs, budget, progress)
+    if not done:
+        raise ValueError(f"none of the {len(bad)} answers can be used; "
+                         f"the first: {[*bad.values()][:1]}")
+    records = [without_key(done[request.tag], endpoint)
+               for request in requests if request.tag in done]
     used = cache.used()
     write_json(out, records)
     read_llava(out, folder)     # as training will

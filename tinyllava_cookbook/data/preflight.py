@@ -43,10 +43,13 @@ class Report:
     @property
     def by_kind(self) -> dict[str,int]:
         "Kind to number of samples, kinds without any left out"
-        found = Counter(kind for _, kind in {(f.index, f.kind) for f in self.faults})
+        pairs = {(f.index, f.kind) for f in self.faults}
+        found = Counter(kind for _, kind in pairs)
         return {kind: found[kind] for kind in FAULTS if found[kind]}
     @property
-    def bad(self) -> set[int]: return {f.index for f in self.faults if f.kind not in self.allowed}
+    def bad(self) -> set[int]:
+        return {f.index for f in self.faults
+                if f.kind not in self.allowed}
     @property
     def ok(self) -> bool: return not self.bad
 
@@ -63,16 +66,20 @@ def _forecast(r:Report) -> list[dict]:
         out.append(dict(max_length=limit, cut=cut, lost=round(lost, 6)))
     return out
 
+# %% ../../nbs/16_data.preflight.ipynb #141576dd
 def _histogram(lengths) -> dict:
-    bars, edges = np.histogram(lengths, 32, (0, max(int(lengths.max()), 32)))
-    return dict(edges=[round(float(o), 1) for o in edges], samples=bars.tolist())
+    longest = max(int(lengths.max()), 32)
+    bars, edges = np.histogram(lengths, 32, (0, longest))
+    return dict(edges=[round(float(o), 1) for o in edges],
+                samples=bars.tolist())
 
 # %% ../../nbs/16_data.preflight.ipynb #4e32ab30
 _QUANTILES = .5, .9, .99, .999, 1
 
 def _used(r, counted, lengths) -> tuple[int, int]:
     "Tokens and supervised tokens that are left at the limit of training"
-    if not r.max_length: return int(lengths.sum()), sum(c.learned for c in counted)
+    if not r.max_length:
+        return int(lengths.sum()), sum(c.learned for c in counted)
     k = r.limits.index(r.max_length)
     learned = sum(c.learned - c.lost[k] for c in counted)
     return int(np.minimum(lengths, r.max_length).sum()), learned
@@ -84,9 +91,12 @@ def _lengths(r:Report) -> dict:
     if not counted: return {}
     lengths = np.array([c.tokens for c in counted])
     tokens, learned = _used(r, counted, lengths)
-    quantiles = {str(q): int(np.quantile(lengths, q)) for q in _QUANTILES}
-    return dict(counted=len(counted), tokens=tokens, learned=learned, supervised_share=round(learned/tokens, 4),
-                mean=round(float(lengths.mean()), 1), quantiles=quantiles, histogram=_histogram(lengths))
+    quantiles = {str(q): int(np.quantile(lengths, q))
+                 for q in _QUANTILES}
+    return dict(counted=len(counted), tokens=tokens, learned=learned,
+                supervised_share=round(learned/tokens, 4),
+                mean=round(float(lengths.mean()), 1),
+                quantiles=quantiles, histogram=_histogram(lengths))
 
 # %% ../../nbs/16_data.preflight.ipynb #f6e55721
 def _kind_line(r, kind, n) -> str:
@@ -95,15 +105,19 @@ def _kind_line(r, kind, n) -> str:
     what = 'allowed' if kind in r.allowed else FAULTS[kind]
     return f'  {kind:17} {n:>7,}  {what}; first {first.id!r}: {first.detail}'
 
+# %% ../../nbs/16_data.preflight.ipynb #d2b71541
 def _token_line(found) -> str:
-    half, most, longest = (found['quantiles'][k] for k in ('0.5', '0.99', '1'))
-    return (f"tokens: half of the samples have up to {half:,}, 99 % up to {most:,}, the longest {longest:,}; "
+    at = found['quantiles']
+    half, most, longest = at['0.5'], at['0.99'], at['1']
+    return (f"tokens: half of the samples have up to {half:,}, 99 % up "
+            f"to {most:,}, the longest {longest:,}; "
             f"{found['supervised_share']:.1%} of all are learned")
 
 # %% ../../nbs/16_data.preflight.ipynb #fe3c4c3d
 def _limit_line(r, row) -> str:
     here = ' (this recipe)' if row['max_length'] == r.max_length else ''
-    return (f"  at {row['max_length']:>6,}: {row['cut']:>7,} samples cut, {row['lost']:.2%} of what is to be "
+    return (f"  at {row['max_length']:>6,}: {row['cut']:>7,} samples "
+            f"cut, {row['lost']:.2%} of what is to be "
             f"learned lost{here}")
 
 # %% ../../nbs/16_data.preflight.ipynb #67b3fb5a
@@ -111,9 +125,12 @@ def report_dict(
     r:Report,    # From `preflight`
 ) -> dict:       # For JSON
     "Everything in the report but the data"
-    return dict(ok=r.ok, samples=r.samples, images=r.images, bad=len(r.bad), counts=r.by_kind,
-                allowed=list(r.allowed), max_length=r.max_length, lengths=_lengths(r), forecast=_forecast(r),
-                seconds=round(r.seconds, 2), samples_per_second=round(r.samples/r.seconds, 1),
+    return dict(ok=r.ok, samples=r.samples, images=r.images,
+                bad=len(r.bad), counts=r.by_kind,
+                allowed=list(r.allowed), max_length=r.max_length,
+                lengths=_lengths(r), forecast=_forecast(r),
+                seconds=round(r.seconds, 2),
+                samples_per_second=round(r.samples/r.seconds, 1),
                 faults=[f._asdict() for f in r.faults])
 
 # %% ../../nbs/16_data.preflight.ipynb #181204b3
@@ -127,7 +144,8 @@ def report_table(
     out += [_kind_line(r, kind, k) for kind, k in r.by_kind.items()]
     if found: out.append(_token_line(found))
     out += [_limit_line(r, row) for row in _forecast(r)]
-    return '\n'.join([*out, f'{r.seconds:.1f} s, {r.samples/r.seconds:,.0f} samples a second'])
+    return '\n'.join([*out, f'{r.seconds:.1f} s, '
+                            f'{r.samples/r.seconds:,.0f} samples a second'])
 
 Report.__repr__ = report_table
 
@@ -135,16 +153,18 @@ Report.__repr__ = report_table
 def show_lengths(
     r:Report,    # From `preflight`, with tokens counted
 ):               # A matplotlib figure
-    "Histogram of tokens, and the share of samples that each limit cuts"
+    "Histogram of tokens, and the fraction of samples that each limit cuts"
     import matplotlib.pyplot as plt
     n = np.sort([c.tokens for c in r.counts if c])
     fig, ax = plt.subplots(figsize=(4, 2), dpi=72, layout='constrained')
     ax.hist(n, 32, color='#9ecae1')
     ax.set(xlabel='tokens', ylabel='samples', xlim=(0, None))
     cut = ax.twinx()
-    cut.step([0, *n], 1 - np.arange(len(n) + 1)/len(n), where='post', color='#555', lw=1)
+    cut.step([0, *n], 1 - np.arange(len(n) + 1)/len(n),
+             where='post', color='#555', lw=1)
     cut.set(ylim=(0, 1.02), ylabel='cut at this limit')
-    if r.max_length and r.max_length < 1.5*n[-1]: ax.axvline(r.max_length, color='crimson', lw=1)
+    if r.max_length and r.max_length < 1.5*n[-1]:
+        ax.axvline(r.max_length, color='crimson', lw=1)
     return fig
 
 # %% ../../nbs/16_data.preflight.ipynb #8ed441da
@@ -153,7 +173,8 @@ def _mask_picture(sample:Sample, encoder, dpi:int) -> Image.Image:
     import matplotlib.pyplot as plt
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     ids, labels = encoder.tokens(sample)[:2]
-    fig = show_mask(ids, labels, encoder.tokenizer, encoder.image_token_id, max_lines=16)
+    fig = show_mask(ids, labels, encoder.tokenizer,
+                    encoder.image_token_id, max_lines=16)
     fig.set_dpi(dpi)
     canvas = FigureCanvasAgg(fig)
     canvas.draw()
@@ -169,9 +190,14 @@ def _thumbnails(sample, side) -> list:
 # %% ../../nbs/16_data.preflight.ipynb #aa58e70a
 def _page(rows, side) -> Image.Image:
     "Images on the left, masks on the right, one sample below the other"
-    tall = [max(sum(o.height + 4 for o in left), mask.height) + 12 for left, mask in rows]
+    tall = []
+    for left, mask in rows:
+        height = sum(image.height + 4 for image in left)
+        tall.append(max(height, mask.height) + 12)
     wide = max(mask.width for _, mask in rows)
-    page, top = Image.new('RGB', (side + 12 + wide, sum(tall)), 'white'), 0
+    size = side + 12 + wide, sum(tall)
+    page = Image.new('RGB', size, 'white')
+    top = 0
     for (left, mask), height in zip(rows, tall):
         page.paste(mask, (side + 12, top))
         below = top
@@ -193,7 +219,8 @@ def show_samples(
     for i in np.random.default_rng(seed).permutation(_counted(r))[:n].tolist():
         row = r.rows[i]
         sample = row if isinstance(row, Sample) else read_sample(row, i, r.folder)
-        rows.append((_thumbnails(sample, dpi), _mask_picture(sample, r.encoder, dpi)))
+        rows.append((_thumbnails(sample, dpi),
+                     _mask_picture(sample, r.encoder, dpi)))
     return _page(rows, dpi).quantize(128, Image.Quantize.MAXCOVERAGE)     # a third of the bytes
 
 # %% ../../nbs/16_data.preflight.ipynb #d6d6302c
@@ -210,24 +237,29 @@ def save_report(
     "Write the report as JSON, as a table and, where tokens were counted, as pictures"
     out = Path(out)
     path = write_json(out/'report.json', report_dict(r))
-    (out/'report.txt').write_text(f'{report_table(r)}\n', encoding='utf-8')
+    (out/'report.txt').write_text(f'{report_table(r)}\n',
+                                  encoding='utf-8')
     if not any(r.counts): return path
     import matplotlib.pyplot as plt
     fig = show_lengths(r)
     fig.savefig(out/'lengths.png')
     plt.close(fig)
-    if _counted(r): show_samples(r, dpi=110).save(out/'samples.png')
+    if _counted(r):
+        show_samples(r, dpi=110).save(out/'samples.png')
     return path
 
 # %% ../../nbs/16_data.preflight.ipynb #7a68903c
 def _clean(r:Report):
     "The records without fault"
     bad = r.bad
-    rows = read_records(r.source, on_bad_record='keep') if r.source else r.rows
+    rows = r.rows
+    if r.source: rows = read_records(r.source, on_bad_record='keep')
     for i, row in enumerate(rows):
         if i in bad or isinstance(row, ValueError): continue
         if isinstance(row, Sample): row = asdict(row)
-        if not r.source: row = {k: v for k, v in row.items() if k != 'error' or v is not None}
+        if not r.source:
+            row = {k: v for k, v in row.items()
+                   if k != 'error' or v is not None}
         yield row
 
 # %% ../../nbs/16_data.preflight.ipynb #399a9742
@@ -243,7 +275,8 @@ _WRITES = '.json', '.jsonl', '.ndjson'   # What `write_clean` writes
 
 def _is_same(path, other) -> bool:
     "One file, whatever it is called: through links, `..` or another case"
-    if path.exists() and Path(other).exists(): return os.path.samefile(path, other)
+    if path.exists() and Path(other).exists():
+        return os.path.samefile(path, other)
     return path.resolve() == Path(other).resolve()
 
 # %% ../../nbs/16_data.preflight.ipynb #8c3cd5a5
@@ -254,10 +287,13 @@ def check_target(
     "An error if writing there would replace what is read, or what holds no samples"
     path = Path(path).expanduser()
     if any(_is_same(path, o) for o in sources):
-        raise ValueError(f"{str(path)!r} is the file that was checked; write the clean samples to another")
+        raise ValueError(f"{str(path)!r} is the file that was checked; "
+                         "write the clean samples to another")
     if path.suffix.lower() not in _WRITES:
-        raise ValueError(f"{str(path)!r} ends in none of {list(_WRITES)}; give a file for samples")
-    if path.exists() and not path.is_file(): raise ValueError(f"{str(path)!r} is no regular file; write to another")
+        raise ValueError(f"{str(path)!r} ends in none of "
+                         f"{list(_WRITES)}; give a file for samples")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{str(path)!r} is no regular file; write to another")
     return path
 
 # %% ../../nbs/16_data.preflight.ipynb #f18d9a59
@@ -267,17 +303,21 @@ def write_clean(
 ) -> int:        # Samples written
     "Write the samples without fault"
     path = check_target(path, [r.source] if r.source else [])
-    if len(r.bad) == r.samples: raise ValueError("not one sample is without fault; nothing to write")
+    if len(r.bad) == r.samples:
+        raise ValueError("not one sample is without fault; nothing to write")
     try:
-        with replacing(path) as part, part.open('w', encoding='utf-8') as file: return _write_records(r, path, file)
+        with replacing(path) as part, part.open('w', encoding='utf-8') as file:
+            return _write_records(r, path, file)
     except TypeError:
-        raise ValueError("rows that hold pictures fit no JSON file; select those outside `.bad`") from None
+        raise ValueError("rows that hold pictures fit no JSON file; "
+                         "select those outside `.bad`") from None
 
 # %% ../../nbs/16_data.preflight.ipynb #fb893c47
 def _write_records(r, path, file) -> int:
     "The list, or the lines, record by record"
     lines = path.suffix.lower() in ('.jsonl', '.ndjson')
-    start, between, end = ('', '\n', '\n') if lines else ('[\n', ',\n', '\n]\n')
+    start, between, end = '[\n', ',\n', '\n]\n'
+    if lines: start, between, end = '', '\n', '\n'
     n = 0
     for record in _clean(r):
         file.write((between if n else start) + _json_text(record))
@@ -288,9 +328,12 @@ def _write_records(r, path, file) -> int:
 # %% ../../nbs/16_data.preflight.ipynb #9e99a7ac
 def _rows(data, images, format:str):
     "Rows, bad ones included, where their image paths start, and the JSON file behind them"
-    if not isinstance(data, (str, Path)) and not hasattr(data, 'features'): return data, images, None
+    if not isinstance(data, (str, Path)) and not hasattr(data, 'features'):
+        return data, images, None
     format = guess_format(data) if format == 'auto' else format
-    rows = FORMATS[format](data, images, **({} if format == 'hf' else dict(on_bad_sample='keep')))
+    rows = FORMATS[format](data, images,
+                           **({} if format == 'hf'
+                              else dict(on_bad_sample='keep')))
     if format in ('hf', 'captions'): return rows, None, None
     path = Path(data).expanduser()
     return rows, None, path/'chat.json' if path.is_dir() else path
@@ -300,7 +343,8 @@ def _read_files(data) -> list[Path]:
     "The files that hold the samples"
     if not isinstance(data, (str, Path)): return []
     path = Path(data).expanduser()
-    inside = [path/o for o in ('chat.json', 'metadata.jsonl', 'metadata.csv')]
+    inside = [path/o
+              for o in ('chat.json', 'metadata.jsonl', 'metadata.csv')]
     if path.is_dir(): return [o for o in inside if o.exists()]
     return [path] if path.exists() else []
 _REPORT = 'report.json', 'report.txt', 'lengths.png', 'samples.png'   # What `save_report` writes
@@ -311,42 +355,70 @@ def _check_outputs(fix, out, sources):
     if fix: sources = [*sources, check_target(fix, sources)]
     for path in [Path(out)/o for o in _REPORT] if out else []:
         if any(_is_same(path, o) for o in sources):
-            raise ValueError(f"the report would replace {str(path)!r}; give another folder")
+            raise ValueError(f"the report would replace {str(path)!r}; "
+                             "give another folder")
 
 # %% ../../nbs/16_data.preflight.ipynb #f38add33
 def _limits(max_length) -> tuple[int,...]:
     "Of the forecast"
-    return (1024, 2048, 4096) if max_length is None else (max_length//4, max_length//2, max_length, max_length*2)
+    if max_length is None: return 1024, 2048, 4096
+    return max_length//4, max_length//2, max_length, max_length*2
 
+# %% ../../nbs/16_data.preflight.ipynb #dcc0a5de
 def _repeats(texts) -> list[Fault]:
     "Samples whose id came before"
     first, out = {}, []
     for i, text in enumerate(texts):
         before, digest = first.setdefault(text.id, (i, text.digest))
         if before == i: continue
-        how = 'and all else' if digest == text.digest else 'but another conversation'
-        out.append(Fault(i, printable(text.id), 'duplicate-id', f'the id of sample {before}, {how}'))
+        how = 'but another conversation'
+        if digest == text.digest: how = 'and all else'
+        out.append(Fault(i, printable(text.id), 'duplicate-id',
+                         f'the id of sample {before}, {how}'))
     return out
 
+# %% ../../nbs/16_data.preflight.ipynb #dcc0a5de
 def _faults(texts, looks) -> list[Fault]:
     "All others; `looks` holds what was found in each file"
     out = []
     for i, text in enumerate(texts):
         files = [looks[path] for path in dict.fromkeys(text.paths)]
         found = filter(None, (text.fault, *text.inside, *files))
-        out += [Fault(i, printable(text.id), kind, printable(why)) for kind, why in found]
+        out += [Fault(i, printable(text.id), kind, printable(why))
+                for kind, why in found]
     return out
 
+# %% ../../nbs/16_data.preflight.ipynb #376c7ba6
 def _encoder(recipe) -> Encoder|None:
-    if recipe is None or isinstance(recipe, Encoder): return recipe
+    if recipe is None or isinstance(recipe, Encoder):
+        return recipe
     if hasattr(recipe, 'encoder'): return recipe.encoder()
-    raise TypeError(f"{type(recipe).__name__} has no method encoder; pass an Encoder, or the model's processor")
+    raise TypeError(f"{type(recipe).__name__} has no method encoder; "
+                    "pass an Encoder, or the model's processor")
 
+# %% ../../nbs/16_data.preflight.ipynb #204906f5
 def _check_kinds(allow):
     odd = [k for k in allow if k not in FAULTS]
-    if odd: raise ValueError(f"no kind of fault {odd[0]!r}; choose from {list(FAULTS)}")
+    if odd:
+        raise ValueError(f"no kind of fault {odd[0]!r}; choose from "
+                         f"{list(FAULTS)}")
 
 # %% ../../nbs/16_data.preflight.ipynb #3d06f873
+def _look_all(rows, folder, encoder, max_aspect, workers, progress) -> dict:
+    "What is found in all texts and images, each file once"
+    limits = _limits(encoder.max_length) if encoder else ()
+    look = TextCheck(encoder, limits, folder, max_aspect)
+    texts = parallel_map(rows, look, 'texts', workers, progress)
+    files = list(dict.fromkeys(path for o in texts for path in o.paths))
+    looks = parallel_map(files, ImageCheck(max_aspect), 'images',
+                         workers, progress)
+    found = _faults(texts, dict(zip(files, looks)))
+    return dict(images=len(files) + sum(len(o.inside) for o in texts),
+                faults=sorted(_repeats(texts) + found),
+                counts=[o.count and Count(*o.count) for o in texts],
+                limits=limits)
+
+# %% ../../nbs/16_data.preflight.ipynb #41b6a9b7
 def preflight(
     data,                   # As for `read_data`: a JSON file, a folder, a HF dataset; or records
     images=None,            # As for `read_data`: the folder of the images
@@ -360,19 +432,16 @@ def preflight(
     out=None,               # Folder for `report.json` and the pictures
 ) -> Report:                # `.ok`, `.by_kind`, `.faults`; prints as a table
     "Look at every sample once"
-    start, encoder = time.perf_counter(), _encoder(recipe)
+    start = time.perf_counter()
+    encoder = _encoder(recipe)
     _check_kinds(allow)
     _check_outputs(fix, out, _read_files(data))
     rows, folder, source = _rows(data, images, format)
-    limits = _limits(encoder.max_length) if encoder else ()
-    texts = parallel_map(rows, TextCheck(encoder, limits, folder, max_aspect), 'texts', workers, progress)
-    files = list(dict.fromkeys(path for o in texts for path in o.paths))
-    looks = parallel_map(files, ImageCheck(max_aspect), 'images', workers, progress)
-    faults = sorted(_repeats(texts) + _faults(texts, dict(zip(files, looks))))
-    counts = [o.count and Count(*o.count) for o in texts]
-    n_images = len(files) + sum(len(o.inside) for o in texts)
-    r = Report(len(rows), n_images, faults, tuple(allow), counts, limits, encoder and encoder.max_length,
-               time.perf_counter() - start, rows, folder, encoder, source)
+    look = _look_all(rows, folder, encoder, max_aspect, workers, progress)
+    r = Report(len(rows), allowed=tuple(allow), rows=rows, folder=folder,
+               encoder=encoder, source=source, **look,
+               max_length=encoder and encoder.max_length,
+               seconds=time.perf_counter() - start)
     if fix: write_clean(r, fix)
     if out: save_report(r, out)
     return r

@@ -40,17 +40,21 @@ def _shown(problem, row):
         return False
     return '<image>' in row['prompt'] if 'prompt' in row else bool(problem.get('image'))
 
+# %% ../../nbs/52_eval.choice.ipynb #35e086ac
 def _sqa_item(id, problem, row):
     "A scored question; one without an answer is wrong"
     text = None if row is None else said(row)
     letter = 'FAILED' if text is None else sqa_answer(text)
     known = letter in LETTERS[:len(problem['choices'])]
     index = LETTERS.find(letter) if known else -1
-    return dict(id=id, score=float(index==problem['answer']), text=text, parsed=letter,
+    return dict(id=id, score=float(index==problem['answer']),
+                text=text, parsed=letter,
                 pred_idx=index, answer=LETTERS[problem['answer']],
-                img=_shown(problem, row), kind=problem.get('subject', ''),
+                img=_shown(problem, row),
+                kind=problem.get('subject', ''),
                 grade=_grade(problem), topic=problem.get('topic', ''),
-                has_text=bool(problem.get('hint')), has_image=bool(problem.get('image')))
+                has_text=bool(problem.get('hint')),
+                has_image=bool(problem.get('image')))
 
 # %% ../../nbs/52_eval.choice.ipynb #f8b491b2
 def _right(items):
@@ -59,12 +63,16 @@ def _right(items):
 def _percent(items):
     return 100*mean(item['score'] for item in items)
 
+# %% ../../nbs/52_eval.choice.ipynb #c6f7777f
 def _sqa_tables(items):
     "Percent right per subject, grade, topic and context"
     names = dict(subject='kind', grade='grade', topic='topic')
-    tables = {name: table(items, column, 100.) for name,column in names.items()}
-    bare = [item for item in items if not (item['has_text'] or item['has_image'])]
-    tables['context'] = dict(text=_percent([item for item in items if item['has_text']]),
+    tables = {name: table(items, column, 100.)
+              for name,column in names.items()}
+    bare = [item for item in items
+            if not (item['has_text'] or item['has_image'])]
+    tables['context'] = dict(text=_percent([item for item in items
+                                            if item['has_text']]),
                              image=_percent([item for item in items if item['has_image']]),
                              none=_percent(bare))
     return tables
@@ -77,24 +85,32 @@ def scienceqa(
     partial:bool=False,  # Score in spite of unknown ids and contradictions?
 ) -> Score:              # Percent: `accuracy`, `img_accuracy`
     "Official ScienceQA accuracy as LLaVA computes it"
-    path = find(annotations, 'problems.json', source='scienceqa.github.io')
+    path = find(annotations, 'problems.json',
+                source='scienceqa.github.io')
     problems = read_json(path)
     splits = read_json(path.with_name('pid_splits.json'))
     if split not in splits:
-        raise ValueError(f"no split {split!r}; choose from {sorted(splits)}")
+        raise ValueError(f"no split {split!r}; choose from "
+                         f"{sorted(splits)}")
     by_id, wrong = match(answers, splits[split], partial, lenient=True)
-    items = [_sqa_item(id, problems[id], by_id.get(id)) for id in splits[split]]
+    items = [_sqa_item(id, problems[id], by_id.get(id))
+             for id in splits[split]]
     shown = [item for item in items if item['img']]
-    metrics = dict(accuracy=_percent(items), img_accuracy=_percent(shown),
-                   correct=_right(items), img_correct=_right(shown), img_total=len(shown))
-    return Score('scienceqa', 'accuracy', metrics, _sqa_tables(items), items, wrong, 100.)
+    metrics = dict(accuracy=_percent(items),
+                   img_accuracy=_percent(shown),
+                   correct=_right(items),
+                   img_correct=_right(shown), img_total=len(shown))
+    return Score('scienceqa', 'accuracy', metrics,
+                 _sqa_tables(items), items, wrong, 100.)
 
 # %% ../../nbs/52_eval.choice.ipynb #25575d72
 def _last_marked(response, letters, mark):
     "Place of the last mention of each letter, written as `mark` says"
-    return [(response.rfind(mark.format(letter)), letter) for letter in letters
+    return [(response.rfind(mark.format(letter)), letter)
+            for letter in letters
             if mark.format(letter) in response]
 
+# %% ../../nbs/52_eval.choice.ipynb #6a9e1317
 def mmmu_parse_choice(
     response:str,     # What the model said
     index2ans:dict,   # Letter to option
@@ -103,10 +119,12 @@ def mmmu_parse_choice(
     for mark in ",.!?;:'":
         response = response.strip(mark)
     response = f' {response} '
-    places = _last_marked(response, index2ans, '({})') or _last_marked(response, index2ans, ' {} ')
+    places = _last_marked(response, index2ans,
+                          '({})') or _last_marked(response, index2ans, ' {} ')
     low = response.lower()
     if not places and len(low.split())>5:
-        places = [(low.rfind(option.lower()), letter) for letter,option in index2ans.items()
+        places = [(low.rfind(option.lower()), letter)
+                  for letter,option in index2ans.items()
                   if option.lower() in low]
     return max(places, key=lambda found: found[0])[1] if places else None
 
@@ -131,7 +149,8 @@ def _mmmu_keys(response):
     keys = []
     for i,part in enumerate(parts):
         cues = _CUES + (('=',) if i==len(parts)-1 else ())
-        tails = [part.split(cue)[-1].strip() for cue in cues if cue in part]
+        tails = [part.split(cue)[-1].strip()
+                 for cue in cues if cue in part]
         best = ''
         for tail in tails:
             best = tail if not best or len(tail)<len(best) else best
@@ -146,11 +165,13 @@ def mmmu_parse_open(
     "What MMMU's script reads in an open answer"
     found = _mmmu_keys(response)
     for key in list(found):
-        for pattern in _NUMBERS: found += re.findall(pattern, key)
+        for pattern in _NUMBERS:
+            found += re.findall(pattern, key)
     values = []
     for text in found: values += _mmmu_normal(text)
     return list(dict.fromkeys(values))
 
+# %% ../../nbs/52_eval.choice.ipynb #625ea67e
 def mmmu_right(
     gold:str|list[str],    # The reference answer, or several
     parsed,                # A letter, or what `mmmu_parse_open` gives
@@ -164,7 +185,9 @@ def mmmu_right(
     texts = [value for value in values if isinstance(value, str)]
     for answer in parsed:
         if answer in values: return True
-        if isinstance(answer, str) and any(text in answer for text in texts): return True
+        if isinstance(answer,
+                      str) and any(text in answer for text in texts):
+            return True
     return False
 
 # %% ../../nbs/52_eval.choice.ipynb #853102e2
@@ -174,8 +197,10 @@ MMMU_DOMAINS = {
     'Science': 'Biology Chemistry Geography Math Physics',
     'Health and Medicine': 'Basic_Medical_Science Clinical_Medicine '
         'Diagnostics_and_Laboratory_Medicine Pharmacy Public_Health',
-    'Humanities and Social Science': 'History Literature Sociology Psychology',
-    'Tech and Engineering': 'Agriculture Architecture_and_Engineering Computer_Science '
+    'Humanities and Social Science': 'History Literature Sociology '
+                                     'Psychology',
+    'Tech and Engineering': 'Agriculture Architecture_and_Engineering '
+                            'Computer_Science '
         'Electronics Energy_and_Power Materials Mechanical_Engineering'}
 _domain = {}
 for _name,_subjects in MMMU_DOMAINS.items():
@@ -196,7 +221,8 @@ def _mmmu_gold(place):
     gold = {str(row['question_id']): row for row in read_answers(path)}
     for id,entry in gold.items():
         if 'question_type' not in entry or not {'ground_truth','answer'} & entry.keys():
-            raise ValueError(f"{str(path)!r}: {id!r} has no question_type and ground_truth; "
+            raise ValueError(f"{str(path)!r}: {id!r} has no "
+                             "question_type and ground_truth; "
                              f"it has {sorted(entry)}")
     return gold
 
@@ -206,10 +232,12 @@ def _mmmu_read(text, options, letters, rng):
     parsed = mmmu_parse_choice(text, options)
     return (rng.choice(letters), True) if parsed is None else (parsed, False)
 
+# %% ../../nbs/52_eval.choice.ipynb #7b564893
 def _mmmu_item(id, entry, row, rng):
     "A scored question; one without an answer scores 0"
     kind, gold = entry['question_type'], entry.get('ground_truth', entry.get('answer'))
-    item = dict(id=id, text=None, answer=gold, kind=_subject(id), type=kind, guessed=False,
+    item = dict(id=id, text=None, answer=gold,
+                kind=_subject(id), type=kind, guessed=False,
                 unparsed=False, score=0., parsed=None)
     if row is None:
         return item
@@ -228,11 +256,14 @@ def _mmmu_item(id, entry, row, rng):
 # %% ../../nbs/52_eval.choice.ipynb #fe7ae1f0
 def _mmmu_tables(items):
     "Accuracy per subject and per domain"
-    named = [dict(item, kind=_domain.get(item['kind'], 'other')) for item in items]
+    named = [dict(item, kind=_domain.get(item['kind'], 'other'))
+             for item in items]
     found = table(named, 'kind')
-    domains = {name: found[name] for name in [*MMMU_DOMAINS, 'other'] if name in found}
+    domains = {name: found[name]
+               for name in [*MMMU_DOMAINS, 'other'] if name in found}
     return dict(subject=table(items, 'kind'), domain=domains)
 
+# %% ../../nbs/52_eval.choice.ipynb #065fde94
 def mmmu(
     annotations,         # `answer_dict_val.json` or its folder
     answers:list[dict],  # `text` or `response`, with options or parsed
@@ -250,12 +281,14 @@ def mmmu(
         problems[name] = sum(item[name] for item in items)
     right = sum(item['score'] for item in items)
     metrics = dict(accuracy=right/len(items), correct=int(right))
-    return Score('mmmu', 'accuracy', metrics, _mmmu_tables(items), items, problems)
+    return Score('mmmu', 'accuracy', metrics,
+                 _mmmu_tables(items), items, problems)
 
 # %% ../../nbs/52_eval.choice.ipynb #6c013ef5
 _REFUSALS = ("Sorry, I can't help with images of people yet.",
              "I can't process this file.",
-             "I'm sorry, but without the image provided", 'Cannot determine the answer')
+             "I'm sorry, but without the image provided",
+             'Cannot determine the answer')
 
 def _mmb_letter(text, options):
     if 'Failed to obtain answer via API' in text:
@@ -268,7 +301,8 @@ def _mmb_letter(text, options):
         return here[0]
     if not here and 'Z' in words:
         return 'Z'
-    found = re.search(r'(?:correct\s+)?answer\s+is\s+\**([ABCD])\**', text, re.I)
+    found = re.search(r'(?:correct\s+)?answer\s+is\s+\**([ABCD])\**',
+                      text, re.I)
     return found[1].upper() if found and found[1].upper() in options else False
 
 # %% ../../nbs/52_eval.choice.ipynb #3f1eb78e
@@ -279,19 +313,23 @@ def mmbench_infer(
     "The choice that VLMEvalKit reads, by exact matching"
     text = str(prediction)
     options = choices
-    if not isinstance(choices, dict): options = dict(zip('ABCDEFGHIJKLMNOP', choices))
+    if not isinstance(choices, dict):
+        options = dict(zip('ABCDEFGHIJKLMNOP', choices))
     if letter := _mmb_letter(text, options):
         return letter
     if len(text)>2*sum(len(str(option)) for option in options.values()):
         return False
     low = text.lower()
-    here = [key for key,option in options.items() if str(option).lower() in low]
+    here = [key for key,option in options.items()
+            if str(option).lower() in low]
     return here[0] if len(here)==1 else False
 
 # %% ../../nbs/52_eval.choice.ipynb #86f95a52
-_L2 = {'coarse_perception': 'CP', 'finegrained_perception (instance-level)': 'FP-S',
+_L2 = {'coarse_perception': 'CP',
+       'finegrained_perception (instance-level)': 'FP-S',
        'logic_reasoning': 'LR',
-       'finegrained_perception (cross-instance)': 'FP-C', 'relation_reasoning': 'RR',
+       'finegrained_perception (cross-instance)': 'FP-C',
+       'relation_reasoning': 'RR',
        'attribute_reasoning': 'AR'}
 _NA = {'', *('#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|'
              'null').split('|')}
@@ -307,7 +345,8 @@ def mmbench_gold(
     place,      # `mmbench_dev_20230712.tsv` or its folder
 ) -> dict:      # Index to row
     "Rows of MMBench with their `options`, but those empty (in a table also what pandas takes for empty)"
-    path = find(place, '*mmbench*.tsv', '*MMBench*.tsv', '*.tsv', 'items.json',
+    path = find(place, '*mmbench*.tsv',
+                '*MMBench*.tsv', '*.tsv', 'items.json',
                 source='opencompass.org.cn/mmbench')
     is_table = path.suffix in ('.tsv','.csv')
     rows = read_table(path) if is_table else read_json(path)
@@ -316,9 +355,11 @@ def mmbench_gold(
     if not {'index','A'} <= head.keys():
         raise ValueError(f"{str(path)!r} has no columns index, A, B, ...")
     if not head.get('answer'):
-        raise ValueError(f"{str(path)!r} has no answers; this split is scored by its server")
+        raise ValueError(f"{str(path)!r} has no answers; this split is "
+                         "scored by its server")
     for row in rows:
-        letters = [letter for letter in 'ABCDEFGHI' if row.get(letter) not in empty]
+        letters = [letter for letter in 'ABCDEFGHI'
+                   if row.get(letter) not in empty]
         row['options'] = {letter: row[letter] for letter in letters}
     return {_index(row['index']): row for row in rows}
 
@@ -326,14 +367,17 @@ def mmbench_gold(
 def _per_split(items):
     "Mean score of each split that is there"
     groups = {}
-    for item in items: groups.setdefault(item['split'], []).append(item['score'])
+    for item in items:
+        groups.setdefault(item['split'], []).append(item['score'])
     return {split: mean(scores) for split,scores in groups.items()}
 
+# %% ../../nbs/52_eval.choice.ipynb #7ba657e7
 def _mmb_report(items):
     "VLMEvalKit's table: overall, abilities, categories, per split"
     rows = {'Overall': _per_split(items)}
     for column in ('l2','kind'):
-        for value in sorted({item[column] for item in items if item[column]}):
+        for value in sorted({item[column]
+                             for item in items if item[column]}):
             some = [item for item in items if item[column]==value]
             rows[_L2.get(value, value)] = _per_split(some)
     return rows
@@ -345,7 +389,8 @@ def _mmb_pass(index, question, row):
     if row:
         text = said(row, 'prediction')
         read = mmbench_infer(text, question['options'])
-    return dict(index=index, text=text, read=read, parsed=read or row.get('choice', False),
+    return dict(index=index, text=text, read=read,
+                parsed=read or row.get('choice', False),
                 answer=question['answer'])
 
 FIRST_PASS = 1_000_000    # Indices of the first turn are below; the k-th adds k times as much
@@ -357,7 +402,8 @@ def mmbench_passes(
     partial:bool=False,  # Score what there is?
 ) -> tuple[dict,dict]:   # Index of each question to its passes, and the counts of what did not match
     "What was said and read in each pass of each question"
-    rows = [{**row, 'question_id': _index(row['question_id'])} for row in answers]
+    rows = [{**row, 'question_id': _index(row['question_id'])}
+            for row in answers]
     by_id, problems = match(rows, list(gold), partial)
     passes = {i: [] for i in gold if i<FIRST_PASS}      # as officially: no first pass, no question
     judged = 0
@@ -368,17 +414,22 @@ def mmbench_passes(
         passes[i % FIRST_PASS].append(one)
         judged += bool(one['parsed'] and not one['read'])
     # fewer turns of the options than officially: easier to get all right
-    short = [i for i,some in passes.items() if len(some)<len(gold[i]['options'])]
-    return passes, problems | dict(short_passes=len(short), judged=judged)
+    short = [i for i,some in passes.items()
+             if len(some)<len(gold[i]['options'])]
+    return passes, problems | dict(short_passes=len(short),
+                                   judged=judged)
 
 # %% ../../nbs/52_eval.choice.ipynb #d62fa560
 def _mmb_item(index, question, passes):
     "A scored question: all passes must be right"
     hits = [one['parsed']==one['answer'] for one in passes]
     first = next(one for one in passes if one['index']==index)
-    return dict(id=index, score=float(all(hits)), first=float(first['read']==first['answer']),
-                kind=question.get('category', ''), l2=question.get('l2-category', ''),
-                split=question.get('split') or 'none', text=passes[0]['text'],
+    return dict(id=index, score=float(all(hits)),
+                first=float(first['read']==first['answer']),
+                kind=question.get('category', ''),
+                l2=question.get('l2-category', ''),
+                split=question.get('split') or 'none',
+                text=passes[0]['text'],
                 answer=question['answer'], passes=passes)
 
 # %% ../../nbs/52_eval.choice.ipynb #a296045b
@@ -393,4 +444,5 @@ def mmbench(
     items = [_mmb_item(i, gold[i], of) for i,of in passes.items()]
     metrics = dict(circular=mean(item['score'] for item in items),
                    first_pass=mean(item['first'] for item in items))
-    return Score('mmbench', 'circular', metrics, _mmb_report(items), items, problems)
+    return Score('mmbench', 'circular', metrics,
+                 _mmb_report(items), items, problems)

@@ -21,7 +21,8 @@ def fingerprint(
     "A hash of the name, shape, type and content of every weight"
     digest = xxh3_128()
     for name,weight in model.state_dict().items():
-        if not isinstance(weight, torch.Tensor):      # what a quantized layer notes beside its tensors
+        if not isinstance(weight,
+                          torch.Tensor):      # what a quantized layer notes beside its tensors
             digest.update(f'{name} {weight!r}'.encode())
             continue
         digest.update(f'{name} {tuple(weight.shape)} {weight.dtype}'.encode())
@@ -36,8 +37,10 @@ def _settled(found):
     "A configuration as JSON holds it, without what says only where it came from, and without what is not set"
     if isinstance(found, dict):
         rest = {str(key): _settled(value)
-                for key,value in found.items() if key not in _CHANGES_NOTHING}
-        return {key: value for key,value in rest.items() if value is not None}
+                for key,value in found.items()
+                if key not in _CHANGES_NOTHING}
+        return {key: value
+                for key,value in rest.items() if value is not None}
     if isinstance(found, (list, tuple)):
         return [_settled(item) for item in found]
     return found if isinstance(found, (str, int, float,
@@ -49,7 +52,8 @@ def _files_of(processor) -> dict:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         processor.save_pretrained(folder)
-        for path in sorted(o for o in Path(folder).rglob('*') if o.is_file()):
+        for path in sorted(o for o in Path(folder).rglob('*')
+                           if o.is_file()):
             config = path.suffix=='.json' and path.stat().st_size<20_000
             content = _settled(read_json(path)) if config else xxh3_128(path.read_bytes()).hexdigest()
             found[path.relative_to(folder).as_posix()] = content
@@ -62,8 +66,10 @@ _PROBE = [dict(role='user', content='<image>\nWhat?'),
 
 def _rendered(processor) -> str:
     "A conversation as the template and the tokenizer make it, image and end of turn included"
-    template = chat_template(processor.template, processor.tokenizer)
-    ids,_ = template.encode(_PROBE, processor.tokenizer, processor.image_token_id,
+    template = chat_template(processor.template,
+                             processor.tokenizer)
+    ids,_ = template.encode(_PROBE, processor.tokenizer,
+                            processor.image_token_id,
                             generate=True)
     return f'{processor.tokenizer.decode(ids)} | {template.stop}'
 
@@ -75,10 +81,12 @@ def identity(
     "All of a model that decides its answers"
     return dict(weights=fingerprint(model),
                 dtype=str(model.dtype).removeprefix('torch.'),
-                attention=str(getattr(model.config, '_attn_implementation', None)),
+                attention=str(getattr(model.config,
+                                      '_attn_implementation', None)),
                 config=_settled(model.config.to_dict()),
                 generation=_settled(model.generation_config.to_dict()),
-                template=_rendered(processor), processor=_files_of(processor),
+                template=_rendered(processor),
+                processor=_files_of(processor),
                 versions=versions())
 
 # %% ../../nbs/47_eval.identity.ipynb #9818d3ee

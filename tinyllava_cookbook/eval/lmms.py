@@ -10,6 +10,7 @@ import logging, math
 from dataclasses import dataclass
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 from ..core import Table, pick_device, pick_dtype, read_json
 from ..data.records import Sample
@@ -30,33 +31,69 @@ class How:
         text:str, # What the model said
     ) -> str:
         "The answer up to the first stop"
-        return text[:min((i for s in self.until if (i := text.find(s))>=0), default=len(text))].strip()
+        found = [text.find(stop) for stop in self.until]
+        ends = [i for i in found if i>=0]
+        return text[:min(ends, default=len(text))].strip()
 
+# %% ../../nbs/59_eval.lmms.ipynb #bb1484ca
+def _temperature(kwargs):
+    "0 unless the task samples"
+    asked = kwargs.get('temperature')
+    sampled = kwargs.get('do_sample')
+    if sampled and asked is None: return 1.
+    return 0. if sampled is False else float(asked or 0)
+
+def _stops(until):
+    "Where an answer ends; a blank line only stands between examples"
+    if isinstance(until, str): until = [until]
+    return tuple(stop for stop in until or () if stop and stop!='\n\n')
+
+# %% ../../nbs/59_eval.lmms.ipynb #94bb4a8f
 def read_how(
     kwargs:dict, # `generation_kwargs` of a task
 ) -> How:
     "The part of a task's wishes that concerns us; an error for what would change the number"
-    if (kwargs.get('num_beams') or 1)>1: raise ValueError(f"{kwargs['num_beams']} beams: answers here have one")
-    hot = kwargs.get('do_sample', True) is not False and (kwargs.get('temperature') or 0)
-    if kwargs.get('do_sample') and kwargs.get('temperature') is None: hot = 1.
-    if hot and (kwargs.get('top_p') or 1)<1: raise ValueError(f"top_p {kwargs['top_p']}: sampling here has no nucleus")
-    until = kwargs.get('until') or ()
-    until = (until,) if isinstance(until, str) else tuple(until)
-    return How(kwargs.get('max_new_tokens') or 1024, float(hot), tuple(s for s in until if s and s!='\n\n'))
+    if (kwargs.get('num_beams') or 1)>1:
+        raise ValueError(f"{kwargs['num_beams']} beams: answers here "
+                         "have one")
+    temperature = _temperature(kwargs)
+    if temperature and (kwargs.get('top_p') or 1)<1:
+        raise ValueError(f"top_p {kwargs['top_p']}: sampling here has "
+                         "no nucleus")
+    longest = kwargs.get('max_new_tokens') or 1024
+    return How(longest, temperature, _stops(kwargs.get('until')))
 
 # %% ../../nbs/59_eval.lmms.ipynb #f6425ec9
 LABEL = 'lmms-eval, not official'   # Stands beside each of its numbers
-
 try:
     from lmms_eval.api.instance import GenerationResult
     from lmms_eval.api.model import lmms as Base
-except ImportError: Base, GenerationResult = object, None
+except ImportError:
+    Base = object
+    GenerationResult = None
+_log = logging.getLogger('tinyllava_cookbook')
 
-def _pair(loss, likeliest):
+def _result(loss, likeliest):
     "Both numbers; lmms-eval 0.7.3 makes a text of a bare pair, but leaves what a `GenerationResult` holds"
-    return GenerationResult(text=(loss, likeliest)) if GenerationResult else (loss, likeliest)
+    both = loss, likeliest
+    return GenerationResult(text=both) if GenerationResult else both
 
 # %% ../../nbs/59_eval.lmms.ipynb #cb6e0bdc
+def _batches(chats, size):
+    "What is answered together: requests that want the same, longest first"
+    def length(i):
+        messages, images, _ = chats[i]
+        return -len(images), -sum(len(m['content']) for m in messages), i
+    groups = {}
+    for i in sorted(range(len(chats)), key=length):
+        groups.setdefault(chats[i][2], []).append(i)
+    batches = []
+    for how,some in groups.items():
+        for start in range(0, len(some), size):
+            batches.append((how, some[start:start+size]))
+    return batches
+
+# %% ../../nbs/59_eval.lmms.ipynb #8b534075
 class Model(Base):
     "What both forms share: loading, and answering in batches"
     def __init__(self,
@@ -68,141 +105,214 @@ class Model(Base):
     ):
         super().__init__()
         if not str(batch_size).isdigit() or not int(batch_size):
-            raise ValueError(f"batch_size is {batch_size!r}; give a whole number from 1")
-        self.device = pick_device(rank_device() if device=='auto' else device)
-        self.model, self.processor = load(pretrained, device=self.device, dtype=pick_dtype(self.device, dtype))
-        self.batch_size, self.task_dict = int(batch_size), getattr(self, 'task_dict', {})
-        logging.getLogger('tinyllava_cookbook').warning('numbers of this run: %s', LABEL)
+            raise ValueError(f"batch_size is {batch_size!r}; give a "
+                             "whole number from 1")
+        self.batch_size = int(batch_size)
+        name = rank_device() if device=='auto' else device
+        self.device = pick_device(name)
+        dtype = pick_dtype(self.device, dtype)
+        self.model, self.processor = load(pretrained, device=self.device, dtype=dtype)
+        self.task_dict = getattr(self, 'task_dict', {})
+        _log.warning('numbers of this run: %s', LABEL)
 
-    def doc(self, doc_id, task, split): return self.task_dict[task][split][doc_id]
+    def doc(self, doc_id, task, split):
+        return self.task_dict[task][split][doc_id]
 
-    def answers(self,
-        chats:list[tuple],  # Messages, pictures and `How` of each request
-    ) -> list[str]:         # In their order
-        "Answer them all: those that want the same together, longest first"
-        done, groups, hide = {}, {}, True if getattr(self, '_rank', 0) else None
-        size = lambda i: (-len(chats[i][1]), -sum(len(m['content']) for m in chats[i][0]), i)
-        for i in sorted(range(len(chats)), key=size): groups.setdefault(chats[i][2], []).append(i)
-        batches = [(how, some[k:k+self.batch_size]) for how,some in groups.items()
-                   for k in range(0, len(some), self.batch_size)]
-        for how,some in tqdm(batches, desc='answering', disable=hide):
-            texts = answer_chats(self.model, self.processor, [chats[i][:2] for i in some], how.max_new_tokens,
-                                 temperature=how.temperature)
-            done |= {i: how.cut(t) for i,t in zip(some, texts)}
-        return [done[i] for i in range(len(chats))]
+# %% ../../nbs/59_eval.lmms.ipynb #90d52294
+@patch
+def answers(self:Model,
+    chats:list[tuple],  # Messages, images and `How` of each request
+) -> list[str]:         # In their order
+    "Answer them all in batches"
+    hide = True if getattr(self, '_rank', 0) else None
+    batches = _batches(chats, self.batch_size)
+    done = {}
+    for how,some in tqdm(batches, desc='answering', disable=hide):
+        asked = [chats[i][:2] for i in some]
+        texts = answer_chats(self.model, self.processor, asked,
+                             how.max_new_tokens,
+                             temperature=how.temperature)
+        done |= {i: how.cut(text) for i,text in zip(some, texts)}
+    return [done[i] for i in range(len(chats))]
 
-    def rounds(self,
-        chat:tuple,  # The first
-        go_on,       # From what was said and the task's notes: the next or `None`, what was said, notes
-    ) -> list[str]:  # What was said in each round
-        "Answer until the task has no more to ask"
-        said, notes = [], None
-        while chat: chat, said, notes = go_on([*said, *self.answers([chat])], notes)
-        return list(said)
+# %% ../../nbs/59_eval.lmms.ipynb #b82d269f
+@patch
+def rounds(self:Model,
+    chat:tuple,  # The first
+    go_on,       # From what was said and the task's notes: the next or `None`, what was said, notes
+) -> list[str]:  # What was said in each round
+    "Answer until the task has no more to ask"
+    said, notes = [], None
+    while chat:
+        answers = self.answers([chat])
+        chat, said, notes = go_on([*said, *answers], notes)
+    return list(said)
 
 # %% ../../nbs/59_eval.lmms.ipynb #c9c96196
 @torch.inference_mode()
 def answer_loss(
     model, processor,    # A model and its processor
     messages:list[dict], # A question
-    images:list,         # Its pictures
+    images:list,         # Its images
     answer:str,          # What might be said
 ) -> tuple[float,bool]:  # Mean loss over the answer's tokens, and whether the model would say it
     "How unlikely an answer is"
     said = [*messages, dict(role='assistant', content=answer.strip())]
     one = processor.encoder(max_length=None)(Sample('request', said, images))
-    batch = {k: (v[None] if k in ('input_ids', 'labels') else v).to(model.device) for k,v in one.items()}
-    if 'pixel_values' in batch: batch['pixel_values'] = batch['pixel_values'].to(model.dtype)
-    out, labels = model(**batch, logits_to_keep=0), one['labels'][1:]
+    batch = {}
+    for key,value in one.items():
+        if key in ('input_ids', 'labels'): value = value[None]
+        batch[key] = value.to(model.device)
+    if 'pixel_values' in batch:
+        batch['pixel_values'] = batch['pixel_values'].to(model.dtype)
+    out = model(**batch, logits_to_keep=0)
+    labels = one['labels'][1:]
     likely = out.logits[0, :-1].argmax(-1).cpu()
-    return out.loss.item(), bool((likely==labels)[labels>=0].all())
+    would_say = (likely==labels)[labels>=0].all()
+    return out.loss.item(), bool(would_say)
 
 # %% ../../nbs/59_eval.lmms.ipynb #f975f7e3
-class SimpleModel(Model):
-    "For tasks that give a text, and a function that finds the pictures"
-    is_simple = True
+def _from_text(text, how, images):
+    "A request as messages, images and `How`"
+    images = images or []
+    return [user_turn(text, len(images))], images, read_how(how)
 
-    def _ask(self, text, how, images): return [user_turn(text, len(images or []))], images or [], read_how(how)
+def _text_chat(model, text, how, to_visual, *where):
+    "The chat of a request to answer"
+    return _from_text(text, how, to_visual(model.doc(*where)))
+
+# %% ../../nbs/59_eval.lmms.ipynb #13f8d85d
+def _text_loss(model, *args):
+    "Loss of the answer of a request to weigh, and whether it is the likeliest"
+    if len(args)!=6:
+        raise ValueError("acc_mutual_info weighs answers "
+                         "without a question; take another metric")
+    text, target, to_visual, *where = args
+    doc = model.doc(*where)
+    messages, images, _ = _from_text(text, {}, to_visual(doc))
+    answer = target if isinstance(target, str) else target(doc)
+    found = answer_loss(model.model, model.processor, messages,
+                        images, answer)
+    return _result(*found)
+
+# %% ../../nbs/59_eval.lmms.ipynb #d8c76336
+def _text_rounds(model, text, how, to_visual, to_text, *where):
+    "The first chat, and how the task goes on"
+    doc = model.doc(*where)
+    def go_on(said, notes):
+        images, text, over, said, notes = to_text(
+            doc, previous_output=said, round_idx=len(said),
+            previous_round_info=notes)
+        chat = None if over else _from_text(text, how, images)
+        return chat, said, notes
+    return _from_text(text, how, to_visual(doc)), go_on
+
+# %% ../../nbs/59_eval.lmms.ipynb #262f392d
+class SimpleModel(Model):
+    "For tasks that give a text, and a function that finds the images"
+    is_simple = True
 
     def generate_until(self, requests:list) -> list[str]:
         "Answer every request"
-        return self.answers([self._ask(text, how, to_visual(self.doc(*where)))
-                             for text, how, to_visual, *where in (r.args for r in requests)])
+        return self.answers([_text_chat(self, *r.args) for r in requests])
 
     def loglikelihood(self, requests:list) -> list:
         "Loss of each answer, and whether it is the likeliest"
-        out = []
-        for args in (r.args for r in requests):
-            if len(args)!=6:
-                raise ValueError("acc_mutual_info weighs answers without a question; take another metric")
-            text, target, to_visual, *where = args
-            messages, images, _ = self._ask(text, {}, to_visual(doc := self.doc(*where)))
-            target = target if isinstance(target, str) else target(doc)
-            out.append(_pair(*answer_loss(self.model, self.processor, messages, images, target)))
-        return out
-
-    def _talk(self, text, how, to_visual, to_text, *where):
-        doc = self.doc(*where)
-        def go_on(said, notes):
-            images, text, over, said, notes = to_text(doc, previous_output=said, round_idx=len(said),
-                                                      previous_round_info=notes)
-            return None if over else self._ask(text, how, images), said, notes
-        return self._ask(text, how, to_visual(doc)), go_on
+        return [_text_loss(self, *r.args) for r in requests]
 
     def generate_until_multi_round(self, requests:list) -> list[list[str]]:
         "Answer in rounds: the task decides from what was said what it asks next"
-        return [self.rounds(*self._talk(*r.args)) for r in requests]
+        return [self.rounds(*_text_rounds(self, *r.args)) for r in requests]
 
 # %% ../../nbs/59_eval.lmms.ipynb #f926f864
-class ChatModel(Model):
-    "For tasks that give messages, with their pictures inside"
-    is_simple = False
+def _from_messages(messages, how):
+    "Messages with their images inside, as messages, images and `How`"
+    images = []
+    for message in messages:
+        if not isinstance(message['content'], list): continue
+        images += [part['url'] for part in message['content']
+                   if part.get('type')=='image']
+    return read_messages(messages), images, read_how(how)
 
-    def _ask(self, messages, how):
-        parts = [p for m in messages if isinstance(m['content'], list) for p in m['content']]
-        images = [p['url'] for p in parts if p.get('type')=='image']
-        return read_messages(messages), images, read_how(how)
+# %% ../../nbs/59_eval.lmms.ipynb #79bdc44f
+def _chat(model, _, to_messages, how, *where):
+    "The chat of a request to answer"
+    return _from_messages(to_messages(model.doc(*where)), how)
+
+# %% ../../nbs/59_eval.lmms.ipynb #2fd6c5cb
+def _chat_rounds(model, _, to_messages, how, *where):
+    "The first chat, and how the task goes on"
+    doc = model.doc(*where)
+    def go_on(said, notes):
+        messages, over, said, notes = to_messages(
+            doc, round_idx=len(said), previous_output=said,
+            previous_round_info=notes)
+        chat = None if over else _from_messages(messages, how)
+        return chat, said, notes
+    return _from_messages(to_messages(doc), how), go_on
+
+# %% ../../nbs/59_eval.lmms.ipynb #95983624
+class ChatModel(Model):
+    "For tasks that give messages, with their images inside"
+    is_simple = False
 
     def generate_until(self, requests:list) -> list[str]:
         "Answer every request"
-        return self.answers([self._ask(to_messages(self.doc(*where)), how)
-                             for _, to_messages, how, *where in (r.args for r in requests)])
+        return self.answers([_chat(self, *r.args) for r in requests])
 
     def loglikelihood(self, requests:list):
         "Chat tasks of lmms-eval have none"
-        raise ValueError("chat tasks ask for no likelihoods; run this task with --force_simple")
-
-    def _talk(self, _, to_messages, how, *where):
-        doc = self.doc(*where)
-        def go_on(said, notes):
-            messages, over, said, notes = to_messages(doc, round_idx=len(said), previous_output=said,
-                                                      previous_round_info=notes)
-            return None if over else self._ask(messages, how), said, notes
-        return self._ask(to_messages(doc), how), go_on
+        raise ValueError("chat tasks ask for no likelihoods; run this "
+                         "task with --force_simple")
 
     def generate_until_multi_round(self, requests:list) -> list[list[str]]:
         "Answer in rounds: the task decides from what was said what it asks next"
-        return [self.rounds(*self._talk(*r.args)) for r in requests]
+        return [self.rounds(*_chat_rounds(self, *r.args)) for r in requests]
 
 # %% ../../nbs/59_eval.lmms.ipynb #dd972e3e
 def manifest():
     "What the entry point `lmms_eval.models` gives to lmms-eval"
     from lmms_eval.models.registry_v2 import ModelManifest
-    return ModelManifest('tinyllava_cookbook', simple_class_path=f'{__name__}.SimpleModel',
+    return ModelManifest('tinyllava_cookbook',
+                         simple_class_path=f'{__name__}.SimpleModel',
                          chat_class_path=f'{__name__}.ChatModel')
 
 # %% ../../nbs/59_eval.lmms.ipynb #d13b3a57
+def _finite(value):
+    "Is this a number?"
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+# %% ../../nbs/59_eval.lmms.ipynb #54fda67e
+def _lines_of(task, found):
+    "Table lines of one task; lmms-eval's keys are `metric,filter`"
+    for key,value in found.items():
+        if ',' not in key or '_stderr' in key or not _finite(value):
+            continue
+        error = found.get(key.replace(',', '_stderr,'))
+        yield dict(task=task, metric=key.split(',')[0], score=value,
+                   error=error if _finite(error) else None, source=LABEL)
+
+# %% ../../nbs/59_eval.lmms.ipynb #4b988cfa
+def _newest(path):
+    "The results file that `path` is or holds"
+    if not path.is_dir(): return path
+    files = list(path.rglob('*results.json'))
+    if not files:
+        raise FileNotFoundError(f"no *results.json in {str(path)!r}; "
+                                "run lmms-eval with --output_path")
+    return max(files, key=lambda file: file.stat().st_mtime)
+
+# %% ../../nbs/59_eval.lmms.ipynb #bd797c3f
 def lmms_table(
     path:str|Path, # A results file of lmms-eval, or the folder that was its --output_path; the newest in it
 ) -> Table:        # task, metric, score, standard error, and what they are
     "The numbers of a run of lmms-eval, marked"
-    path = Path(path)
-    files = sorted(path.rglob('*results.json'), key=lambda p: p.stat().st_mtime) if path.is_dir() else [path]
-    if not files: raise FileNotFoundError(f"no *results.json in {str(path)!r}; run lmms-eval with --output_path")
-    found = read_json(files[-1])
-    if 'results' not in found: raise ValueError(f"{str(files[-1])!r} has no 'results'; is it lmms-eval's?")
-    error = lambda o, k: o.get(k.replace(',', '_stderr,'))
-    number = lambda v: v if isinstance(v, (int, float)) and math.isfinite(v) else None
-    return Table(dict(task=task, metric=k.split(',')[0], score=v, error=number(error(o, k)), source=LABEL)
-                 for task,o in found['results'].items() for k,v in o.items()
-                 if ',' in k and '_stderr' not in k and number(v) is not None)
+    file = _newest(Path(path))
+    found = read_json(file)
+    if 'results' not in found:
+        raise ValueError(f"{str(file)!r} has no 'results'; is it "
+                         "lmms-eval's?")
+    rows = []
+    for task,numbers in found['results'].items():
+        rows.extend(_lines_of(task, numbers))
+    return Table(rows)

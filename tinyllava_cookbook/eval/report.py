@@ -34,7 +34,8 @@ def annotations(
 ) -> Path:                # File or folder that its scorer reads
     "Where the reference answers are"
     path = _ANNOTATIONS.get(name, name)
-    return need(data_dir, path.format(split=split or BENCHES[name].split))
+    return need(data_dir,
+                path.format(split=split or BENCHES[name].split))
 
 # %% ../../nbs/56_eval.report.ipynb #d20e75e4
 _JUDGED = 'mmvet', 'llavabench'
@@ -46,13 +47,17 @@ def _why_not(name, split, judged):
     if name=='vqav2' and (split or 'val')!='val':
         return 'not scored: the answers are not public; upload the submission'
 
+# %% ../../nbs/56_eval.report.ipynb #b2c3cb57
 def _a_try(score):
     "What the first few questions say, which is no score"
     def answered(item):
-        texts = item['text'] if isinstance(item['text'], list) else [item['text']]
+        texts = item['text']
+        if not isinstance(texts, list): texts = [texts]
         return None not in texts
     found = [item['score'] for item in score.items if answered(item)]
-    return f'a try, no score: {len(found)} of {score.n} answered, mean {sum(found)/max(1, len(found)):.3f}'
+    mean = sum(found)/max(1, len(found))
+    return (f'a try, no score: {len(found)} of {score.n} answered, '
+            f'mean {mean:.3f}')
 
 # %% ../../nbs/56_eval.report.ipynb #b3f393ee
 def score_answers(
@@ -68,13 +73,16 @@ def score_answers(
     if reason := _why_not(name, split, judged): return reason
     options = dict(partial=True) if partial or allow_partial else {}
     if name=='scienceqa' and split: options['split'] = split
-    score = scoring.score_file(name, annotations(name, data_dir, split), answers, **options)
+    score = scoring.score_file(name, annotations(name, data_dir, split),
+                               answers, **options)
     return _a_try(score) if partial else score
 
 # %% ../../nbs/56_eval.report.ipynb #204077ae
 _PUBLISHED = dict( # Metric, and its factor
-    vqav2=('overall', 1), gqa=('accuracy', 1), textvqa=('accuracy', 100), scienceqa=('img_accuracy', 1),
-    pope=('f1', 100), mme=('perception', 1), mmvet=('total', 1), mmmu=('accuracy', 100),
+    vqav2=('overall', 1), gqa=('accuracy', 1),
+    textvqa=('accuracy', 100), scienceqa=('img_accuracy', 1),
+    pope=('f1', 100), mme=('perception', 1),
+    mmvet=('total', 1), mmmu=('accuracy', 100),
     mmbench=('circular', 100), llavabench=('relative', 1))
 
 def as_published(
@@ -83,33 +91,45 @@ def as_published(
     "The number that papers print"
     metric, factor = _PUBLISHED[score.bench]
     items = score.items
-    if metric=='img_accuracy': items = [item for item in items if item['img']]
+    if metric=='img_accuracy':
+        items = [item for item in items if item['img']]
     interval = None
-    if items: interval = [factor*end for end in replace(score, items=items).interval()]
-    return dict(metric=metric, score=factor*score.metrics[metric], interval=interval, n=len(items))
+    if items:
+        interval = [factor*end
+                    for end in replace(score, items=items).interval()]
+    return dict(metric=metric, score=factor*score.metrics[metric],
+                interval=interval, n=len(items))
 
 # %% ../../nbs/56_eval.report.ipynb #eb44d02c
 QUESTIONS = dict( # Official number of questions of the usual split, as `n` counts them: MME's in images
-    vqav2=214_354, gqa=12_578, textvqa=5_000, scienceqa=2_017, pope=8_910, mme=1_187, mmvet=218, mmmu=900,
+    vqav2=214_354, gqa=12_578, textvqa=5_000, scienceqa=2_017,
+    pope=8_910, mme=1_187, mmvet=218, mmmu=900,
     mmbench=1_176, llavabench=60)
 
 def _result_row(name, score, split):
-    row = {'benchmark': f'{name} {split}' if split else name, 'number': '', 'score': '', '95 %': '', 'n': ''}
-    if isinstance(score, str): return row | {'of': '', 'odd': score}
+    row = {'benchmark': f'{name} {split}' if split else name,
+           'number': '', 'score': '', '95 %': '', 'n': ''}
+    if isinstance(score, str):
+        return row | {'of': '', 'odd': score}
     found = as_published(score)
-    row |= {'number': found['metric'], 'score': f"{found['score']:.2f}", 'n': str(found['n'])}
-    if found['interval']: row['95 %'] = '{:.2f} to {:.2f}'.format(*found['interval'])
+    row |= {'number': found['metric'],
+            'score': f"{found['score']:.2f}", 'n': str(found['n'])}
+    if found['interval']:
+        row['95 %'] = '{:.2f} to {:.2f}'.format(*found['interval'])
     usual = split in (None, BENCHES[name].split)
     official = f'{QUESTIONS[name]:,}' if usual else ''
-    return row | {'of': official, 'odd': problem_words(score.problems).replace('_', ' ')}
+    return row | {'of': official,
+                  'odd': problem_words(score.problems).replace('_', ' ')}
 
+# %% ../../nbs/56_eval.report.ipynb #d03034ed
 def results_table(
     results:dict,          # Benchmark -> `Score`, or why there is none
     splits:dict|None=None, # Benchmark -> split, where not the usual one
 ) -> Table:                # One row per benchmark; `of`: the official number of questions
     "Headline numbers, with their intervals"
     splits = splits or {}
-    return Table(_result_row(name, score, splits.get(name)) for name,score in results.items())
+    return Table(_result_row(name, score, splits.get(name))
+                 for name,score in results.items())
 
 # %% ../../nbs/56_eval.report.ipynb #eabe4bd7
 def _in_turn(items):
@@ -121,6 +141,7 @@ def _in_turn(items):
         seen[key] += 1
     return turns
 
+# %% ../../nbs/56_eval.report.ipynb #6f7f8fb3
 def extremes(
     items:list[dict], # Of a `Score`: `score`, and a `kind` if there is one
     k:int=6,          # How many at each end
@@ -128,11 +149,14 @@ def extremes(
     "The lowest and the highest scores, the kinds taken in turn"
     turns = _in_turn(items)
     def first(sign):
-        order = sorted(range(len(items)), key=lambda i: (sign*items[i]['score'], turns[i]))
+        order = sorted(range(len(items)),
+                       key=lambda i: (sign*items[i]['score'], turns[i]))
         return [items[i] for i in order]
     top = max((item['score'] for item in items), default=0)
-    worst = [item for item in first(1) if item['score']<top or not top][:k]
-    best = [item for item in first(-1) if item['score']>0 and item not in worst]
+    worst = [item for item in first(1)
+             if item['score']<top or not top][:k]
+    best = [item for item in first(-1)
+            if item['score']>0 and item not in worst]
     return worst, best[:k]
 
 # %% ../../nbs/56_eval.report.ipynb #ea8ac6e6
@@ -143,12 +167,16 @@ said: <b>{{ said }}</b>
 right: {{ gold }}
 {% endfor %}{{ score }}</figcaption></figure>"""
 
-def _cut(text, longest=240): return text if len(text)<=longest else text[:longest]+'…'
+def _cut(text, longest=240):
+    return text if len(text)<=longest else text[:longest]+'…'
 
+# %% ../../nbs/56_eval.report.ipynb #9d6c0528
 def _turn(item, text):
-    gold = item.answer if isinstance(item.answer, str) else ' / '.join(dict.fromkeys(item.answer))
+    gold = item.answer
+    if not isinstance(gold, str): gold = ' / '.join(dict.fromkeys(gold))
     return _cut(item.prompt), _cut(text), _cut(gold)
 
+# %% ../../nbs/56_eval.report.ipynb #9d6c0528
 def answer_card(
     score:float|None, # From 0 to 1; `None`: not scored
     items:list,       # Questions about one image (MME has two)
@@ -157,9 +185,11 @@ def answer_card(
 ):                    # HTML
     "An image, what was asked about it, said and right"
     words = 'not scored' if score is None else f'score {score:.2g}'
-    images = [image_tag(load_image(image), side=176, format='JPEG') for image in items[0].images]
+    images = [image_tag(load_image(image), side=176, format='JPEG')
+              for image in items[0].images]
     turns = [_turn(item, text) for item,text in zip(items, texts)]
-    return render(_CARD, side=side, images=images, turns=turns, score=words)
+    return render(_CARD, side=side, images=images,
+                  turns=turns, score=words)
 
 # %% ../../nbs/56_eval.report.ipynb #81d3bdba
 def questions_by_id(
@@ -169,13 +199,13 @@ def questions_by_id(
     found = {str(item.id): [item] for item in items}
     for item in items:
         name = str(item.record.get('question_id', ''))
-        if '/' in name: found.setdefault(name.rsplit('.', 1)[0], []).append(item)
+        if '/' in name:
+            found.setdefault(name.rsplit('.', 1)[0], []).append(item)
     return found
 
 # %% ../../nbs/56_eval.report.ipynb #91ac43f2
 _STYLE = """figure{border-left:4px solid #999;padding-left:.6rem} img{max-height:11rem}
 figure.worst{border-color:#c33} figure.best{border-color:#393}"""
-
 _SECTION = """<h2 id="{{ name }}">{{ name }}</h2>
 {% if reason %}<p>{{ reason }}</p>
 {% endif %}{% for title, rows in tables.items() %}
@@ -197,19 +227,26 @@ def bench_section(
     k:int=6,         # Answers shown at each end
 ):                   # HTML
     "One benchmark: numbers per type, then cards"
-    rows = read_jsonl(Path(folder)/'answers.jsonl', ('answer_id', 'text'), 'answer_id')
+    rows = read_jsonl(Path(folder)/'answers.jsonl',
+                      ('answer_id', 'text'), 'answer_id')
     said = {row['answer_id']: row['text'] for row in rows}
     def card(questions, score=None, side=''):
-        return answer_card(score, questions, [said[str(item.id)] for item in questions], side)
+        texts = [said[str(item.id)] for item in questions]
+        return answer_card(score, questions, texts, side)
     if isinstance(result, str):
         cards = [card([item]) for item in items[:k]]
-        return render(_SECTION, name=name, reason=result, tables={}, sides=[('', cards)])
-    groups, sides = questions_by_id(items), []
+        return render(_SECTION, name=name, reason=result,
+                      tables={}, sides=[('', cards)])
+    groups = questions_by_id(items)
+    sides = []
     for side,some in zip(('worst', 'best'), extremes(result.items, k)):
-        known = [item for item in some if str(item['id']) in groups]
-        sides.append((side, [card(groups[str(item['id'])], item['score'], side) for item in known]))
+        known = [(groups.get(str(item['id'])), item['score'])
+                 for item in some]
+        cards = [card(asked, score, side) for asked,score in known if asked]
+        sides.append((side, cards))
     tables = dict(all=result.metrics) | result.tables
-    return render(_SECTION, name=name, reason='', tables=tables, sides=sides)
+    return render(_SECTION, name=name, reason='',
+                  tables=tables, sides=sides)
 
 # %% ../../nbs/56_eval.report.ipynb #809a7f36
 _EVALUATION = """<h1>{{ title }}</h1>
@@ -227,13 +264,18 @@ def write_page(
     splits:dict|None=None, # Benchmark -> split, where not the usual one
 ) -> Path:
     "One page: all numbers, then the worst and the best answers with their images"
-    sections = [bench_section(name, result, items[name], Path(folder)/name, k) for name,result in results.items()]
-    table = render('{{ table|safe }}', table=results_table(results, splits)._repr_html_())   # escapes its cells itself
-    return write_html(path, title, _EVALUATION, _STYLE, table=table, sections=sections)
+    sections = [bench_section(name, result, items[name],
+                              Path(folder)/name, k)
+                for name,result in results.items()]
+    table = results_table(results, splits)._repr_html_()   # escapes its cells itself
+    table = render('{{ table|safe }}', table=table)
+    return write_html(path, title, _EVALUATION, _STYLE,
+                      table=table, sections=sections)
 
 # %% ../../nbs/56_eval.report.ipynb #aeac5ea1
 # Characters that XML does not have
-_NO_XML = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF])
+_NO_XML = dict.fromkeys([*range(9), 11, 12, *range(14, 32),
+                         *range(0xD800, 0xE000), 0xFFFE, 0xFFFF])
 
 def write_xlsx(
     path:str|Path,   # Where to
@@ -243,14 +285,17 @@ def write_xlsx(
     try: import xlsxwriter
     except ImportError:
         how = 'pip install "tinyllava_cookbook[xlsx]"'
-        raise ImportError(f'writing a spreadsheet needs the xlsxwriter package: {how}') from None
+        raise ImportError(f'writing a spreadsheet needs the xlsxwriter '
+                          f'package: {how}') from None
     with replacing(path) as part, xlsxwriter.Workbook(part, dict(constant_memory=True)) as book:
         book.set_properties(dict(created=datetime(2000, 1, 1)))
         sheet = book.add_worksheet('Sheet1')
         for i,row in enumerate(rows):
             for j,value in enumerate(row):
-                if isinstance(value, (int, float)): sheet.write_number(i, j, value)
-                elif value: sheet.write_string(i, j, str(value).translate(_NO_XML))
+                if isinstance(value, (int, float)):
+                    sheet.write_number(i, j, value)
+                elif value:
+                    sheet.write_string(i, j, str(value).translate(_NO_XML))
     return Path(path)
 
 # %% ../../nbs/56_eval.report.ipynb #0832b4a2
@@ -259,11 +304,14 @@ SUBMISSIONS = Registry('submission') # Benchmark -> `(rows, data folder, split, 
 @SUBMISSIONS.register('vqav2')
 def _submit_vqav2(rows, data_dir, split, path):
     "All questions of *test*: the server takes test-dev answers with the others left empty"
-    questions = read_json(need(data_dir, 'vqav2/v2_OpenEnded_mscoco_test2015_questions.json'))['questions']
-    ids = [question['question_id'] for question in questions]
+    path_of = need(data_dir, 'vqav2/v2_OpenEnded_mscoco_test2015_questions.json')
+    ids = [question['question_id']
+           for question in read_json(path_of)['questions']]
     by_id,_ = match(rows, ids, lenient=True)
-    said = {key: scoring.textvqa_normalize(row['text']) for key,row in by_id.items()}
-    lines = [dict(question_id=id, answer=said.get(str(id), '')) for id in ids]
+    said = {key: scoring.textvqa_normalize(row['text'])
+            for key,row in by_id.items()}
+    lines = [dict(question_id=id, answer=said.get(str(id), ''))
+             for id in ids]
     return write_json(path.with_suffix('.json'), lines, indent=None)
 
 # %% ../../nbs/56_eval.report.ipynb #8b8e49bc
@@ -275,12 +323,14 @@ def _submit_mmvet(rows, data_dir, split, path):
 
 _MMBENCH = 'index', 'question', 'A', 'B', 'C', 'D', 'prediction', 'answer', 'split'
 
+# %% ../../nbs/56_eval.report.ipynb #af3e9897
 @SUBMISSIONS.register('mmbench')
 def _submit_mmbench(rows, data_dir, split, path):
     table = mmbench_rows(need(data_dir, f'mmbench/mmbench_{split}.tsv'))
     by_id,_ = match(rows, [int(row['index']) for row in table])
     for row in table: row['index'] = int(row['index'])
-    for row in table: row['prediction'] = by_id[str(row['index'])]['text']
+    for row in table:
+        row['prediction'] = by_id[str(row['index'])]['text']
     names = [name for name in _MMBENCH if name in table[0]]        # the test file has no answers
     cells = [[row[name] for name in names] for row in table]
     return write_xlsx(path.with_suffix('.xlsx'), [names, *cells])
@@ -295,6 +345,7 @@ def submission(
 ) -> Path:                # The file to upload
     "Write what a benchmark's server takes"
     make, out = SUBMISSIONS[name], Path(out or Path(answers).with_name('submission'))
-    rows = read_jsonl(answers, needs=('question_id', 'text'), unique=None)
+    rows = read_jsonl(answers, needs=('question_id', 'text'),
+                      unique=None)
     out.parent.mkdir(parents=True, exist_ok=True)
     return make(rows, Path(data_dir), split or BENCHES[name].split, out)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['scores', 'SCORERS', 'normalize', 'exact_match', 'bootstrap_ci', 'accuracy_by_kind', 'score_items', 'score_table',
-           'mmvet', 'llavaw_parse', 'relative_score', 'llavabench', 'score_file']
+           'by_mmvet_id', 'mmvet_subset', 'mmvet', 'llavaw_parse', 'relative_score', 'llavabench', 'score_file']
 
 # %% ../../nbs/53_eval.scoring.ipynb #a258c65e
 import inspect, math
@@ -14,7 +14,8 @@ from .items import Item, find
 from .results import Score, compare, mean, percentile_interval, ratio
 from .records import match, read_answers, said
 from .yesno import (POPE_CATEGORIES, POPE_OFFSETS, mme, mme_answer, pope, pope_answer,
-                                           pope_by_category, pope_mean_f1, pope_scores)
+                                           pope_by_category,
+                                           pope_mean_f1, pope_scores)
 from .vqa import gqa, textvqa, textvqa_normalize, vqa_normalize, vqav2
 from .choice import mmbench, mmbench_infer, mmmu, mmmu_parse_open, scienceqa, sqa_answer
 
@@ -48,10 +49,12 @@ def bootstrap_ci(
     values = np.asarray(values)
     stat = stat or np.mean
     if not len(values):
-        raise ValueError("no values to resample; score at least one answer first")
+        raise ValueError("no values to resample; score at least one "
+                         "answer first")
     rng = np.random.default_rng(seed)
     size = len(values)
-    stats = [stat(values[rng.integers(0, size, size)]) for _ in range(n)]
+    stats = [stat(values[rng.integers(0, size, size)])
+             for _ in range(n)]
     return percentile_interval(stats, level)
 
 # %% ../../nbs/53_eval.scoring.ipynb #6d9a3fe9
@@ -62,7 +65,8 @@ def accuracy_by_kind(
 ) -> dict[str,dict]:    # `{kind: {'n', 'accuracy', 'ci'}}`, kinds in alphabetic order
     "Accuracy, count and 95 % interval for each kind of question"
     if len(correct)!=len(kinds):
-        raise ValueError(f"{len(correct)} results for {len(kinds)} kinds; they must be equally many")
+        raise ValueError(f"{len(correct)} results for {len(kinds)} "
+                         "kinds; they must be equally many")
     groups = {}
     for right,kind in zip(correct, kinds):
         groups.setdefault(kind, []).append(bool(right))
@@ -75,14 +79,18 @@ scores = Registry('score')
 
 @scores.register('exact')
 def _exact(items, texts):
-    right = [exact_match(text, item.answer) for item,text in zip(items, texts)]
+    right = [exact_match(text, item.answer)
+             for item,text in zip(items, texts)]
     return right, dict(by_kind=accuracy_by_kind(right, [item.kind for item in items]))
 
+# %% ../../nbs/53_eval.scoring.ipynb #2b265634
 @scores.register('pope')
 def _pope(items, texts):
     labels = [item.answer for item in items]
-    right = [pope_answer(text)==label for label,text in zip(labels, texts)]
-    return right, pope_by_category(texts, labels, [item.kind for item in items])
+    right = [pope_answer(text)==label
+             for label,text in zip(labels, texts)]
+    return right, pope_by_category(texts, labels,
+                                   [item.kind for item in items])
 
 # %% ../../nbs/53_eval.scoring.ipynb #7bab9b9e
 def score_items(
@@ -95,33 +103,42 @@ def score_items(
     if not items:
         raise ValueError("no questions to score")
     if len(texts)!=len(items):
-        raise ValueError(f"{len(texts)} answers for {len(items)} questions; match them by id first")
+        raise ValueError(f"{len(texts)} answers for {len(items)} "
+                         "questions; match them by id first")
     right, result = scores[score](items, texts)
     rows = []
     for item,text,correct in zip(items, texts, right):
-        rows.append(dict(question_id=item.id, kind=item.kind, prompt=item.prompt, text=text,
+        rows.append(dict(question_id=item.id, kind=item.kind,
+                         prompt=item.prompt, text=text,
                          answer=item.answer, correct=bool(correct)))
-    return dict(result, score=score, n=len(items), accuracy=sum(right)/len(right),
+    return dict(result, score=score, n=len(items),
+                accuracy=sum(right)/len(right),
                 ci=list(bootstrap_ci(right, seed)), answers=rows)
 
 # %% ../../nbs/53_eval.scoring.ipynb #f5ca70bc
 def _score_row(kind, scores, blind):
     "A row of the table: `scores` of a kind, and without the image"
-    row = dict(kind=kind, n=scores['n'], accuracy=f"{scores['accuracy']:.3f}")
-    if 'ci' in scores: row['95 %'] = '{:.3f} to {:.3f}'.format(*scores['ci'])
+    row = dict(kind=kind, n=scores['n'],
+               accuracy=f"{scores['accuracy']:.3f}")
+    if 'ci' in scores:
+        row['95 %'] = '{:.3f} to {:.3f}'.format(*scores['ci'])
     if 'f1' in scores: row['F1'] = f"{scores['f1']:.3f}"
     if blind: row['blind'] = f"{blind['accuracy']:.3f}"
     return row
 
+# %% ../../nbs/53_eval.scoring.ipynb #53fce686
 def score_table(
     result:dict,          # From `score_items` or `answer_and_score`
     blind:dict|None=None, # The same questions with the image ablated
 ) -> Table:               # One row per kind, then all
     "Accuracy per kind and overall, with its interval"
     kinds = result['by_kind']
-    rows = [_score_row(kind, kinds[kind], blind and blind['by_kind'][kind]) for kind in kinds]
+    rows = [_score_row(kind, kinds[kind],
+                       blind and blind['by_kind'][kind])
+            for kind in kinds]
     rows.append(_score_row('all', result, blind))
-    shared = [name for name in rows[-1] if all(name in row for row in rows)]
+    shared = [name for name in rows[-1]
+              if all(name in row for row in rows)]
     return Table({name: row[name] for name in shared} for row in rows)
 
 # %% ../../nbs/53_eval.scoring.ipynb #e26c50b3
@@ -129,14 +146,16 @@ def _grades(i, row):
     "Grades of all runs, as numbers"
     found = row.get('score')
     if found is None:
-        raise ValueError(f"question {i!r} has no grade ('score'); have a judge grade the answers first")
+        raise ValueError(f"question {i!r} has no grade ('score'); have "
+                         "a judge grade the answers first")
     grades = found if isinstance(found, list) else [found]
     try:
         numbers = [float(grade) for grade in grades]
     except (TypeError, ValueError):
         numbers = []
     if not numbers:
-        raise ValueError(f"question {i!r}: its grade is {found!r}; a grade is a number, or a list of them")
+        raise ValueError(f"question {i!r}: its grade is {found!r}; a "
+                         "grade is a number, or a list of them")
     return numbers
 
 # %% ../../nbs/53_eval.scoring.ipynb #ff0c6d3f
@@ -152,32 +171,58 @@ def _percent(rows, run):
         means[key] = sum(scores[run] for scores in group)/len(group)*100
     return means
 
+# %% ../../nbs/53_eval.scoring.ipynb #cea7c701
 def _mmvet_runs(items, count):
     "Per run: mean grade of each capability, each set and all, in percent"
     groups = dict(capability={}, integration={}, total={})
     for item in items:
         scores = item['scores']
         for capability in item['capability']:
-            groups['capability'].setdefault(capability, []).append(scores)
-        groups['integration'].setdefault(item['kind'], []).append(scores)
+            groups['capability'].setdefault(capability,
+                                            []).append(scores)
+        groups['integration'].setdefault(item['kind'],
+                                         []).append(scores)
         groups['total'].setdefault('total', []).append(scores)
     runs = []
     for run in range(count):
-        runs.append({name: _percent(rows, run) for name,rows in groups.items()})
+        runs.append({name: _percent(rows, run)
+                     for name,rows in groups.items()})
     return runs
 
 # %% ../../nbs/53_eval.scoring.ipynb #ef48bbd6
+def by_mmvet_id(
+    rows:list[dict],  # Answers or grades
+    data:dict,        # MM-Vet's questions
+) -> list[dict]:      # The same
+    "Records under MM-Vet's ids: LLaVA's 7 is `v1_7`"
+    found = []
+    for row in rows:
+        id = str(row['question_id'])
+        name = id if id in data else f'v1_{id}'
+        found.append({**row, 'question_id': name})
+    return found
+
+# %% ../../nbs/53_eval.scoring.ipynb #6b8318c5
+def mmvet_subset(
+    data:dict,  # MM-Vet's questions
+    some=None,  # Ids, or a JSON file of them; `None`: all
+) -> dict:      # In their order
+    "Some of the questions"
+    if some is None: return data
+    ids = some if isinstance(some, (list,set)) else read_json(some)
+    return {id: entry for id,entry in data.items() if id in ids}
+
+# %% ../../nbs/53_eval.scoring.ipynb #35bdcb9b
 def _graded(answers, data, keep, partial):
     "Records by MM-Vet's ids, their grades, and the problems"
     rest = set(data) - set(keep)
-    rows = []
-    for row in answers:
-        id = str(row['question_id'])
-        rows.append({**row, 'question_id': id if id in data else f'v1_{id}'})
-    rows = [row for row in rows if row['question_id'] not in rest]
+    rows = [row for row in by_mmvet_id(answers, data)
+            if row['question_id'] not in rest]
     by_id, problems = match(rows, keep, partial)
-    grades = {id: _grades(id, row) for id,row in by_id.items() if id in data}
-    problems['odd_grades'] = sum(_odd(some, 0, 1) for some in grades.values())
+    grades = {id: _grades(id, row) for id,row in by_id.items()
+              if id in data}
+    odd = [_odd(some, 0, 1) for some in grades.values()]
+    problems['odd_grades'] = sum(odd)
     return by_id, grades, problems
 
 # %% ../../nbs/53_eval.scoring.ipynb #481dbd42
@@ -188,27 +233,33 @@ def mmvet(
     subset=None,         # Ids to score, or a JSON file of them (`bard_set.json`)
 ) -> Score:              # `total` in percent, `std` over runs; per capability and integration
     "Official MM-Vet scores from grades"
-    data = read_json(find(annotations, 'mm-vet.json', source='github.com/yuweihao/MM-Vet'))
-    named = subset is None or isinstance(subset, (list,set))
-    ids = subset if named else read_json(subset)
-    keep = [id for id in data if ids is None or id in ids]
+    data = read_json(find(annotations, 'mm-vet.json',
+                          source='github.com/yuweihao/MM-Vet'))
+    keep = list(mmvet_subset(data, subset))
     by_id, grades, problems = _graded(answers, data, keep, partial)
     runs = {len(some) for some in grades.values()}
     if len(runs)>1:
-        raise ValueError(f"some answers have {min(runs)} grades, others {max(runs)}; "
+        raise ValueError(f"some answers have {min(runs)} grades, "
+                         f"others {max(runs)}; "
                          "finish the run")
     count = min(runs)
-    order = [id for id in by_id if id in data] + [id for id in keep if id not in by_id]
-    items = [_mmvet_item(id, data[id], grades.get(id, [0.]*count), by_id.get(id, {}))
-             for id in order]
+    answered = [id for id in by_id if id in data]
+    items = []
+    for id in answered + [id for id in keep if id not in by_id]:
+        grade = grades.get(id, [0.]*count)
+        row = by_id.get(id, {})
+        items.append(_mmvet_item(id, data[id], grade, row))
     return _mmvet_score(items, _mmvet_runs(items, count), problems)
 
 # %% ../../nbs/53_eval.scoring.ipynb #6c48abc6
 def _mmvet_item(id, question, grades, row):
     capability = sorted(set(question['capability']))
-    return dict(id=id, score=mean(grades), scores=grades, text=row.get('text'),
-                capability=capability, kind='_'.join(capability), answer=question['answer'])
+    return dict(id=id, score=mean(grades),
+                scores=grades, text=row.get('text'),
+                capability=capability, kind='_'.join(capability),
+                answer=question['answer'])
 
+# %% ../../nbs/53_eval.scoring.ipynb #6071bd2c
 def _mmvet_score(items, runs, problems):
     "Means over runs, and each run"
     names = 'capability', 'integration'
@@ -224,7 +275,8 @@ def _mmvet_score(items, runs, problems):
     middle = mean(totals)
     spread = math.sqrt(mean((total-middle)**2 for total in totals))
     metrics = dict(total=middle, std=spread)
-    return Score('mmvet', 'total', metrics, tables, items, problems, 100.)
+    return Score('mmvet', 'total', metrics,
+                 tables, items, problems, 100.)
 
 # %% ../../nbs/53_eval.scoring.ipynb #e9899f4f
 def llavaw_parse(
@@ -244,21 +296,28 @@ def _relative(items):
     model = mean(item['model'] for item in items)
     rounded = round(gpt4, 3), round(model, 3)
     return dict(relative=round(ratio(rounded[1], rounded[0])*100, 1),
-                gpt4=round(rounded[0]*10, 1), model=round(rounded[1]*10, 1),
+                gpt4=round(rounded[0]*10, 1),
+                model=round(rounded[1]*10, 1),
                 n=len(items), relative_unrounded=ratio(model, gpt4)*100,
                 mean_gpt4=gpt4, mean_model=model)
 
 # %% ../../nbs/53_eval.scoring.ipynb #4fdd4c36
 def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, (int, float))
+    return number and not isinstance(value, bool)
 
+# %% ../../nbs/53_eval.scoring.ipynb #337537cf
 def _pair(id, review):
     "The grades of a review: GPT-4's, the model's"
-    pair = review['tuple'] if 'tuple' in review else llavaw_parse(said(review, 'content'))
+    if 'tuple' in review:
+        pair = review['tuple']
+    else:
+        pair = llavaw_parse(said(review, 'content'))
     two = isinstance(pair, (list, tuple)) and len(pair)==2
     if two and all(map(_is_number, pair)):
         return pair
-    raise ValueError(f"question {id!r}: its grades are {pair!r}; a review has two numbers")
+    raise ValueError(f"question {id!r}: its grades are {pair!r}; a "
+                     "review has two numbers")
 
 # %% ../../nbs/53_eval.scoring.ipynb #70eac756
 def relative_score(
@@ -266,7 +325,9 @@ def relative_score(
     weights,          # (resamples, rows): how often each comes up
 ):                    # (resamples,): the headlines, not rounded
     "The model's grades over GPT-4's, of resampled reviews"
-    return 100*(weights @ [row[2] for row in rows])/(weights @ [row[1] for row in rows])
+    gpt4 = weights @ [row[1] for row in rows]
+    model = weights @ [row[2] for row in rows]
+    return 100*model/gpt4
 
 # %% ../../nbs/53_eval.scoring.ipynb #a9cfa3e5
 def _review_items(by_id, asked):
@@ -276,13 +337,15 @@ def _review_items(by_id, asked):
         if asked and id not in asked:
             continue
         if 'tuple' not in row and 'content' not in row:
-            raise ValueError(f"question {id!r} has no review; see eval.judge")
+            raise ValueError(f"question {id!r} has no review; see "
+                             "eval.judge")
         gpt4, model = _pair(id, row)
         kind = row.get('category') or f'llava_bench_{asked.get(id, "")}'
         items.append(dict(id=id, score=model/10, gpt4=gpt4, model=model,
                           text=row.get('content'), kind=kind))
     return items
 
+# %% ../../nbs/53_eval.scoring.ipynb #d4e102e3
 def _count_odd(items):
     "Reviews that could not be read, and grades that are not from 1 to 10"
     pairs = [(item['gpt4'], item['model']) for item in items]
@@ -299,23 +362,28 @@ def llavabench(
     "Official LLaVA-Bench (in the Wild) scores from reviews"
     asked = {}
     if annotations:
-        path = find(annotations, 'questions.jsonl', source='liuhaotian/llava-bench-in-the-wild')
-        asked = {str(row['question_id']): row['category'] for row in read_answers(path)}
+        path = find(annotations, 'questions.jsonl',
+                    source='liuhaotian/llava-bench-in-the-wild')
+        asked = {str(row['question_id']): row['category']
+                 for row in read_answers(path)}
     ids = list(asked) or [row['question_id'] for row in answers]
     by_id, problems = match(answers, ids, partial)
     items = _review_items(by_id, asked)
     problems |= _count_odd(items)
     tables = {'all': _relative(items)}
     for kind in sorted({item['kind'] for item in items}):
-        tables[kind] = _relative([item for item in items if item['kind']==kind])
+        tables[kind] = _relative([item for item in items
+                                  if item['kind']==kind])
     names = 'relative', 'gpt4', 'model', 'relative_unrounded'
     metrics = {name: tables['all'][name] for name in names}
-    return Score('llavabench', 'relative', metrics, tables, items, problems,
+    return Score('llavabench', 'relative',
+                 metrics, tables, items, problems,
                  cols=('gpt4','model'), stat=relative_score)
 
 # %% ../../nbs/53_eval.scoring.ipynb #6607f2e8
 SCORERS = Registry('benchmark')
-for _f in (vqav2, gqa, textvqa, scienceqa, pope, mme, mmvet, mmmu, mmbench, llavabench):
+for _f in (vqav2, gqa, textvqa, scienceqa, pope,
+           mme, mmvet, mmmu, mmbench, llavabench):
     SCORERS.register(_f.__name__, _f)
 
 def score_file(
@@ -329,7 +397,8 @@ def score_file(
     known = [key for key in inspect.signature(scorer).parameters
              if key not in ('annotations','answers')]
     if odd := [key for key in options if key not in known]:
-        raise ValueError(f"{bench} has no option {odd[0]!r}; choose from {known}")
+        raise ValueError(f"{bench} has no option {odd[0]!r}; choose "
+                         f"from {known}")
     if annotations is not None and not Path(annotations).exists():
         raise FileNotFoundError(f"no annotations {str(annotations)!r}")
     return scorer(annotations, read_answers(answers), **options)

@@ -22,11 +22,13 @@ def agreement(
 ) -> float:           # From 0 to 1
     "How far people agree with an answer: the mean of min(1, matches/3), one person left out each time"
     matches = sum(gold==pred for gold in golds)
-    return sum(min(1, float(matches - (gold==pred))/3) for gold in golds)/len(golds)
+    return sum(min(1, float(matches - (gold==pred))/3)
+               for gold in golds)/len(golds)
 
 # %% ../../nbs/51_eval.vqa.ipynb #544f00b6
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
-NUMBERS = dict(none='0', zero='0', one='1', two='2', three='3', four='4', five='5',
+NUMBERS = dict(none='0', zero='0', one='1', two='2',
+               three='3', four='4', five='5',
                six='6', seven='7', eight='8',
                nine='9', ten='10')
 ARTICLES = 'a', 'an', 'the'
@@ -50,6 +52,7 @@ def _punctuation(text, comma):
         out = out.replace(mark, '' if drop or at_word else ' ')
     return re.sub(r'\.(?!\d)', '', out, count=32)
 
+# %% ../../nbs/51_eval.vqa.ipynb #fde88500
 def _words(text):
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     words = [word for word in words if word not in ARTICLES]
@@ -63,6 +66,7 @@ def _normal(text, comma):
 def _plain(text):
     return text.replace('\n', ' ').replace('\t', ' ').strip()
 
+# %% ../../nbs/51_eval.vqa.ipynb #59b346e4
 def vqa_normalize(
     s:str, # An answer as it was given
 ) -> str:  # The form that is compared
@@ -93,9 +97,11 @@ def vqa_score(
 # %% ../../nbs/51_eval.vqa.ipynb #977d3eac
 def _list(path, found, key):
     if not isinstance(found, dict) or key not in found:
-        raise ValueError(f"{str(path)!r} has no {key!r}; is it the right file?")
+        raise ValueError(f"{str(path)!r} has no {key!r}; is it the "
+                         "right file?")
     return found[key]
 
+# %% ../../nbs/51_eval.vqa.ipynb #386e09ed
 def _questions(place):
     "Id to question, where a question file lies beside the annotations"
     try:
@@ -105,7 +111,8 @@ def _questions(place):
     found = read_json(path)
     if 'questions' not in found:
         return None
-    return {str(row['question_id']): row['question'] for row in found['questions']}
+    return {str(row['question_id']): row['question']
+            for row in found['questions']}
 
 # %% ../../nbs/51_eval.vqa.ipynb #080e8b66
 def _vqa_item(entry, row, convert):
@@ -114,9 +121,11 @@ def _vqa_item(entry, row, convert):
     if row is not None:
         text = said(row, 'answer')
         if convert: text = textvqa_normalize(text)
-        score = vqa_score(text, [answer['answer'] for answer in entry['answers']])
+        score = vqa_score(text, [answer['answer']
+                                 for answer in entry['answers']])
     return dict(id=entry['question_id'], score=score, text=text,
-                answer=entry.get('multiple_choice_answer'), kind=entry['answer_type'],
+                answer=entry.get('multiple_choice_answer'),
+                kind=entry['answer_type'],
                 question_type=entry['question_type'])
 
 # %% ../../nbs/51_eval.vqa.ipynb #0dc3cb03
@@ -131,13 +140,16 @@ def vqav2(
                 '*annotations*.json', source='visualqa.org')
     gold = _list(path, read_json(path), 'annotations')
     ids = [entry['question_id'] for entry in gold]
-    by_id, problems = match(answers, ids, partial, _questions(path.parent))
-    items = [_vqa_item(entry, by_id.get(str(entry['question_id'])), convert)
+    by_id, problems = match(answers, ids, partial,
+                            _questions(path.parent))
+    items = [_vqa_item(entry, by_id.get(str(entry['question_id'])),
+                       convert)
              for entry in gold]
     tables = dict(perAnswerType=table(items, 'kind', 100.),
                   perQuestionType=table(items, 'question_type', 100.))
     metrics = dict(overall=100*mean(item['score'] for item in items))
-    return Score('vqav2', 'overall', metrics, tables, items, problems, 100.)
+    return Score('vqav2', 'overall', metrics,
+                 tables, items, problems, 100.)
 
 # %% ../../nbs/51_eval.vqa.ipynb #8f3c5917
 def textvqa_question(
@@ -146,13 +158,15 @@ def textvqa_question(
     "The question in a TextVQA prompt"
     lines = prompt.split('\n')
     if prompt.startswith('OCR tokens: '):
-        if found := re.search('Question: (.*?) Short answer:', prompt, re.S):
+        if found := re.search('Question: (.*?) Short answer:',
+                              prompt, re.S):
             return found[1].lower()
     elif len(lines)==3 and 'Reference OCR token: ' in prompt:
         return lines[prompt.startswith('Reference OCR token:')].lower()
     elif len(lines)==2:
         return lines[0].lower()
-    raise ValueError(f"no question can be read in the prompt {prompt[:60]!r}; "
+    raise ValueError(f"no question can be read in the prompt "
+                     f"{prompt[:60]!r}; "
                      "TextVQA prompts have two or three lines")
 
 # %% ../../nbs/51_eval.vqa.ipynb #748a59fe
@@ -165,11 +179,14 @@ def _first_word(question):
 # %% ../../nbs/51_eval.vqa.ipynb #f035822d
 def _asked(data):
     "Key of an answer: its image and question, from the prompt or from the annotation of its id"
-    key = lambda entry: (str(entry['image_id']), entry['question'].lower())
-    known = {str(entry.get('question_id')): key(entry) for entry in data}
+    key = lambda entry: (str(entry['image_id']),
+                         entry['question'].lower())
+    known = {str(entry.get('question_id')): key(entry)
+             for entry in data}
     def key_of(row):
         id = str(row['question_id'])
-        if 'prompt' in row: return id, textvqa_question(row['prompt'])
+        if 'prompt' in row:
+            return id, textvqa_question(row['prompt'])
         return known.get(id, ('question', row['question_id']))
     return [key(entry) for entry in data], key_of
 
@@ -184,7 +201,8 @@ def _textvqa_item(i, entry, row, people):
         score = agreement(pred, golds)
     id = entry.get('question_id', f"{entry['image_id']} {i}")
     return dict(id=id, text=text, parsed=pred, score=score,
-                answer=max(golds, key=golds.count), kind=_first_word(entry['question']))
+                answer=max(golds, key=golds.count),
+                kind=_first_word(entry['question']))
 
 # %% ../../nbs/51_eval.vqa.ipynb #4d87c500
 def textvqa(
@@ -193,20 +211,25 @@ def textvqa(
     partial:bool=False,  # Score what there is?
 ) -> Score:              # `accuracy` from 0 to 1
     "Official TextVQA accuracy (M4C)"
-    path = find(annotations, 'TextVQA_0.5.1_val.json', 'TextVQA*val*.json',
+    path = find(annotations, 'TextVQA_0.5.1_val.json',
+                'TextVQA*val*.json',
                 '*annotations*.json', source='textvqa.org')
     data = _list(path, read_json(path), 'data')
     for entry in data:
         if (count := len(entry['answers']))!=10:
-            raise ValueError(f"{path}: question {entry['question']!r} has {count} answers, not 10")
+            raise ValueError(f"{path}: question {entry['question']!r} "
+                             f"has {count} answers, not 10")
     keys, key_of = _asked(data)
-    by_id, problems = match(place(answers, keys, key_of), range(len(data)), partial)
+    by_id, problems = match(place(answers, keys, key_of),
+                            range(len(data)), partial)
     people = {key: entry['answers'] for key,entry in zip(keys, data)}
     items = [_textvqa_item(i, entry, by_id.get(str(i)), people[keys[i]])
-             for i,entry in enumerate(data)]     # of two annotations the last one counts
+             for i,entry
+             in enumerate(data)]     # of two annotations the last one counts
     metrics = dict(accuracy=mean(item['score'] for item in items))
     tables = dict(first_word=table(items, 'kind'))
-    return Score('textvqa', 'accuracy', metrics, tables, items, problems)
+    return Score('textvqa', 'accuracy', metrics,
+                 tables, items, problems)
 
 # %% ../../nbs/51_eval.vqa.ipynb #597cedf5
 def gqa_normalize(
@@ -217,19 +240,23 @@ def gqa_normalize(
 
 _ASKS = 'exist', 'query: name', 'choose name'   # Operations that only ask
 
+# %% ../../nbs/51_eval.vqa.ipynb #2fdafae8
 def gqa_steps(
     question:dict, # A record of the questions file
 ) -> int:          # As GQA counts
     "Reasoning steps, without those that only ask"
-    steps = [f"{step['operation']}: {step['argument']}" for step in question['semantic']]
+    steps = [f"{step['operation']}: {step['argument']}"
+             for step in question['semantic']]
     for ask in _ASKS:
         steps = [step for step in steps if ask not in step]
     return len(steps)
 
 # %% ../../nbs/51_eval.vqa.ipynb #4a1d102a
 def _chi_square(expected, found):
-    return sum((found.get(answer, 0) - count)**2/count for answer,count in expected.items())
+    return sum((found.get(answer, 0) - count)**2/count
+               for answer,count in expected.items())
 
+# %% ../../nbs/51_eval.vqa.ipynb #268eeb9c
 def gqa_distribution(
     pairs:list[tuple], # (group, reference answer, prediction)
 ) -> float:            # 0: the same frequencies
@@ -253,12 +280,16 @@ def _gqa_item(id, question, pred, choices):
     "A scored question with its kinds"
     group, types = choices.get(id, {}), question['types']
     item = dict(id=id, score=float(pred==question['answer']), text=pred,
-                answer=question['answer'], structural=types['structural'],
-                semantic=types['semantic'], length=len(question['question'].split()),
+                answer=question['answer'],
+                structural=types['structural'],
+                semantic=types['semantic'],
+                length=len(question['question'].split()),
                 steps=gqa_steps(question),
-                kind='open' if types['structural']=='query' else 'binary')
+                kind='open' if types['structural']=='query'
+                else 'binary')
     for name in ('valid','plausible'):
-        item[name] = float(bool(group) and _belongs(pred, group[name], question))
+        item[name] = float(bool(group)
+                           and _belongs(pred, group[name], question))
     return item
 
 # %% ../../nbs/51_eval.vqa.ipynb #a430f082
@@ -266,25 +297,30 @@ def _consistency(items, questions, preds):
     "Mean accuracy on what follows from right answers; `None` where answers to that are lacking"
     parts = []
     for item in items:
-        follow = [id for id in questions[item['id']]['entailed'] if id!=item['id']]
+        follow = [id for id in questions[item['id']]['entailed']
+                  if id!=item['id']]
         if any(id not in questions or id not in preds for id in follow):
             return None
         if item['score'] and follow:
-            parts.append(mean(float(preds[id]==questions[id]['answer']) for id in follow))
+            parts.append(mean(float(preds[id]==questions[id]['answer'])
+                              for id in follow))
     return mean(parts)
 
 # %% ../../nbs/51_eval.vqa.ipynb #97d8bc97
 def _gqa_files(place):
     "Questions, and the choices beside them"
-    path = find(place, 'testdev_balanced_questions.json', '*_questions.json',
+    path = find(place, 'testdev_balanced_questions.json',
+                '*_questions.json',
                 source='gqadataset.org')
     questions = read_json(path)
     first = next(iter(questions.values()), {}) if isinstance(questions, dict) else {}
     if 'isBalanced' not in first:
-        raise ValueError(f"{str(path)!r} has no 'isBalanced'; is it GQA's questions file?")
+        raise ValueError(f"{str(path)!r} has no 'isBalanced'; is it "
+                         "GQA's questions file?")
     near = path.with_name(path.name.replace('questions', 'choices'))
     return questions, read_json(near) if near!=path and near.is_file() else {}
 
+# %% ../../nbs/51_eval.vqa.ipynb #c751e017
 def _gqa_said(row):
     return row['prediction'] if 'prediction' in row else gqa_normalize(said(row))
 
@@ -296,35 +332,46 @@ def gqa(
 ) -> Score:              # Percent; `consistency` only with answers to all entailed questions
     "Official GQA accuracy and its companions"
     questions, choices = _gqa_files(annotations)
-    ids = [id for id,question in questions.items() if question['isBalanced']]
+    ids = [id for id,question in questions.items()
+           if question['isBalanced']]
     rest = set(questions) - set(ids)
     asked = {id: questions[id]['question'] for id in ids}
-    balanced = [row for row in answers if str(row['question_id']) not in rest]
+    balanced = [row for row in answers
+                if str(row['question_id']) not in rest]
     by_id, problems = match(balanced, ids, partial, asked)
     others = [row for row in answers if str(row['question_id']) in rest]
     by_id |= {str(row['question_id']): row for row in others}
     preds = {id: _gqa_said(row) for id,row in by_id.items()}
-    items = [_gqa_item(id, questions[id], preds.get(id), choices) for id in ids]
+    items = [_gqa_item(id, questions[id], preds.get(id), choices)
+             for id in ids]
     problems['without_choices'] = sum(id not in choices for id in ids)
     metrics, tables = _gqa_metrics(items, questions, preds)
-    return Score('gqa', 'accuracy', metrics, tables, items, problems, 100.)
+    return Score('gqa', 'accuracy', metrics,
+                 tables, items, problems, 100.)
 
 # %% ../../nbs/51_eval.vqa.ipynb #343081b4
 def _percent(items, column):
     return 100*mean(item[column] for item in items)
 
+# %% ../../nbs/51_eval.vqa.ipynb #7bb072a1
 def _gqa_metrics(items, questions, preds):
     "All official numbers, and the accuracy per type, length and steps"
     metrics = dict(accuracy=_percent(items, 'score'))
     for kind in ('binary','open'):
-        metrics[kind] = _percent([item for item in items if item['kind']==kind], 'score')
-    metrics |= dict(validity=_percent(items, 'valid'), plausibility=_percent(items, 'plausible'))
+        metrics[kind] = _percent([item for item in items
+                                  if item['kind']==kind], 'score')
+    metrics |= dict(validity=_percent(items, 'valid'),
+                    plausibility=_percent(items, 'plausible'))
     consistent = _consistency(items, questions, preds)
-    if consistent is not None: metrics['consistency'] = 100*consistent
-    pairs = [(questions[item['id']]['groups']['global'], item['answer'], item['text'])
+    if consistent is not None:
+        metrics['consistency'] = 100*consistent
+    pairs = [(questions[item['id']]['groups']['global'],
+              item['answer'], item['text'])
              for item in items]
     metrics['distribution'] = gqa_distribution([pair for pair in pairs if pair[0] is not None])
-    names = dict(StructuralType='structural', SemanticType='semantic', Length='length',
+    names = dict(StructuralType='structural',
+                 SemanticType='semantic', Length='length',
                  Steps='steps')
-    tables = {f'accuracyPer{name}': table(items, column, 100.) for name,column in names.items()}
+    tables = {f'accuracyPer{name}': table(items, column, 100.)
+              for name,column in names.items()}
     return metrics, tables

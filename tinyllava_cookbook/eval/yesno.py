@@ -33,13 +33,15 @@ def pope_scores(
 ) -> dict:            # TP FP TN FN n accuracy precision recall f1 yes_ratio
     "The official POPE numbers of one category"
     if len(preds)!=len(labels):
-        raise ValueError(f"{len(preds)} answers for {len(labels)} labels; they must be equally many")
+        raise ValueError(f"{len(preds)} answers for {len(labels)} "
+                         "labels; they must be equally many")
     if not labels:
         raise ValueError("no answers to score; POPE needs at least one")
     for label in labels:
         if label not in ('yes','no'):
             raise ValueError(f"label {label!r} is not 'yes' or 'no'")
-    counts = Counter((pope_answer(pred), label) for pred,label in zip(preds, labels))
+    counts = Counter((pope_answer(pred), label)
+                     for pred,label in zip(preds, labels))
     TP = counts['yes','yes']
     FP = counts['yes','no']
     TN = counts['no','no']
@@ -47,7 +49,8 @@ def pope_scores(
     precision = ratio(TP, TP+FP+eps)
     recall = ratio(TP, TP+FN+eps)
     return dict(n=len(labels), TP=TP, FP=FP, TN=TN, FN=FN,
-                accuracy=(TP+TN)/len(labels), precision=precision, recall=recall,
+                accuracy=(TP+TN)/len(labels),
+                precision=precision, recall=recall,
                 f1=ratio(2*precision*recall, precision+recall+eps),
                 yes_ratio=(TP+FP)/len(labels))
 
@@ -62,7 +65,8 @@ def _by_category(preds, labels, kinds):
         groups[kind][0].append(pred)
         groups[kind][1].append(label)
     known = [kind for kind in POPE_CATEGORIES if kind in groups]
-    return {kind: groups[kind] for kind in known + sorted(groups.keys()-set(known))}
+    return {kind: groups[kind]
+            for kind in known + sorted(groups.keys()-set(known))}
 
 # %% ../../nbs/50_eval.yesno.ipynb #78a37fc5
 def pope_by_category(
@@ -72,13 +76,17 @@ def pope_by_category(
 ) -> dict:            # `f1` (mean of the categories), `accuracy` (of all), `n`, and `by_kind`
     "POPE per category, and the mean F1 that papers report"
     if not len(preds)==len(labels)==len(kinds):
-        raise ValueError(f"{len(preds)} answers, {len(labels)} labels, {len(kinds)} categories; "
+        raise ValueError(f"{len(preds)} answers, {len(labels)} labels, "
+                         f"{len(kinds)} categories; "
                          "they must be equally many")
     groups = _by_category(preds, labels, kinds)
     by_kind = {kind: pope_scores(*pair) for kind,pair in groups.items()}
-    right = sum(scores['TP']+scores['TN'] for scores in by_kind.values())
-    mean_f1 = ratio(sum(scores['f1'] for scores in by_kind.values()), len(by_kind))
-    return dict(f1=mean_f1, accuracy=ratio(right, len(preds)), n=len(preds),
+    right = sum(scores['TP']+scores['TN']
+                for scores in by_kind.values())
+    mean_f1 = ratio(sum(scores['f1'] for scores in by_kind.values()),
+                    len(by_kind))
+    return dict(f1=mean_f1, accuracy=ratio(right, len(preds)),
+                n=len(preds),
                 by_kind=by_kind)
 
 # %% ../../nbs/50_eval.yesno.ipynb #f5cc4583
@@ -86,19 +94,23 @@ POPE_OFFSETS = dict(adversarial=0, random=10_000_000,
                     popular=20_000_000) # Added to the ids of a category
 
 def _offset_ids(category, rows):
-    return [POPE_OFFSETS[category] + int(row['question_id']) for row in rows]
+    return [POPE_OFFSETS[category] + int(row['question_id'])
+            for row in rows]
 
+# %% ../../nbs/50_eval.yesno.ipynb #207d8353
 def _pope_ids(labels, questions):
     "Ids of each category's labels: LLaVA's offsets, or the question file's ids in their order"
     if questions is None:
-        return {category: _offset_ids(category, rows) for category,rows in labels.items()}
+        return {category: _offset_ids(category, rows)
+                for category,rows in labels.items()}
     asked = {}
     for row in read_answers(questions):
         asked.setdefault(row['category'], []).append(row['question_id'])
     for category,rows in labels.items():
         found = len(asked.get(category, []))
         if found!=len(rows):
-            raise ValueError(f"{found} {category} questions in {str(questions)!r} "
+            raise ValueError(f"{found} {category} questions in "
+                             f"{str(questions)!r} "
                              f"for {len(rows)} labels")
     return asked
 
@@ -120,7 +132,9 @@ def _pope_labels(place):
         if not {'text','label'} <= labels[category][0].keys():
             raise ValueError(f"{str(path)!r} has no labels; is it POPE's?")
     if not labels:
-        raise why or ValueError(f"{str(place)!r} is no coco_pope_{{category}}.json; give their folder")
+        raise why or ValueError(f"{str(place)!r} is no "
+                                f"coco_pope_{{category}}.json; give "
+                                "their folder")
     return labels
 
 # %% ../../nbs/50_eval.yesno.ipynb #7ce4323e
@@ -130,6 +144,7 @@ def _f1_of(rows, weights):
     wrong = weights @ [pred!=label for pred,label in rows]
     return 2*hits/(2*hits + wrong).clip(1e-9)
 
+# %% ../../nbs/50_eval.yesno.ipynb #33f3d9ce
 def pope_mean_f1(
     rows:list[tuple], # Distinct rows: category, what was read, label
     weights,          # (resamples, rows): how often each comes up
@@ -137,7 +152,8 @@ def pope_mean_f1(
     "The mean of the categories' F1 of resampled answers"
     scores = []
     for category in dict.fromkeys(row[0] for row in rows):
-        here = [row[1:] if row[0]==category else ('','') for row in rows]
+        here = [row[1:] if row[0]==category
+                else ('','') for row in rows]
         scores.append(_f1_of(here, weights))
     return sum(scores)/len(scores)
 
@@ -150,9 +166,11 @@ def _pope_item(id, category, row, answer):
     else:
         text = said(answer)
         read = pope_answer(text)
-    return dict(id=id, stratum=category, kind=category, score=float(read==row['label']),
+    return dict(id=id, stratum=category, kind=category,
+                score=float(read==row['label']),
                 text=text, parsed=read, answer=row['label'])
 
+# %% ../../nbs/50_eval.yesno.ipynb #05df1680
 def _pope_table(items, category, eps):
     some = [item for item in items if item['kind']==category]
     preds = [item['parsed'] for item in some]
@@ -171,7 +189,8 @@ def pope(
     ids = _pope_ids(labels, questions)
     gold = {}
     for category,rows in labels.items():
-        gold |= {str(id): (category, row) for id,row in zip(ids[category], rows)}
+        gold |= {str(id): (category, row)
+                 for id,row in zip(ids[category], rows)}
     asked = {id: row['text'] for id,(_,row) in gold.items()}
     by_id, problems = match(answers, list(gold), partial, asked)
     items = [_pope_item(id, category, row, by_id.get(id))
@@ -180,14 +199,19 @@ def pope(
 
 # %% ../../nbs/50_eval.yesno.ipynb #72c1942d
 def _pope_score(items, labels, problems, eps):
-    absent = [category for category in POPE_CATEGORIES if category not in labels]
+    absent = [category for category in POPE_CATEGORIES
+              if category not in labels]
     if absent:
         words = f"{len(absent)} of 3 categories are absent: {', '.join(absent)}"
         problems['incomplete'] = [words]
-    tables = {category: _pope_table(items, category, eps) for category in labels}
-    mean_f1 = sum(scores['f1'] for scores in tables.values())/len(tables)
-    metrics = dict(f1=mean_f1, accuracy=mean(item['score'] for item in items),
-                   yes_ratio=mean(item['parsed']=='yes' for item in items))
+    tables = {category: _pope_table(items, category, eps)
+              for category in labels}
+    mean_f1 = sum(scores['f1']
+                  for scores in tables.values())/len(tables)
+    metrics = dict(f1=mean_f1,
+                   accuracy=mean(item['score'] for item in items),
+                   yes_ratio=mean(item['parsed']=='yes'
+                                  for item in items))
     return Score('pope', 'f1', metrics, tables, items, problems,
                  cols=('parsed','answer'), stat=pope_mean_f1)
 
@@ -196,12 +220,15 @@ def _pope_rows(folder, category):
     "Label rows of one category, checked"
     path = Path(folder)/f'coco_pope_{category}.json'
     if not path.is_file():
-        raise FileNotFoundError(f"no POPE labels {str(path)!r}; they are in output/coco of "
+        raise FileNotFoundError(f"no POPE labels {str(path)!r}; they "
+                                "are in output/coco of "
                                 "github.com/AoiDragon/POPE")
-    for row in read_jsonl(path, needs=('question_id','image','text','label')):
+    for row in read_jsonl(path, needs=('question_id','image',
+                                       'text','label')):
         where = f"{path}, question {row['question_id']!r}"
         if row['label'] not in ('yes','no'):
-            raise ValueError(f"{where}: label {row['label']!r} is not 'yes' or 'no'")
+            raise ValueError(f"{where}: label {row['label']!r} is not "
+                             "'yes' or 'no'")
         yield where, row
 
 # %% ../../nbs/50_eval.yesno.ipynb #d70ec9dc
@@ -217,7 +244,8 @@ def load_pope(
         for where,row in _pope_rows(folder, category):
             id = POPE_OFFSETS[category]+row['question_id']
             image = image_file(images, row['image'], where)
-            items.append(Item(id, image, row['text']+suffix, row['label'], category))
+            items.append(Item(id, image, row['text']+suffix,
+                              row['label'], category))
     return items
 
 # %% ../../nbs/50_eval.yesno.ipynb #96c6d6f3
@@ -228,15 +256,17 @@ def mme_answer(
     text = s.lower()
     if text in ('yes','no'):
         return text
-    return next((answer for answer in ('yes','no') if answer in text[:4]), 'other')
+    return next((answer for answer in ('yes','no')
+                 if answer in text[:4]), 'other')
 
 # %% ../../nbs/50_eval.yesno.ipynb #9ba342ec
 MME_TASKS = dict(
-    perception=['existence','count','position','color','posters','celebrity','scene',
+    perception=['existence','count','position',
+                'color','posters','celebrity','scene',
                 'landmark','artwork','OCR'],
-    cognition=['commonsense_reasoning','numerical_calculation','text_translation',
+    cognition=['commonsense_reasoning',
+               'numerical_calculation','text_translation',
                'code_reasoning'])
-
 _MME_ALL = [task for tasks in MME_TASKS.values() for task in tasks]
 
 def _mme_question(text):
@@ -244,6 +274,7 @@ def _mme_question(text):
         text = text.replace(request, '')
     return ' '.join(text.split())
 
+# %% ../../nbs/50_eval.yesno.ipynb #84a36871
 def _mme_key(task, image, question):
     return task, image.split('/')[-1].split('.')[0], _mme_question(question)
 
@@ -254,30 +285,37 @@ def _mme_lines(path):
         if not line.strip():
             continue
         if line.count('\t')!=1:
-            raise ValueError(f"{path}, line {i}: not a question, a tab and an answer")
+            raise ValueError(f"{path}, line {i}: not a question, a tab "
+                             "and an answer")
         yield line.strip().split('\t')
 
+# %% ../../nbs/50_eval.yesno.ipynb #5bc0eefd
 def _mme_folder(place):
     "The folder with the subtasks' folders"
     for folder in (place, *sorted(place.glob('MME*'))):
         if any((folder/task).is_dir() for task in _MME_ALL):
             return folder
-    raise FileNotFoundError(f"no MME subtasks in {str(place)!r}: neither folders nor files such "
-                            f"as {_MME_ALL[0]}.txt; they come with MME_Benchmark_release_version")
+    raise FileNotFoundError(f"no MME subtasks in {str(place)!r}: "
+                            "neither folders nor files such "
+                            f"as {_MME_ALL[0]}.txt; they come with "
+                            "MME_Benchmark_release_version")
 
 # %% ../../nbs/50_eval.yesno.ipynb #0941f4a7
 def _mme_gold(place):
     "Rows (task, image, question, answer) of the release, or of a folder with one .txt per subtask"
     place = Path(place)
     if any((place/f'{task}.txt').is_file() for task in _MME_ALL):
-        return [(row['question_id'].split('/')[0], row['image'], row['prompt'], row['answer'])
+        return [(row['question_id'].split('/')[0],
+                 row['image'], row['prompt'], row['answer'])
                 for row in read_tabbed(place)]
     folder = _mme_folder(place)
     rows = []
     for task in _MME_ALL:
         deep = folder/task/'questions_answers_YN'
-        for path in sorted((deep if deep.is_dir() else folder/task).glob('*.txt')):
-            rows += [(task, path.stem, *pair) for pair in _mme_lines(path)]
+        for path in sorted((deep if deep.is_dir()
+                            else folder/task).glob('*.txt')):
+            rows += [(task, path.stem, *pair)
+                     for pair in _mme_lines(path)]
     return rows
 
 # %% ../../nbs/50_eval.yesno.ipynb #79d0eae3
@@ -285,20 +323,26 @@ def _mme_item(pair, texts):
     "A scored image: two questions"
     task, image = pair[0][:2]
     golds = [line[3] for line in pair]
-    read = ['missing' if text is None else mme_answer(text) for text in texts]
-    right = sum(answer==gold.lower() for answer,gold in zip(read, golds))
-    return dict(id=f'{task}/{image}', stratum=task, kind=task, score=right/2, n_right=right,
+    read = ['missing' if text is None else mme_answer(text)
+            for text in texts]
+    right = sum(answer==gold.lower()
+                for answer,gold in zip(read, golds))
+    return dict(id=f'{task}/{image}', stratum=task,
+                kind=task, score=right/2, n_right=right,
                 text=texts, parsed=read, answer=golds)
 
+# %% ../../nbs/50_eval.yesno.ipynb #6a8f2e08
 def _mme_items(gold, by_id):
     "One item per image: two consecutive lines"
     items = []
     for i in range(0, len(gold), 2):
         pair = gold[i:i+2]
         if len(pair)<2 or pair[0][:2]!=pair[1][:2]:
-            raise ValueError(f"{pair[0][0]}: the questions about {pair[0][1]!r} are not two "
+            raise ValueError(f"{pair[0][0]}: the questions about "
+                             f"{pair[0][1]!r} are not two "
                              "consecutive lines")
-        texts = [by_id[str(j)]['text'] if str(j) in by_id else None for j in (i, i+1)]
+        texts = [by_id[str(j)]['text'] if str(j) in by_id else None
+                 for j in (i, i+1)]
         items.append(_mme_item(pair, texts))
     return items
 
@@ -333,9 +377,11 @@ def _mme_listed(place):
         if not folder.is_dir():
             continue
         files = {task: folder/f'{task}.txt' for task in _MME_ALL}
-        texts = {task: path.read_text(encoding='utf-8-sig') for task,path in files.items()
+        texts = {task: path.read_text(encoding='utf-8-sig')
+                 for task,path in files.items()
                  if path.is_file()}
-        return {task: len(list(filter(str.strip, text.split('\n')))) for task,text in texts.items()}
+        return {task: len(list(filter(str.strip, text.split('\n'))))
+                for task,text in texts.items()}
 
 # %% ../../nbs/50_eval.yesno.ipynb #f4654f7d
 def mme_incomplete(
@@ -347,18 +393,23 @@ def mme_incomplete(
     if wanted is None:
         absent = [task for task in _MME_ALL if task not in counts]
         if not absent: return []
-        return [f"{len(absent)} of {len(_MME_ALL)} subtasks are absent: {', '.join(absent)}"]
-    absent = {task: count - counts.get(task, 0) for task,count in wanted.items()}
+        return [f"{len(absent)} of {len(_MME_ALL)} subtasks are "
+                f"absent: {', '.join(absent)}"]
+    absent = {task: count - counts.get(task, 0)
+              for task,count in wanted.items()}
     absent = {task: count for task,count in absent.items() if count>0}
     if not absent: return []
-    which = ', '.join(f'{task} {count}' for task,count in absent.items())
-    return [f"{sum(absent.values())} of {sum(wanted.values())} questions are absent: {which}"]
+    which = ', '.join(f'{task} {count}'
+                      for task,count in absent.items())
+    return [f"{sum(absent.values())} of {sum(wanted.values())} "
+            f"questions are absent: {which}"]
 
 # %% ../../nbs/50_eval.yesno.ipynb #4b32ebf0
 def _mme_answer_key(row):
     id = str(row['question_id'])
     return _mme_key(id.split('/')[0], id, row.get('prompt', ''))
 
+# %% ../../nbs/50_eval.yesno.ipynb #4c7e8e53
 def _mme_tables(items):
     "Score of each subtask, and the subtasks that are absent"
     counts = {}
@@ -366,7 +417,8 @@ def _mme_tables(items):
         counts.setdefault(item['kind'], []).append(item['n_right'])
     tables = {}
     for part,tasks in MME_TASKS.items():
-        tables[part] = {task: _mme_task(counts[task]) for task in tasks if task in counts}
+        tables[part] = {task: _mme_task(counts[task])
+                        for task in tasks if task in counts}
     tables['accuracy'] = table(items, 'kind', 100.)
     return tables, [task for task in _MME_ALL if task not in counts]
 
@@ -385,7 +437,8 @@ def mme(
         said(row)
     items = _mme_items(gold, by_id)
     tables, problems['absent_subtasks'] = _mme_tables(items)
-    if lacks := mme_incomplete(annotations, Counter(line[0] for line in gold)):
+    if lacks := mme_incomplete(annotations,
+                               Counter(line[0] for line in gold)):
         problems['incomplete'] = lacks
     metrics = {part: sum(tables[part].values()) for part in MME_TASKS}
     return Score('mme', 'perception', metrics, tables, items, problems,

@@ -14,14 +14,22 @@ from .benchmarks import BENCHES
 
 # %% ../../nbs/58_eval.zoo.ipynb #822f0517
 PARAMETERS = { # Billions
-    'CLIP-L-336': .304, 'SigLIP-so400m-384': .428,
-    'OpenELM-450M': .457, 'Qwen2-0.5B': .494, 'Qwen2.5-0.5B': .494,
-              'TinyLlama-1.1B': 1.100, 'StableLM-2-1.6B': 1.645,
-    'Gemma-2B': 2.506, 'Phi-2': 2.780, 'Qwen2.5-3B': 3.086, 'Vicuna-7B': 6.738,
-              'Vicuna-13B': 13.016}
+    'CLIP-L-336': .304,
+    'SigLIP-so400m-384': .428,
+    'OpenELM-450M': .457,
+    'Qwen2-0.5B': .494,
+    'Qwen2.5-0.5B': .494,
+    'TinyLlama-1.1B': 1.100,
+    'StableLM-2-1.6B': 1.645,
+    'Gemma-2B': 2.506,
+    'Phi-2': 2.780,
+    'Qwen2.5-3B': 3.086,
+    'Vicuna-7B': 6.738,
+    'Vicuna-13B': 13.016}
 
 # %% ../../nbs/58_eval.zoo.ipynb #22002e51
-BENCHMARKS = dict(vqav2='VQAv2', gqa='GQA', scienceqa='SQA-IMG', textvqa='TextVQA',
+BENCHMARKS = dict(vqav2='VQAv2', gqa='GQA',
+                  scienceqa='SQA-IMG', textvqa='TextVQA',
                   mmvet='MM-Vet', pope='POPE',
                   mme='MME', mmmu='MMMU', mmbench='MMBench',
                   llavabench='LLaVA-W') # Name here -> name in the papers
@@ -41,8 +49,10 @@ class Published:
 
 # %% ../../nbs/58_eval.zoo.ipynb #be8c3164
 ZOO_SOURCES = dict(
-    paper='TinyLLaVA, arXiv:2402.14289, table A1; MME and MMBench from the README of TinyLLaVABench, February 2024',
-    factory='README of github.com/TinyLLaVA/TinyLLaVA_Factory, Model Performance',
+    paper='TinyLLaVA, arXiv:2402.14289, table A1; MME and MMBench from '
+          'the README of TinyLLaVABench, February 2024',
+    factory='README of github.com/TinyLLaVA/TinyLLaVA_Factory, Model '
+            'Performance',
     llava='docs/MODEL_ZOO.md of github.com/haotian-liu/LLaVA, commit 19d8945')
 
 # %% ../../nbs/58_eval.zoo.ipynb #6d8a591a
@@ -50,7 +60,8 @@ _C = 'CLIP-L-336'
 _S = 'SigLIP-so400m-384'
 _TL = 'TinyLlama-1.1B'
 _SLM = 'StableLM-2-1.6B'
-_FACTORY = [ # vision, LLM, recipe, then VQAv2 GQA SQA-IMG TextVQA MM-Vet POPE MME MMMU
+# vision, LLM, recipe, then VQAv2 GQA SQA-IMG TextVQA MM-Vet POPE MME MMMU
+_FACTORY = [
     (_C, 'OpenELM-450M', 'base', 69.5, 52.1, 50.6, 40.4, 20.0, 83.6, 1052.9, 23.9),
     (_S, 'OpenELM-450M', 'base', 71.7, 53.9, 54.1, 44.0, 20.0, 85.4, 1118.8, 24.0),
     (_S, 'Qwen2-0.5B', 'base', 72.3, 55.8, 60.1, 45.2, 19.5, 86.6, 1153.0, 29.7),
@@ -65,67 +76,108 @@ _FACTORY = [ # vision, LLM, recipe, then VQAv2 GQA SQA-IMG TextVQA MM-Vet POPE M
     (_S, 'Phi-2', 'base', 79.2, 61.6, 71.9, 57.4, 35.0, 87.2, 1462.4, 38.2),
     (_S, 'Phi-2', 'base and LoRA', 77.6, 59.7, 71.6, 53.8, 33.3, 87.9, 1413.2, 35.6),
     (_S, 'Phi-2', 'share', 80.1, 62.1, 73.0, 60.3, 37.5, 87.2, 1466.4, 38.4)]
-_PAPER = [ # name, LLM, then VQAv2 GQA SQA-IMG TextVQA MM-Vet POPE LLaVA-W MME MMBench; all SigLIP, share
+
+# %% ../../nbs/58_eval.zoo.ipynb #f975ded2
+# name, LLM, then VQAv2 GQA SQA-IMG TextVQA MM-Vet POPE LLaVA-W MME MMBench; all SigLIP, share
+_PAPER = [
     ('TinyLLaVA-1.5B', _TL, 76.9, 60.3, 60.1, 51.7, 25.8, 86.1, 60.8, 1276.5, 55.2),
     ('TinyLLaVA-2.0B', _SLM, 78.9, 61.9, 64.7, 56.4, 32.6, 86.5, 66.4, 1433.8, 63.3),
     ('TinyLLaVA-3.1B', 'Phi-2', 79.9, 62.0, 69.1, 59.1, 32.0, 86.4, 75.8, 1464.9, 66.9)]
-_LLAVA = [ # name, LLM, recipe, then VQAv2 GQA SQA-IMG TextVQA POPE MME MMBench LLaVA-W MM-Vet
-    ('LLaVA-1.5-7B', 'Vicuna-7B', 'full', 78.5, 62.0, 66.8, 58.2, 85.9, 1510.7, 64.3,
-     65.4, 31.1),
-    ('LLaVA-1.5-13B', 'Vicuna-13B', 'full', 80.0, 63.3, 71.6, 61.3, 85.9, 1531.3, 67.7,
-     72.5, 36.1),
-    ('LLaVA-1.5-7B-LoRA', 'Vicuna-7B', 'LoRA', 79.1, 63.0, 68.4, 58.2, 86.4, 1476.9,
-     66.1, 67.9, 30.2),
-    ('LLaVA-1.5-13B-LoRA', 'Vicuna-13B', 'LoRA', 80.0, 63.3, 71.2, 60.2, 86.7, 1541.7,
-     68.5, 69.5, 38.3)]
+
+# %% ../../nbs/58_eval.zoo.ipynb #1910328f
+# name, LLM, recipe, then VQAv2 GQA SQA-IMG TextVQA POPE MME MMBench LLaVA-W MM-Vet
+_LLAVA = [
+    ('LLaVA-1.5-7B', 'Vicuna-7B', 'full', 78.5, 62.0, 66.8, 58.2, 85.9, 1510.7, 64.3, 65.4, 31.1),
+    ('LLaVA-1.5-13B', 'Vicuna-13B', 'full', 80.0, 63.3, 71.6, 61.3, 85.9, 1531.3, 67.7, 72.5, 36.1),
+    ('LLaVA-1.5-7B-LoRA', 'Vicuna-7B', 'LoRA', 79.1, 63.0, 68.4, 58.2, 86.4, 1476.9, 66.1, 67.9, 30.2),
+    ('LLaVA-1.5-13B-LoRA', 'Vicuna-13B', 'LoRA', 80.0, 63.3, 71.2, 60.2, 86.7, 1541.7, 68.5, 69.5, 38.3)]
 
 # %% ../../nbs/58_eval.zoo.ipynb #1795f284
+def _rows(source, columns, table):
+    "Rows of one source; what follows the description are its scores"
+    return [Published(name, vision, llm, recipe, source,
+                      dict(zip(columns, scores)))
+            for (name, vision, llm, recipe), scores in table]
+
+# %% ../../nbs/58_eval.zoo.ipynb #dfb3b9fb
 def _zoo() -> list[Published]:
+    "All of them: paper, factory, LLaVA"
     first = ['vqav2', 'gqa', 'scienceqa', 'textvqa']
-    factory = first+['mmvet', 'pope', 'mme', 'mmmu']
-    paper = first+['mmvet', 'pope', 'llavabench', 'mme', 'mmbench']
-    llava = first+['pope', 'mme', 'mmbench', 'llavabench', 'mmvet']
-    return ([Published(name, _S, llm, 'share', 'paper', dict(zip(paper, values)))
-             for name,llm,*values in _PAPER] +
-            [Published(f'{llm}, {values}', values, llm, recipe, 'factory',
-                       dict(zip(factory, scores)))
-             for values,llm,recipe,*scores in _FACTORY] +
-            [Published(name, _C, llm, recipe, 'llava', dict(zip(llava, values)))
-             for name,llm,recipe,*values in _LLAVA])
+    paper = [((name, _S, llm, 'share'), scores)
+             for name,llm,*scores in _PAPER]
+    factory = [((f'{llm}, {tower}', tower, llm, recipe), scores)
+               for tower,llm,recipe,*scores in _FACTORY]
+    llava = [((name, _C, llm, recipe), scores)
+             for name,llm,recipe,*scores in _LLAVA]
+    return (_rows('paper', [*first, 'mmvet', 'pope', 'llavabench', 'mme', 'mmbench'], paper)
+            + _rows('factory', [*first, 'mmvet', 'pope', 'mme', 'mmmu'], factory)
+            + _rows('llava', [*first, 'pope', 'mme', 'mmbench', 'llavabench', 'mmvet'], llava))
+
 ZOO = _zoo()
 
 # %% ../../nbs/58_eval.zoo.ipynb #9287b699
+def _zoo_line(row, benches):
+    "A row of the table; empty where there is no score"
+    line = dict(model=row.name, recipe=row.recipe,
+                billions=f'{row.parameters:.2f}')
+    for bench in benches:
+        known = bench in row.scores
+        line[BENCHMARKS[bench]] = f'{row.scores[bench]:.1f}' if known else ''
+    return line | dict(source=row.source)
+
+# %% ../../nbs/58_eval.zoo.ipynb #a2f736c1
 def zoo_table(
     rows:Iterable[Published]|None=None, # `None`: all
     benches:Iterable[str]|None=None,    # Columns; `None`: all
 ) -> Table:
     "Published scores, one row per model"
     benches = list(BENCHMARKS if benches is None else benches)
-    return Table(dict(model=row.name, recipe=row.recipe,
-                      billions=f'{row.parameters:.2f}') |
-                 {BENCHMARKS[bench]: f'{row.scores[bench]:.1f}' if bench in row.scores
-                  else '' for bench in benches} | dict(source=row.source)
-                 for row in (ZOO if rows is None else rows))
+    rows = ZOO if rows is None else rows
+    return Table(_zoo_line(row, benches) for row in rows)
 
 # %% ../../nbs/58_eval.zoo.ipynb #b1cf6e35
 _MARKS = dict(paper='s', factory='o',
-              llava='^')   # By source; CLIP is blue, SigLIP orange
+              llava='^')   # By source
 
 def _legend(ax, mine):
     "What each mark and color means"
-    names = dict(paper='TinyLLaVA', factory='Factory', llava='LLaVA-1.5')
+    names = dict(paper='TinyLLaVA',
+                 factory='Factory', llava='LLaVA-1.5')
     for source,mark in _MARKS.items():
-        ax.scatter([], [], c='gray', marker=mark, s=26, label=names[source])
+        ax.scatter([], [], c='gray', marker=mark,
+                   s=26, label=names[source])
     for color,tower in (('C0', 'CLIP'), ('C1', 'SigLIP')):
         ax.scatter([], [], c=color, marker='D', s=18, label=tower)
     if mine:
         ax.plot([], [], '*', c='k', ms=8, label=mine['name'])
-    legend = ax.legend(frameon=False, fontsize=7, loc='lower right', ncols=2,
+    legend = ax.legend(frameon=False, fontsize=7,
+                       loc='lower right', ncols=2,
                        columnspacing=.8, handletextpad=.2)
     for text in legend.get_texts():
         text.set_parse_math(False)   # the name of a run may hold dollars
 
 # %% ../../nbs/58_eval.zoo.ipynb #16cb4770
+def _draw_published(ax, bench):
+    "A point for each model; CLIP is blue, SigLIP orange"
+    for source,mark in _MARKS.items():
+        some = [row for row in ZOO
+                if row.source==source and bench in row.scores]
+        colors = ['C1' if row.vision.startswith('SigLIP') else 'C0'
+                  for row in some]
+        ax.scatter([row.parameters for row in some],
+                   [row.scores[bench] for row in some],
+                   c=colors, marker=mark, s=26)
+
+# %% ../../nbs/58_eval.zoo.ipynb #5431f448
+def _draw_mine(ax, bench, mine):
+    "A star with its interval"
+    value, ends = mine['scores'][bench]
+    error = None
+    if ends: error = [[value-ends[0]], [ends[1]-value]]
+    ax.errorbar([mine['parameters']], [value], yerr=error,
+                fmt='*', c='k', ms=10, capsize=3)
+
+# %% ../../nbs/58_eval.zoo.ipynb #76a59b52
 def plot_zoo(
     bench:str,       # A key of `BENCHMARKS`
     ax=None,         # Axes of matplotlib; `None` makes some
@@ -135,30 +187,25 @@ def plot_zoo(
     "One benchmark against parameters, your run with its interval"
     import matplotlib.pyplot as plt
     if bench not in BENCHMARKS:
-        raise ValueError(f"no published scores on {bench!r}; choose from {list(BENCHMARKS)}")
+        raise ValueError(f"no published scores on {bench!r}; choose "
+                         f"from {list(BENCHMARKS)}")
     if ax is None:
         _,ax = plt.subplots(figsize=(4,2.8), dpi=72)
-    for source,mark in _MARKS.items():
-        some = [row for row in ZOO if row.source==source and bench in row.scores]
-        colors = ['C1' if row.vision.startswith('SigLIP') else 'C0' for row in some]
-        ax.scatter([row.parameters for row in some],
-                   [row.scores[bench] for row in some], c=colors, marker=mark, s=26)
-    if mine and bench in mine['scores']:
-        value, ends = mine['scores'][bench]
-        err = [[value-ends[0]], [ends[1]-value]] if ends else None
-        ax.errorbar([mine['parameters']], [value], yerr=err, fmt='*', c='k', ms=10,
-                    capsize=3)
+    _draw_published(ax, bench)
+    if mine and bench in mine['scores']: _draw_mine(ax, bench, mine)
     ax.set(xscale='log', xlim=(.5, 20), xlabel='billion parameters',
            title=BENCHMARKS[bench])
-    ax.set_xticks([.5, 1, 2, 4, 8, 16], ['½', '1', '2', '4', '8', '16'], minor=False)
+    ticks = {.5: '½'} | {n: str(n) for n in (1, 2, 4, 8, 16)}
+    ax.set_xticks(list(ticks), list(ticks.values()), minor=False)
     ax.minorticks_off()
-    if legend:
-        _legend(ax, mine)
+    if legend: _legend(ax, mine)
     return ax
 
 # %% ../../nbs/58_eval.zoo.ipynb #965c7f98
 def _as_papers(bench, split):
-    return split==('test-dev' if bench=='vqav2' else BENCHES[bench].split)
+    "Is this the split that papers report?"
+    usual = 'test-dev' if bench=='vqav2' else BENCHES[bench].split
+    return split==usual
 
 # %% ../../nbs/58_eval.zoo.ipynb #7c7562c7
 def your_run(
@@ -169,15 +216,19 @@ def your_run(
     "The part of a run that can be set beside published numbers"
     run = scores if isinstance(scores, dict) else read_json(scores)
     if 'benchmarks' not in run:
-        raise ValueError(f"no 'benchmarks' in {str(scores)[:60]!r}; is it the scores.json of a run?")
+        raise ValueError(f"no 'benchmarks' in {str(scores)[:60]!r}; is "
+                         "it the scores.json of a run?")
     if run.get('limit'):
-        raise ValueError(f"a run with limit {run['limit']} answers other questions than the papers")
+        raise ValueError(f"a run with limit {run['limit']} answers "
+                         "other questions than the papers")
     size = parameters or run.get('parameters', 0)/1e9
-    got = {bench: (found['published']['score'], found['published']['interval'])
+    got = {bench: (found['published']['score'],
+                   found['published']['interval'])
            for bench,found in run['benchmarks'].items()
            if bench in BENCHMARKS and 'published' in found
            and _as_papers(bench, found['split'])}
-    return dict(name=name or run.get('model_id') or 'this run', parameters=size,
+    return dict(name=name or run.get('model_id') or 'this run',
+                parameters=size,
                 scores=got)
 
 # %% ../../nbs/58_eval.zoo.ipynb #ab67eedc
@@ -187,10 +238,17 @@ def beside(
 ) -> Table:    # Published rows, then yours, then its intervals
     "Your run under the published ones, on the benchmarks that it has"
     benches = [bench for bench in BENCHMARKS if bench in mine['scores']]
-    line = dict(model=mine['name'], recipe='', billions=f"{mine['parameters']:.2f}")
-    cells = {BENCHMARKS[bench]: f"{mine['scores'][bench][0]:.1f}" for bench in benches}
-    ends = {BENCHMARKS[bench]: f'{i[0]:.1f} to {i[1]:.1f}'
-            if (i := mine['scores'][bench][1]) else '' for bench in benches}
-    below = dict(model='95 %', recipe='', billions='') | ends | dict(source='')
-    return Table([*zoo_table(rows, benches), line | cells | dict(source='this run'),
+    line = dict(model=mine['name'], recipe='',
+                billions=f"{mine['parameters']:.2f}")
+    cells = {BENCHMARKS[bench]: f"{mine['scores'][bench][0]:.1f}"
+             for bench in benches}
+    ends = {}
+    for bench in benches:
+        found = mine['scores'][bench][1]
+        words = f'{found[0]:.1f} to {found[1]:.1f}' if found else ''
+        ends[BENCHMARKS[bench]] = words
+    below = dict(model='95 %', recipe='',
+                 billions='') | ends | dict(source='')
+    return Table([*zoo_table(rows, benches),
+                  line | cells | dict(source='this run'),
                   below])

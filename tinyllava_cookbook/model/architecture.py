@@ -6,7 +6,7 @@
 __all__ = ['architectures', 'Architecture', 'register_architectures', 'known_name', 'part_config', 'meta_vlm', 'meta_model']
 
 # %% ../../nbs/29_model.architecture.ipynb #00777a31
-import copy, functools, json, re
+import copy, functools, json, re, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from ..core import Registry, UnknownName, quiet
-from ..ingredients import ingredient
+from ..core import Registry, UnknownName, quiet, write_json
+from ..ingredients import ingredient, openelm_code
+from .llms import trust_code
 from .vision import MoFConfig, tower_paths
 from .vlm import VLMConfig, VLMForConditionalGeneration
 from ..trust import check_folder, read_config
@@ -31,6 +32,7 @@ class Architecture:
         "Its configuration, a `transformers` one"
         fields = dict(self.config)
         kind = fields.pop('model_type')
+        if kind == 'openelm': _openelm_classes()
         return AutoConfig.for_model(kind, **fields)
 
 architectures = Registry('architecture')
@@ -78,7 +80,9 @@ register_architectures('llama', _LLM, [
     ('meta-llama/Llama-3.2-1B-Instruct', 2048, 8192, 16, 32, 8, 128256, _TIED, 1235814400),
     ('meta-llama/Llama-3.2-3B-Instruct', 3072, 8192, 28, 24, 8, 128256, _TIED, 3212749824)])
 register_architectures('mistral', _LLM, [
-    ('mistralai/Mistral-7B-Instruct-v0.2', 4096, 14336, 32, 32, 8, 32000, {}, 7241732096)])
+    ('mistralai/Mistral-7B-v0.1', 4096, 14336, 32, 32, 8, 32000, dict(sliding_window=4096), 7241732096),
+    ('mistralai/Mistral-7B-Instruct-v0.2', 4096, 14336, 32, 32, 8, 32000, dict(sliding_window=None), 7241732096),
+    ('mistralai/Mistral-7B-v0.3', 4096, 14336, 32, 32, 8, 32768, dict(sliding_window=None), 7248023552)])
 
 # %% ../../nbs/29_model.architecture.ipynb #f174415d
 _HEADS_128 = _TIED | dict(head_dim=128)
@@ -103,7 +107,9 @@ register_architectures('phi', _LLM, [
      dict(partial_rotary_factor=.5), 1418270720)])
 register_architectures('phi3', _LLM, [
     ('microsoft/Phi-3-mini-4k-instruct', 3072, 8192, 32, 32, 32, 32064,
-     dict(pad_token_id=32000), 3821079552)])
+     dict(pad_token_id=32000), 3821079552),
+    ('microsoft/Phi-3-medium-4k-instruct', 5120, 17920, 40, 40, 10, 32064,
+     dict(pad_token_id=32000), 13960238080)])
 register_architectures('stablelm', _LLM, [
     ('stabilityai/stablelm-2-zephyr-1_6b', 2048, 5632, 24, 32, 32, 100352,
      dict(use_qkv_bias=True), 1644515328)])
@@ -112,18 +118,54 @@ register_architectures('gemma', _LLM, [
      dict(head_dim=256), 2506172416)])
 
 # %% ../../nbs/29_model.architecture.ipynb #9593c044
+def _openelm(width, layers, head):
+    "OpenELM's layers grow from first to last: inner width from .5 to 4 times, queries from .5 to 1 times the width"
+    grows = [i/(layers-1) for i in range(layers)]
+    group = 4*head   # Queries that share one key, in all
+    def heads(scale):
+        near = max(group, int(scale*width + group/2)//group*group)
+        return (near + group*(near < .9*scale*width))//head
+    queries = [heads(round(.5 + .5*x, 2)) for x in grows]
+    return dict(ffn_multipliers=[round(.5 + 3.5*x, 2) for x in grows], num_query_heads=queries,
+        num_kv_heads=[n//4 for n in queries], share_input_output_layers=True,
+        normalize_qk_projections=True, vocab_size=32000, max_context_length=2048)
+
+register_architectures('openelm', 'model_dim num_transformer_layers head_dim', [
+    (name, *shape, _openelm(*shape), parameters) for name,shape,parameters in (
+        ('apple/OpenELM-270M', (1280, 16, 64), 271527168),
+        ('apple/OpenELM-450M', (1536, 20, 64), 457179136),
+        ('apple/OpenELM-1_1B', (2048, 28, 64), 1079891456),
+        ('apple/OpenELM-3B', (3072, 36, 128), 3036647424))])
+
+# %% ../../nbs/29_model.architecture.ipynb #8803928b
+@functools.cache
+def _openelm_classes():
+    "OpenELM's classes, from the code that ships here: `transformers` has none"
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder)/'config.json', dict(model_type='openelm',
+            auto_map=dict(AutoConfig='configuration_openelm.OpenELMConfig',
+                AutoModelForCausalLM='modeling_openelm.OpenELMForCausalLM')))
+        openelm_code(folder)
+        return trust_code(folder)
+
+# %% ../../nbs/29_model.architecture.ipynb #20719fb5
 _ALIASES = {
     'lmsys/vicuna-7b-v1.3': 'lmsys/vicuna-7b-v1.5',
     'lmsys/vicuna-13b-v1.3': 'lmsys/vicuna-13b-v1.5',
-    'google/gemma-2b': 'google/gemma-2b-it'}
+    'google/gemma-2b': 'google/gemma-2b-it',
+    'mistralai/Mistral-7B-Instruct-v0.1': 'mistralai/Mistral-7B-v0.1',
+    'mistralai/Mistral-7B-v0.2': 'mistralai/Mistral-7B-Instruct-v0.2',
+    'mistralai/Mistral-7B-Instruct-v0.3': 'mistralai/Mistral-7B-v0.3',
+    'microsoft/Phi-3-mini-128k-instruct': 'microsoft/Phi-3-mini-4k-instruct',
+    'microsoft/Phi-3.5-mini-instruct': 'microsoft/Phi-3-mini-4k-instruct'}
 
 def known_name(
     name:str,    # As in a recipe
 ) -> str:        # A key of `architectures`, or `name` itself
     "The published component that has the same shape"
-    name = _ALIASES.get(name, name)
+    name = _ALIASES.get(name, name).replace('/SmolLM-', '/SmolLM2-')   # of one shape
     base = re.sub('-Chat$|-Instruct$', '', name)
-    return base if base in architectures else name
+    return next((o for o in (base, f'{base}-Instruct') if o in architectures), name)
 
 # %% ../../nbs/29_model.architecture.ipynb #6dddc62b
 def _from_hub(name):

@@ -38,13 +38,14 @@ def _stage_numbers(stage, world_size):
         train_micro_batch_size_per_gpu=size,
         gradient_accumulation_steps=accumulate,
         gradient_clipping=stage.trainer.get('max_grad_norm', 1.),
-        bf16=dict(enabled=stage.trainer.get('bf16', True)),
+        bf16=dict(enabled=stage.trainer.get('bf16', not stage.trainer.get('fp16', False))),
+        fp16=dict(enabled=stage.trainer.get('fp16', False)),
         optimizer=dict(type='AdamW', params=_adam_numbers(stage)))
 
 # %% ../../nbs/32_train.parallel.ipynb #2c59cac8
 _AUTO = dict(   # For the trainer to fill in
     train_batch_size='auto', train_micro_batch_size_per_gpu='auto',
-    gradient_accumulation_steps='auto', gradient_clipping='auto', bf16=dict(enabled='auto'))
+    gradient_accumulation_steps='auto', gradient_clipping='auto', bf16=dict(enabled='auto'), fp16=dict(enabled='auto'))
 
 def _sharding(zero, offload, auto):
     "What is sharded, and where it is kept"

@@ -17,7 +17,9 @@ from .recipes import Recipe, Stage, recipe
 
 # %% ../../nbs/68_train.twin.ipynb #324f0568
 _TOWERS = dict(siglip='siglip', dinov2='dinov2', clip='clip')
-_LLMS = dict(phi='phi', qwen='qwen2', gemma='gemma', stablelm='stablelm', vicuna='llama', llama='llama')
+_LLMS = {'phi-3': 'phi3', 'phi3': 'phi3', 'phi': 'phi', 'qwen3': 'qwen3', 'qwen': 'qwen2', 'gemma': 'gemma',
+    'stablelm': 'stablelm', 'mistral': 'mistral', 'smollm3': 'smollm3', 'smollm': 'smollm2', 'openelm': 'openelm',
+    'vicuna': 'llama', 'llama': 'llama'}
 
 def family(
     name:str,     # Of a part: shipped, folder or hub name
@@ -63,9 +65,12 @@ def tiny_twin(
     r,dir = r if isinstance(r, Recipe) else recipe(r), Path(dir)
     size = dict(hidden_size=width, intermediate_size=2*width)
     vision = _part(r.vision, _TOWERS, dir, hidden_size=width)
-    llm = _part(r.llm, _LLMS, dir, **size)
+    openelm = family(r.llm, _LLMS) == 'openelm'   # brings no tokenizer, and names its sizes otherwise
+    llm = _part(r.llm, _LLMS, dir, **({} if openelm else size))
     write_world(dir/'world', n)
-    small = dataclasses.replace(r, vision=vision, llm=llm, model=_small_model(r.model),
+    model = _small_model(r.model)
+    if openelm: model['tokenizer'] = str(tiny_checkpoint('llama', dir/'llama'))
+    small = dataclasses.replace(r, vision=vision, llm=llm, model=model,
                                 stages=[_small_stage(s, dir/'world', steps) for s in r.stages])
     return dataclasses.replace(small, start=str(_start_model(small, dir/'start'))) if r.start else small
 

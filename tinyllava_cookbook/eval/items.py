@@ -202,7 +202,7 @@ class Bench:
     max_new_tokens:int  # Longest answer
     words:str           # What the number means, in a few words
     absent:Callable|None = None # `(data folder, split, items) -> list[str]`: what its own files show to be missing
-BENCHES = Registry('benchmark')
+BENCHES = Registry('benchmark', 'BENCHES')
 
 # %% ../../nbs/48_eval.items.ipynb #95b491ed
 def bench(

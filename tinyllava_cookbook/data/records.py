@@ -428,7 +428,9 @@ def guess_format(
     "The format that a path looks like"
     if not isinstance(path, (str, Path)): return 'hf'
     p = Path(path).expanduser()
-    if p.suffix.lower() in ('.json', '.jsonl', '.ndjson'): return 'cc3m' if p.name == 'chat.json' else 'llava'
+    if p.suffix.lower() in ('.json', '.jsonl', '.ndjson'):
+        if p.name.lower().startswith(('sharegpt4v', 'share-captioner')): return 'sharegpt4v'
+        return 'cc3m' if p.name == 'chat.json' else 'llava'
     if not p.is_dir(): return 'hf' if p.is_file() or not str(path).startswith(('/', '.', '~')) else 'llava'
     if (p/'chat.json').is_file(): return 'cc3m'
     saved = any((p/o).is_file() for o in ('state.json', 'dataset_dict.json'))

@@ -28,6 +28,7 @@ from ..core import gpu_dtype, pick_device, rank_and_world
 from ..data.batches import BatchLoader, EpochBatches, PadCollator
 from ..data.datasets import CachedDataset, Encoder, VLMDataset, leave_out, read_mixture
 from ..data.packing import PackCollator, PackSampler, lengths
+from ..data.training_sets import training_sets
 from ..durable import (asked_to_stop, find_checkpoint, mark_complete, numbered_checkpoints, publish,
     read_marker, remove, shield_worker, stop_on_signal)
 from .meter import MeteredTrainer, flop_rates
@@ -69,6 +70,11 @@ def training_args(
     return args
 
 # %% ../../nbs/34_train.trainer.ipynb #fbfa36f3
+def _published(corpus):
+    "Where the data of a recipe is to be had"
+    if corpus not in training_sets: return ''
+    return f"; the recipe's is {training_sets[corpus].file}, see: tinyllava data {corpus}"
+
 def stage_rows(
     stage:Stage,  # Gives the data when `data` is absent
     data=None,    # As `read_mixture` takes it, or rows
@@ -77,7 +83,8 @@ def stage_rows(
     "What a stage trains on, before encoding"
     data = stage.data if data is None else data
     if data is None:
-        raise ValueError(f"stage {stage.name!r} has no data; pass data=FILE.json or set {stage.name}.data=FILE.json")
+        raise ValueError(f"stage {stage.name!r} has no data; pass data=FILE.json or set {stage.name}.data=FILE.json"
+                         f"{_published(stage.corpus)}")
     if not isinstance(data, (str, Path, dict)): return data
     keep = 'keep' if stage.on_bad_sample == 'substitute' else 'raise'
     return read_mixture(data, images or stage.images, stage.share, on_bad_sample=keep)

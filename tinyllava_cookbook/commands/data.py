@@ -45,7 +45,8 @@ def _encoder_of(a):
 def _check(a):
     from tinyllava_cookbook.data.preflight import preflight, report_dict
     hide_progress()
-    r = preflight(a.data, a.images, _encoder_of(a), a.allow, format=a.format, without=a.without, workers=a.workers, progress=sys.stderr.isatty(),
+    r = preflight(a.data, a.images, _encoder_of(a), a.allow, format=a.format, without=a.without,
+                  workers=a.workers, progress=sys.stderr.isatty(),
                   fix=a.fix, out=a.out)
     print(json.dumps(report_dict(r)) if a.json else r)
     return 0 if r.ok else 1
@@ -65,8 +66,8 @@ def _bench(a):
 # %% ../../nbs/95_commands.data.ipynb #b2b9922f
 def _data_args(p):
     p.add_argument('name', metavar='NAME', nargs='?', help='a training set (default: list all)')
-    p.add_argument('--folder', metavar='DIR', help='compare the file and the image folders there with what was published')
-    p.add_argument('--convert', metavar='DIR', help="scienceqa: write training data from the folder's problems.json")
+    p.add_argument('--folder', metavar='DIR', help='compare its file and image folders with what was published')
+    p.add_argument('--convert', metavar='DIR', help="scienceqa: write training data from its problems.json")
     p.add_argument('--split', default='train', metavar='NAME', help='with --convert (default: %(default)s)')
     p.add_argument('--json', action='store_true', help='print JSON')
 
@@ -77,7 +78,8 @@ def _set_row(name, one):
 def _show_set(name, one, as_json):
     "All that is known of a set"
     if as_json: return print(json.dumps(dict(name=name) | vars(one)))
-    facts = dict(about=one.about, file=f'{one.file}, {one.samples:,} samples', home=one.home, licence=one.licence, size=one.size)
+    facts = dict(about=one.about, file=f'{one.file}, {one.samples:,} samples', home=one.home)
+    facts |= dict(licence=one.licence, size=one.size)
     for what,text in facts.items(): print(f'{what:9}{text}')
     for folder,home in one.images.items(): print(f'images   {folder}/ from {home}')
 
@@ -92,7 +94,8 @@ def _data(a):
         if a.json: return print(json.dumps({name: vars(one) for name,one in sets.items()}))
         return print(Table(_set_row(*o) for o in sets.items()))
     one = training_sets[a.name]
-    if a.convert and a.name != 'scienceqa': raise Usage("--convert is for scienceqa; the others are published as they are")
+    if a.convert and a.name != 'scienceqa':
+        raise Usage("--convert is for scienceqa; the others are published as they are")
     if a.convert: return print(convert_scienceqa(a.convert, split=a.split))
     if not a.folder: return _show_set(a.name, one, a.json)
     report = check_set(a.name, a.folder)

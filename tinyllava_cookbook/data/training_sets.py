@@ -102,6 +102,7 @@ class SetReport:
         if self.ok: return f'{self.name}: {self.samples:,} samples, as published, with their images'
         return f'{self.name}:\n' + '\n'.join(f'  {o}' for o in self.problems)
 
+# %% ../../nbs/16_data.training_sets.ipynb #6b748be4
 def check_set(
     name:str,         # A key of `training_sets`
     folder,           # Where its file is, with its image folders

@@ -179,6 +179,7 @@ def without_details(
     every = list(read_records(mix))
     kept = [o for o in every if len(o['conversations']) != 2 or _said_last(o) not in told]
     if len(kept) == len(every):
-        raise ValueError(f"no sample of {str(mix)!r} is among those of {str(details)!r}; are these the published files?")
+        raise ValueError(f"no sample of {str(mix)!r} is among those of {str(details)!r}; "
+            "are these the published files?")
     write_json(out, kept)
     return len(every) - len(kept)

@@ -17,7 +17,7 @@ from tinyllava_cookbook.data.batches import PadCollator
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Stage
 from tinyllava_cookbook.train.parallel import parallel_args
-from tinyllava_cookbook.train.trainer import stage_dataset
+from tinyllava_cookbook.train.data import stage_dataset
 from tinyllava_cookbook.train.stages import fsdp_units, save_finished, train_stage
 from tinyllava_cookbook.train.tuning import apply_tune
 

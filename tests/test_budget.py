@@ -197,7 +197,7 @@ def test_two_towers():
 
 def measured(root, stage, vision='siglip', llm='llama', **kw):
     "Measured and forecast bytes of two steps"
-    from tinyllava_cookbook.train.trainer import stage_dataset
+    from tinyllava_cookbook.train.data import stage_dataset
     from PIL import Image
     root.mkdir(exist_ok=True)
     rows = []

@@ -430,7 +430,8 @@ def test_training_survives_bad_samples(world, pack):
 
 def test_a_share_of_a_mixture_is_a_recipe_knob(world):
     from tinyllava_cookbook.train.recipes import Recipe, Stage, from_dict, override, to_dict
-    from tinyllava_cookbook.train.trainer import VLMTrainer, stage_dataset, training_args
+    from tinyllava_cookbook.train.data import stage_dataset
+    from tinyllava_cookbook.train.trainer import VLMTrainer, training_args
     a, b = put(world, records(8), 'a.json'), put(world, records(6), 'b.json')
     r = Recipe('r', 'v', 'l', template='llama', stages=[Stage('s', data=dict(a=str(a), b=dict(data=str(b), weight=2.)), global_batch_size=4, tune=dict(connector='full'))])
     assert from_dict(json.loads(json.dumps(to_dict(r)))) == r
@@ -442,7 +443,7 @@ def test_a_share_of_a_mixture_is_a_recipe_knob(world):
     seen = sum((b['input_ids'].shape[0] for b in trainer.get_train_dataloader()), 0)
     assert seen == 13
     import dataclasses
-    from tinyllava_cookbook.train.trainer import stage_packs
+    from tinyllava_cookbook.train.data import stage_packs
     with pytest.raises(ValueError, match='packs take each sample once; use shares, or no pack'):
         stage_packs(dataclasses.replace(stage, pack=2048), ds, 'cpu')
     assert len(stage_packs(dataclasses.replace(override(r, ['s.share=.5', 's.data.b.weight=1']).stage('s'), pack=2048),

@@ -19,7 +19,7 @@ from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.data.batches import EpochBatches
 from tinyllava_cookbook.model.vlm import current_name
 from tinyllava_cookbook.train.recipes import Stage, Tune
-from tinyllava_cookbook.train.trainer import stage_dataset
+from tinyllava_cookbook.train.data import stage_dataset
 from tinyllava_cookbook.train.stages import train_stage
 from tinyllava_cookbook.train.tuning import reachable
 

@@ -70,6 +70,41 @@ def test_each_distinct_picture_is_prepared_once_per_batch(models, monkeypatch):
     G.answers(model, processor, ['what?']*6, [a, b, a, a, b, [a, b]], max_new_tokens=1, batch_size=6, progress=False)
     assert len(seen) == 2
 
+@pytest.fixture(scope='module')
+def many(parts, tmp_path_factory):
+    "Models of more families, one of them with tiles, one with a sliding window"
+    root, kw = tmp_path_factory.mktemp('many'), dict(initializer_range=.3)
+    made = {o: compose(parts['siglip'], tiny_checkpoint(o, root/o, **kw)) for o in ('gemma2', 'mistral', 'smollm3')}
+    made['anyres'] = compose(parts['siglip'], parts['llama'], image_mode='anyres')
+    made['llama'] = compose(parts['siglip'], parts['llama'], template='llama')
+    return made
+
+@pytest.mark.parametrize('name', ['llama', 'anyres', 'gemma2', 'mistral', 'smollm3'])
+def test_questions_on_one_image_answer_as_alone(many, name):
+    "Token for token, blind and seeing, with one image and with two"
+    model, processor = many[name]
+    a, b = picture(0), picture(1, (90, 30))
+    qs = ['what?', 'is there a red circle in the image?', 'count the circles', 'where is it, left or right of the middle?', 'which?']
+    shown = [[a], [a], [a], [b], [a, b], [a, b], [a], [b], [a, b], []]
+    prompts = [G.prompt_ids(processor, [G.user_turn(qs[k%5], len(o))], o) for k,o in enumerate(shown)]
+    for blind in (False, True):
+        alone = [G.answer_ids(model, processor, [p], o, 8, blind)[0] for p,o in zip(prompts, shown)]
+        assert G.answer_ids(model, processor, prompts, sum(shown, []), 8, blind) == alone
+        assert G.answer_ids(model, processor, prompts[:4], sum(shown[:4], []), 8, blind) == alone[:4]
+    assert len(set(map(tuple, alone))) > 1
+
+def test_what_questions_on_one_image_cost(many):
+    "Tiles through tower and connector, and tokens through the decoder before the first new one: ten questions against one"
+    model, processor = many['llama']
+    tiles, tokens = [], []
+    hooks = [model.connector.register_forward_pre_hook(lambda m, args: tiles.append(len(args[0]))),
+             model.language_model.register_forward_pre_hook(lambda m, args, kw: tokens.append(kw['inputs_embeds'].shape[:2].numel()), with_kwargs=True)]
+    prompt = G.prompt_ids(processor, [G.user_turn('what?', 1)])
+    rest = len(prompt) - processor.image_seq_length - prompt.index(processor.image_token_id)
+    G.answer_ids(model, processor, [prompt]*10, [picture(0)]*10, 1)
+    for hook in hooks: hook.remove()
+    assert sum(tiles) == 1 and sum(tokens) == len(prompt) - rest + 10*rest
+
 def test_blind_is_a_picture_of_zeros(models, monkeypatch):
     model, processor = models['llama']
     img, prompt = picture(1), G.prompt_ids(processor, [G.user_turn('what?', 1)])

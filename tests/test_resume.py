@@ -12,7 +12,7 @@ from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Recipe, Stage, recipe, to_dict
 from tinyllava_cookbook.train.stages import train_recipe, train_stage
-from tinyllava_cookbook.train.trainer import stage_dataset
+from tinyllava_cookbook.train.data import stage_dataset
 
 logging.disable_progress_bar()
 COLORS = 'red', 'green', 'blue', 'yellow'

@@ -14,7 +14,8 @@ from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Recipe, Stage, Tune, batch_sizes, from_dict, override, recipe, recipes, to_dict
 from tinyllava_cookbook.train.stages import train_recipe, train_stage
 from tinyllava_cookbook.train.displays import TrainBar
-from tinyllava_cookbook.train.trainer import stage_dataset, training_args
+from tinyllava_cookbook.train.data import stage_dataset
+from tinyllava_cookbook.train.trainer import training_args
 from tinyllava_cookbook.train.tuning import apply_tune, learnable, param_groups, reachable
 
 logging.disable_progress_bar()

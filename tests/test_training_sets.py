@@ -8,7 +8,7 @@ from tinyllava_cookbook.data.records import guess_format, read_data
 from tinyllava_cookbook.data.training_sets import check_set, convert_scienceqa, scienceqa_turns, training_sets, without_details
 from tinyllava_cookbook.train.budget import corpora, corpus, n_steps
 from tinyllava_cookbook.train.recipes import recipe
-from tinyllava_cookbook.train.trainer import stage_rows
+from tinyllava_cookbook.train.data import stage_rows
 
 def say(question, answer, **kw): return dict(kw, conversations=[{'from': 'human', 'value': question}, {'from': 'gpt', 'value': answer}])
 

@@ -17,6 +17,8 @@ class _Content(dict):
         if getattr(key, 'model_type', key) != _OURS: return
         if any(getattr(o, 'model_type', o) == _OURS for o in super().keys()): return
         import tinyllava_cookbook.model.processor   # registers, and the model with it
+        from tinyllava_cookbook.plugins import load_model_types   # those of parts
+        load_model_types()
     def __contains__(self, key): self._load(key); return super().__contains__(key)
     def __getitem__(self, key): self._load(key); return super().__getitem__(key)
     def values(self): self._load(); return super().values()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['commands', 'Command', 'Usage', 'command', 'positive', 'pairs', 'json_value', 'trust_argument', 'recipe_arguments',
-           'model_arguments', 'hide_progress', 'load_model', 'import_argument', 'import_named', 'parser', 'one_line',
-           'main']
+           'model_arguments', 'hide_progress', 'load_model', 'endpoint_arguments', 'endpoint_of', 'import_argument',
+           'import_named', 'parser', 'one_line', 'main']
 
 # %% ../nbs/90_cli.ipynb #02acc75e
 import argparse, json, os, sys
@@ -113,6 +113,38 @@ def load_model(
                   trust_remote_code=a.trust_remote_code)
     return with_template(*opened, a.template) if a.template else opened
 
+# %% ../nbs/90_cli.ipynb #66acb62a
+def endpoint_arguments(
+    p:argparse.ArgumentParser,  # Changed in place
+    model:str,                  # Help of --model
+    required:bool=False,        # Must --model be given?
+):
+    "Add the arguments of an endpoint, of its price and of how much may be spent"
+    p.add_argument('--model', metavar='NAME', required=required, help=model)
+    p.add_argument('--base-url', metavar='URL',
+                   help='where, up to /chat/completions (default: OpenAI)')
+    p.add_argument('--key-env', metavar='NAME',
+                   help='environment variable of the key (default: OPENAI_API_KEY)')
+    p.add_argument('--price', metavar='USD', type=float, nargs=2,
+                   help='of a million tokens read, and written')
+    p.add_argument('--workers', type=positive, default=8, metavar='N',
+                   help='requests at a time (default: %(default)s)')
+    p.add_argument('--budget', type=float, metavar='USD',
+                   help='most money, earlier replies included; needs a price')
+    p.add_argument('--estimate', action='store_true', help='say what it will cost, and stop')
+
+def endpoint_of(
+    a:argparse.Namespace,  # From `endpoint_arguments`
+    usual,                 # An `Endpoint` to change
+):                         # The endpoint that is meant
+    "The usual endpoint, or another; another has no price until it is given"
+    from dataclasses import replace
+    e = usual
+    if a.model or a.base_url:
+        e = replace(e, model=a.model or e.model, url=a.base_url or e.url, price=None)
+    if a.price: e = replace(e, price=tuple(a.price))
+    return replace(e, key_env=a.key_env) if a.key_env else e
+
 # %% ../nbs/90_cli.ipynb #d75200a0
 def import_argument(
     p:argparse.ArgumentParser,  # Changed in place
@@ -135,7 +167,7 @@ def import_named(
     return given
 
 # %% ../nbs/90_cli.ipynb #edffa233
-_FIRST = """quickstart bake recipes budget check train launch deepspeed-config chat eval score judge submission
+_FIRST = """quickstart bake recipes budget instruct check train launch deepspeed-config chat eval score judge submission
     convert compose bench""".split()
 
 def _order():

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'IMAGE_TOKEN', 'SHORT', 'LETTER', 'PLUGIN_PREFIX', 'registries', 'PLUGINS_BEING_IMPORTED', 'UnknownName',
-           'registering_modules', 'own_module', 'Registry', 'seed_everything', 'pick_device', 'gpu_dtype', 'pick_dtype',
-           'rank_and_world', 'replacing', 'read_json', 'to_json', 'write_json', 'write_lines', 'cache_dir',
-           'package_data', 'Table', 'quiet', 'versions']
+           'registering_modules', 'own_module', 'importing', 'Registry', 'seed_everything', 'pick_device', 'gpu_dtype',
+           'pick_dtype', 'rank_and_world', 'replacing', 'read_json', 'to_json', 'write_json', 'write_lines',
+           'cache_dir', 'package_data', 'Table', 'quiet', 'versions']
 
 # %% ../nbs/00_core.ipynb #f1f55919
 import difflib, html, importlib.util, json, os, random, re, sys, tempfile, uuid
@@ -51,8 +51,7 @@ def own_module(
     "Is this module part of the package?"
     return name.split('.')[0] == 'tinyllava_cookbook' and not name.startswith(PLUGIN_PREFIX)
 
-# %% ../nbs/00_core.ipynb #937a48f4
-def _importing() -> bool:
+def importing() -> bool:
     "Is a module of the package being imported at this moment?"
     modules = [module for name, module in sys.modules.items() if own_module(name)]
     return any(getattr(getattr(module, '__spec__', None), '_initializing', False) for module in modules)
@@ -63,7 +62,7 @@ def _find_parts(registry):
     plugins = sys.modules.get('tinyllava_cookbook.plugins')
     known = plugins and not plugins.plugins_waiting()
     variable = registry._variable
-    if known and variable is None or _importing(): return
+    if known and variable is None or importing(): return
     importlib.import_module('tinyllava_cookbook.plugins').load_plugins()
     registry._variable = None
     for name in registering_modules(variable) if variable else []: importlib.import_module(name)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLUGIN_VARIABLE', 'PLUGIN_GROUP', 'PLUGINS_FILE', 'MODEL_TYPE', 'PluginError', 'Plugin', 'find_plugin',
-           'import_plugin', 'plugins_waiting', 'load_plugins', 'plugin_of', 'plugins', 'held_plugins', 'check_plugins']
+           'import_plugin', 'plugins_waiting', 'load_plugins', 'load_model_types', 'plugin_of', 'plugins',
+           'held_plugins', 'check_plugins']
 
 # %% ../nbs/08_plugins.ipynb #34e6ef04
 import importlib.util, os, re, sys, textwrap
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from .core import PLUGIN_PREFIX, PLUGINS_BEING_IMPORTED, Table, own_module, read_json, registries
+from .core import (PLUGIN_PREFIX, PLUGINS_BEING_IMPORTED, Table, importing, own_module,
+    read_json, registering_modules, registries)
 
 # %% ../nbs/08_plugins.ipynb #12ab7d3e
 PLUGIN_VARIABLE = 'TINYLLAVA_PLUGINS'        # Files and packages, as a PATH is written
@@ -128,8 +130,9 @@ def _run(plugin:Plugin, after=None) -> ModuleType:
     except (Exception, SystemExit) as e:
         _forget(plugin)
         at = _line_of(e, plugin.source)
+        what = f'{type(e).__name__}: {e}'.rstrip(': ')
         raise PluginError(
-            f"plugin {plugin.label!r} cannot be imported: {at}{type(e).__name__}: {e}; mend it, or "
+            f"plugin {plugin.label!r} cannot be imported: {at}{what}; mend it, or "
             f"leave it out of --import and {PLUGIN_VARIABLE}") from e
     finally: PLUGINS_BEING_IMPORTED.pop()
 
@@ -195,6 +198,16 @@ def load_plugins():
     except BaseException:
         _seen = None
         raise
+
+_searched = False   # were this package's modules looked through for models of `transformers`?
+
+def load_model_types():
+    "Import what registers models with `transformers`: plugins, and modules of this package"
+    global _searched
+    load_plugins()
+    if _searched or importing(): return
+    _searched = True
+    for name in registering_modules('AutoConfig'): importlib.import_module(name)
 
 # %% ../nbs/08_plugins.ipynb #b2577763
 def plugin_of(

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .core import quiet, read_json
-from .plugins import check_plugins
+from .plugins import check_plugins, load_model_types
 
 # %% ../nbs/09_trust.ipynb #ae282ad6
 def listed(
@@ -196,6 +196,12 @@ def _check_paths(config, file):
                 "take that setting out")
 
 # %% ../nbs/09_trust.ipynb #3da37bbd
+def _find_types(config):
+    "Look for what registers an architecture that `transformers` does not know"
+    found = {value for names,value in settings(config) if names and names[-1] == 'model_type'}
+    if any(isinstance(kind, str) and kind not in CONFIG_MAPPING for kind in found):
+        load_model_types()
+
 def check_folder(
     folder,   # A checkpoint folder
 ) -> Path:    # The same
@@ -206,7 +212,9 @@ def check_folder(
     for file in (folder/name for name in CONFIGS if (folder/name).exists()):
         config = read_object(file)
         check_values(config, file)
-        if file.name != 'config.json':
+        if file.name == 'config.json':
+            _find_types(config)
+        else:
             _check_paths(config, file)
     return folder
 

@@ -45,7 +45,7 @@ def measure(name, root, data, a):
     from tinyllava_cookbook.model.processor import compose
     from tinyllava_cookbook.train import activations as A, budget as B, memory as M
     from tinyllava_cookbook.train.recipes import Stage
-    from tinyllava_cookbook.train.trainer import stage_dataset
+    from tinyllava_cookbook.train.data import stage_dataset
     family, shape, how = CASES[name]
     eye = dict(image_size=56, hidden_size=96, intermediate_size=384) if a.tiny else EYE
     shape = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4) if a.tiny else shape

@@ -8,7 +8,8 @@ __all__ = ['JUDGES', 'question_items']
 # %% ../../nbs/93_commands.evaluation.ipynb #cf1464cf
 import argparse, json, sys
 from pathlib import Path
-from ..cli import Usage, command, json_value, load_model, model_arguments, pairs, positive
+from ..cli import (Usage, command, endpoint_arguments, endpoint_of, json_value, load_model,
+    model_arguments, pairs, positive)
 from ..core import write_lines
 
 # %% ../../nbs/93_commands.evaluation.ipynb #570869fd
@@ -129,35 +130,14 @@ def _score(a):
 JUDGES = dict(mmvet='MMVET_JUDGE', llavabench='LLAVAW_JUDGE', mmbench='MMBENCH_JUDGE') # Those of the published numbers
 
 # %% ../../nbs/93_commands.evaluation.ipynb #7058ebae
-def _endpoint_args(p):
-    "Arguments of who judges"
-    p.add_argument('--model', metavar='NAME', help='who judges (default: the judge of the published numbers)')
-    p.add_argument('--base-url', metavar='URL', help='where, up to /chat/completions (default: OpenAI)')
-    p.add_argument('--key-env', metavar='NAME', help='environment variable of the key (default: OPENAI_API_KEY)')
-
 def _judge_args(p):
     p.add_argument('bench', metavar='BENCH', choices=list(JUDGES), help=', '.join(JUDGES))
     p.add_argument('--annotations', metavar='PATH', required=True, help="the benchmark's own files")
     p.add_argument('--answers', metavar='FILE', required=True, help='JSON lines with question_id and text')
     p.add_argument('--out', metavar='FILE', required=True, help='gets the grades, for `tinyllava score`')
-    _endpoint_args(p)
-    p.add_argument('--price', metavar='USD', type=float, nargs=2, help='of a million tokens read, and written')
+    endpoint_arguments(p, 'who judges (default: the judge of the published numbers)')
     p.add_argument('--runs', type=positive, metavar='N', help='grade N times; the paper of MM-Vet does it 5 times')
-    p.add_argument('--workers', type=positive, default=8, metavar='N',
-                   help='requests at a time (default: %(default)s)')
-    p.add_argument('--budget', type=float, metavar='USD', help='most money, earlier replies included; needs a price')
-    p.add_argument('--estimate', action='store_true', help='say what it will cost, and stop')
     p.add_argument('--json', action='store_true', help='print the score, or the estimate, as one JSON object')
-
-# %% ../../nbs/93_commands.evaluation.ipynb #3e9d8739
-def _endpoint(a):
-    "The usual judge, or another; another has no price until it is given"
-    from dataclasses import replace
-    from tinyllava_cookbook.eval import judge
-    e = getattr(judge, JUDGES[a.bench])
-    if a.model or a.base_url: e = replace(e, model=a.model or e.model, url=a.base_url or e.url, price=None)
-    if a.price: e = replace(e, price=tuple(a.price))
-    return replace(e, key_env=a.key_env) if a.key_env else e
 
 # %% ../../nbs/93_commands.evaluation.ipynb #edff4a8b
 @command('judge', 'have a language model grade the answers to MM-Vet, LLaVA-Bench or MMBench', _judge_args)
@@ -167,7 +147,8 @@ def _judge(a):
     if a.runs and a.bench!='mmvet': raise Usage(f"--runs is for mmvet; {a.bench} is judged once")
     how = dict(workers=a.workers, budget=a.budget, progress=sys.stderr.isatty() and not a.json, dry_run=a.estimate)
     if a.runs: how['runs'] = a.runs
-    s = getattr(judge, f'judge_{a.bench}')(a.annotations, a.answers, a.out, _endpoint(a), **how)
+    endpoint = endpoint_of(a, getattr(judge, JUDGES[a.bench]))
+    s = getattr(judge, f'judge_{a.bench}')(a.annotations, a.answers, a.out, endpoint, **how)
     print(json.dumps(asdict(s) if a.estimate else s.to_dict()) if a.json else s)
 
 # %% ../../nbs/93_commands.evaluation.ipynb #e9eaee2e

@@ -67,3 +67,12 @@ def _serve(a):
     if a.images and not Path(a.images).is_dir(): raise Usage(f"--images {a.images!r} is no folder")
     serve(_service(a, folder=a.images, remote=a.allow_remote, pixels=a.max_pixels, images=a.max_images,
         requests=a.max_requests), a.host, a.port)
+
+# %% ../../nbs/96_commands.serving.ipynb #demo-code
+@command('demo', 'chat about images in the browser, and look inside the answers', _add_listening)
+def _demo(a):
+    _serving()
+    from tinyllava_cookbook.infer.demo import add_demo
+    from tinyllava_cookbook.infer.serve import serve
+    service = _service(a)
+    serve(service, a.host, a.port, lambda app: add_demo(app, service))

@@ -159,6 +159,7 @@ class _Piece(NamedTuple):
     text:str   # Its characters
     how:str    # 'run', 'image', 'plain' for words that would be a control token, 'cut' where borders must hold
 
+# %% ../../nbs/10_data.encoding.ipynb #054079ed
 def _add(pieces:list[_Piece], text:str, how:str):
     "Append a piece, or let a run go on"
     last = pieces[-1] if pieces else _Piece(0, '', 'run')
@@ -254,6 +255,13 @@ def plain_ids(
 def _image_ids(image_id:int, text:str) -> tuple[list[int], Spans]:
     return [image_id], [(0, len(text))]
 
+# %% ../../nbs/10_data.encoding.ipynb #39b94b3a
+def _piece_ids(piece, tokenizer, facts, image_id, extra):
+    "Ids of one piece, and their spans in it"
+    if piece.how == 'image': return _image_ids(image_id, piece.text)
+    if piece.how == 'plain': return plain_ids(facts, piece.text, extra)
+    return ids_and_spans(tokenizer, piece.text, extra)
+
 # %% ../../nbs/10_data.encoding.ipynb #1f6742d0
 def encode_pieces(
     pieces:list[_Piece],  # From `cut_pieces`
@@ -271,12 +279,7 @@ def encode_pieces(
     for piece in pieces:
         extra = _extra(piece.how, before, piece.text,
                        facts.mark and not facts.own_mark)
-        if piece.how == 'image':
-            new, where = _image_ids(image_id, piece.text)
-        elif piece.how == 'plain':
-            new, where = plain_ids(facts, piece.text, extra)
-        else:
-            new, where = ids_and_spans(tokenizer, piece.text, extra)
+        new, where = _piece_ids(piece, tokenizer, facts, image_id, extra)
         ids += new
         spans += [(piece.at + start, piece.at + end)
                   for start, end in where]
@@ -293,6 +296,7 @@ def _allowed(vocabulary, parts:list[Part], facts:Facts) -> set[int]:
                              "template writes itself; samples may not")
     return {i for i, s in facts.control.items() if s in vocabulary}
 
+# %% ../../nbs/10_data.encoding.ipynb #763ff7b9
 def _check_images(parts:list[Part], image_id):
     "An error where there are images and no id for them"
     if image_id is None and any(p.kind == 'image' for p in parts):

@@ -105,6 +105,7 @@ def _kind_line(r, kind, n) -> str:
     what = 'allowed' if kind in r.allowed else FAULTS[kind]
     return f'  {kind:17} {n:>7,}  {what}; first {first.id!r}: {first.detail}'
 
+# %% ../../nbs/16_data.preflight.ipynb #d2b71541
 def _token_line(found) -> str:
     at = found['quantiles']
     half, most, longest = at['0.5'], at['0.99'], at['1']
@@ -366,6 +367,7 @@ def _limits(max_length) -> tuple[int,...]:
     if max_length is None: return 1024, 2048, 4096
     return max_length//4, max_length//2, max_length, max_length*2
 
+# %% ../../nbs/16_data.preflight.ipynb #dcc0a5de
 def _repeats(texts) -> list[Fault]:
     "Samples whose id came before"
     first, out = {}, []
@@ -378,7 +380,7 @@ def _repeats(texts) -> list[Fault]:
                          f'the id of sample {before}, {how}'))
     return out
 
-# %% ../../nbs/16_data.preflight.ipynb #dcc0a5de
+# %% ../../nbs/16_data.preflight.ipynb #8dc873a2
 def _faults(texts, looks) -> list[Fault]:
     "All others; `looks` holds what was found in each file"
     out = []
@@ -397,6 +399,7 @@ def _encoder(recipe) -> Encoder|None:
     raise TypeError(f"{type(recipe).__name__} has no method encoder; "
                     "pass an Encoder, or the model's processor")
 
+# %% ../../nbs/16_data.preflight.ipynb #204906f5
 def _check_kinds(allow):
     odd = [k for k in allow if k not in FAULTS]
     if odd:

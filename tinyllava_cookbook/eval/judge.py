@@ -57,6 +57,7 @@ def _paid(asker, first, jobs, dry_run, **how):
     todo = estimate(first, asker.endpoint, asker.cache)
     return todo if dry_run else run_jobs(jobs, asker, todo, **how)
 
+# %% ../../nbs/55_eval.judge.ipynb #e47154b8
 def _signed(score, endpoint):
     "The score, with its judge's name"
     score.problems['judges'] = [endpoint.model]

@@ -65,7 +65,6 @@ def read_how(
 
 # %% ../../nbs/59_eval.lmms.ipynb #f6425ec9
 LABEL = 'lmms-eval, not official'   # Stands beside each of its numbers
-
 try:
     from lmms_eval.api.instance import GenerationResult
     from lmms_eval.api.model import lmms as Base
@@ -235,6 +234,7 @@ def _from_messages(messages, how):
                    if part.get('type')=='image']
     return read_messages(messages), images, read_how(how)
 
+# %% ../../nbs/59_eval.lmms.ipynb #79bdc44f
 def _chat(model, _, to_messages, how, *where):
     "The chat of a request to answer"
     return _from_messages(to_messages(model.doc(*where)), how)
@@ -282,6 +282,7 @@ def _finite(value):
     "Is this a number?"
     return isinstance(value, (int, float)) and math.isfinite(value)
 
+# %% ../../nbs/59_eval.lmms.ipynb #54fda67e
 def _lines_of(task, found):
     "Table lines of one task; lmms-eval's keys are `metric,filter`"
     for key,value in found.items():
@@ -301,6 +302,7 @@ def _newest(path):
                                 "run lmms-eval with --output_path")
     return max(files, key=lambda file: file.stat().st_mtime)
 
+# %% ../../nbs/59_eval.lmms.ipynb #bd797c3f
 def lmms_table(
     path:str|Path, # A results file of lmms-eval, or the folder that was its --output_path; the newest in it
 ) -> Table:        # task, metric, score, standard error, and what they are

@@ -179,6 +179,7 @@ def _mmbench_choices(row):
     choices = [row.get(letter) for letter in 'ABCD']
     return list(takewhile(lambda choice: not _absent(choice), choices))
 
+# %% ../../nbs/53_eval.multiple_choice.ipynb #b168e143
 def _mmbench_prompt(row):
     hint = '' if _absent(row.get('hint')) else row['hint']+'\n'
     return hint + row['question'] + options(_mmbench_choices(row)) + LETTER

@@ -36,6 +36,7 @@ def _read(path):
         raise ValueError(f"{path}, line {line}: byte 0x{byte:02x} is "
                          "not UTF-8; save the file as UTF-8") from None
 
+# %% ../../nbs/49_eval.records.ipynb #401ff9b0
 def _object(where, found):
     if not isinstance(found, dict):
         raise ValueError(f"{where}: {str(found)[:40]!r} is not a JSON object")
@@ -227,6 +228,7 @@ def _pair_up(rows):
         by_id[id] = row
     return by_id, twice, clash
 
+# %% ../../nbs/49_eval.records.ipynb #ce00c9ce
 def _asks(prompt, question):
     "Does a prompt hold a question, whatever its white space and case?"
     squash = lambda text: ''.join(text.lower().split())

@@ -21,6 +21,7 @@ def mean(
     values = list(values)
     return sum(values)/len(values) if values else 0.
 
+# %% ../../nbs/49_eval.results.ipynb #24e4f017
 def ratio(
     part:float,   # A number
     whole:float,  # Another

@@ -21,15 +21,25 @@ from .report import (SUBMISSIONS, annotations, as_published, results_table, scor
 from ..infer.generate import answer_ids, prompt_ids, user_turn
 
 # %% ../../nbs/57_eval.run.ipynb #46b94691
+def _image_names(item):
+    "The images of a question, as far as they can be told apart"
+    return tuple(str(image) if isinstance(image, (str, Path)) else id(image) for image in item.images)
+
 def plan(
     items:list[Item], # The questions
     batch_size:int,   # Questions answered at a time
 ) -> list[list[int]]: # Batches of indices, longest prompts first
-    "Batches of questions of similar length"
+    "Batches of questions of similar length, those on the same images together"
     if batch_size<1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    def size(i):      # characters are near enough to tokens
-        return -len(items[i].images), -len(items[i].prompt), i
+    first, longest = {}, {}
+    for i,item in enumerate(items):      # characters are near enough to tokens
+        shown = _image_names(item)
+        first.setdefault(shown, i)
+        longest[shown] = max(longest.get(shown, 0), len(item.prompt))
+    def size(i):
+        shown = _image_names(items[i])
+        return -len(shown), -longest[shown], first[shown], -len(items[i].prompt), i
     order = sorted(range(len(items)), key=size)
     return [order[start:start+batch_size]
             for start in range(0, len(order), batch_size)]
@@ -97,6 +107,7 @@ def _shard_line(item, text, model_id):
     "An answer, and a hash of what was asked"
     return answer_row(item, text, model_id) | dict(asked=asked_hash(item))
 
+# %% ../../nbs/57_eval.run.ipynb #0d61dfd6
 def _answer_rest(model, processor, batches, done, shard, bar, **how):
     "Ask each batch that lacks an answer; all of it, so that it has the same neighbours"
     limits = how['max_new_tokens'], how['blind']
@@ -114,6 +125,7 @@ def _bar(name, batches, rank, progress):
     return tqdm(total=sum(map(len, batches)),
                 unit=' answers', desc=name, disable=hide)
 
+# %% ../../nbs/57_eval.run.ipynb #1841c96c
 def _begin(folder, world):
     "Set the old answers aside, where no other process can be reading them"
     if world>1:
@@ -129,6 +141,7 @@ def _shown(item):
              else 'in its file' for image in item.images]
     return ', '.join(names) or 'none'
 
+# %% ../../nbs/57_eval.run.ipynb #01558aca
 def _same_questions(items, mine, done, folder):
     "An answer to another wording of the question, or about another image, is not an answer"
     place = f"{str(folder)!r} answers question"

@@ -83,6 +83,7 @@ def _exact(items, texts):
              for item,text in zip(items, texts)]
     return right, dict(by_kind=accuracy_by_kind(right, [item.kind for item in items]))
 
+# %% ../../nbs/53_eval.scoring.ipynb #2b265634
 @scores.register('pope')
 def _pope(items, texts):
     labels = [item.answer for item in items]
@@ -305,6 +306,7 @@ def _is_number(value):
     number = isinstance(value, (int, float))
     return number and not isinstance(value, bool)
 
+# %% ../../nbs/53_eval.scoring.ipynb #337537cf
 def _pair(id, review):
     "The grades of a review: GPT-4's, the model's"
     if 'tuple' in review:

@@ -52,6 +52,7 @@ def _punctuation(text, comma):
         out = out.replace(mark, '' if drop or at_word else ' ')
     return re.sub(r'\.(?!\d)', '', out, count=32)
 
+# %% ../../nbs/51_eval.vqa.ipynb #fde88500
 def _words(text):
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     words = [word for word in words if word not in ARTICLES]
@@ -65,6 +66,7 @@ def _normal(text, comma):
 def _plain(text):
     return text.replace('\n', ' ').replace('\t', ' ').strip()
 
+# %% ../../nbs/51_eval.vqa.ipynb #59b346e4
 def vqa_normalize(
     s:str, # An answer as it was given
 ) -> str:  # The form that is compared
@@ -202,6 +204,15 @@ def _textvqa_item(i, entry, row, people):
                 answer=max(golds, key=golds.count),
                 kind=_first_word(entry['question']))
 
+# %% ../../nbs/51_eval.vqa.ipynb #27581de5
+def _ten_answers(path, data):
+    "The questions, once each is known to have ten answers"
+    for entry in data:
+        if (count := len(entry['answers']))!=10:
+            raise ValueError(f"{path}: question {entry['question']!r} "
+                             f"has {count} answers, not 10")
+    return data
+
 # %% ../../nbs/51_eval.vqa.ipynb #4d87c500
 def textvqa(
     annotations,         # `TextVQA_0.5.1_val.json` or its folder
@@ -212,11 +223,7 @@ def textvqa(
     path = find(annotations, 'TextVQA_0.5.1_val.json',
                 'TextVQA*val*.json',
                 '*annotations*.json', source='textvqa.org')
-    data = _list(path, read_json(path), 'data')
-    for entry in data:
-        if (count := len(entry['answers']))!=10:
-            raise ValueError(f"{path}: question {entry['question']!r} "
-                             f"has {count} answers, not 10")
+    data = _ten_answers(path, _list(path, read_json(path), 'data'))
     keys, key_of = _asked(data)
     by_id, problems = match(place(answers, keys, key_of),
                             range(len(data)), partial)
@@ -318,6 +325,7 @@ def _gqa_files(place):
     near = path.with_name(path.name.replace('questions', 'choices'))
     return questions, read_json(near) if near!=path and near.is_file() else {}
 
+# %% ../../nbs/51_eval.vqa.ipynb #c751e017
 def _gqa_said(row):
     return row['prediction'] if 'prediction' in row else gqa_normalize(said(row))
 

@@ -99,6 +99,7 @@ def _rows(source, columns, table):
                       dict(zip(columns, scores)))
             for (name, vision, llm, recipe), scores in table]
 
+# %% ../../nbs/58_eval.zoo.ipynb #dfb3b9fb
 def _zoo() -> list[Published]:
     "All of them: paper, factory, LLaVA"
     first = ['vqav2', 'gqa', 'scienceqa', 'textvqa']
@@ -124,6 +125,7 @@ def _zoo_line(row, benches):
         line[BENCHMARKS[bench]] = f'{row.scores[bench]:.1f}' if known else ''
     return line | dict(source=row.source)
 
+# %% ../../nbs/58_eval.zoo.ipynb #a2f736c1
 def zoo_table(
     rows:Iterable[Published]|None=None, # `None`: all
     benches:Iterable[str]|None=None,    # Columns; `None`: all

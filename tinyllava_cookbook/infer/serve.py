@@ -34,7 +34,7 @@ from ..sources import short
 
 # %% ../../nbs/45_infer.serve.ipynb #cf6df7eb
 LOOPBACK = 'localhost', '127.0.0.1', '[::1]'   # What this machine calls itself
-OPEN = '/health',                              # Needs no key
+OPEN = '/health', '/', '/demo.css', '/demo.js'  # Need no key: they tell nothing
 
 def headers_of(
     scope:dict,       # Of ASGI

@@ -24,7 +24,7 @@ from .recipes import Recipe, Stage, batch_sizes, recipe_names
 from .recipes import recipe as find_recipe
 from .meter import flop_rates
 from .parallel import PARALLEL
-from .trainer import stage_rows
+from .data import stage_rows
 
 # %% ../../nbs/39_train.budget.ipynb #59caef1b
 @dataclass

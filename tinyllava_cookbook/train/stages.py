@@ -27,13 +27,15 @@ from ..ingredients import ingredient
 from ..model.checkpoints import load, save
 from ..model.packed_attention import row_attention
 from ..model.processor import compose
+from tinyllava_cookbook.train.data import (pack_sizes, replaced_samples, stage_dataset, stage_packs,
+    stage_rows)
 from .displays import SampleAnswers, progress_callback
 from .identity import data_identity, folder_identity, model_identity
 from .parallel import join_processes, parallel_args
+from .plan import check_same_plan, run_plan
 from .recipes import Recipe, Stage, check_names, to_dict
 from .recipes import recipe as find_recipe
-from .trainer import (DONE, StopSignal, VLMTrainer, check_same_plan, pack_sizes,
-    replaced_samples, run_plan, stage_dataset, stage_packs, stage_rows, training_args)
+from .trainer import DONE, StopSignal, VLMTrainer, training_args
 from .tuning import PART_MODULES, apply_tune, check_tune
 from ..trust import vouched
 

@@ -331,12 +331,11 @@ def _rows(data, images, format:str, without=()):
     if not isinstance(data, (str, Path)) and not hasattr(data, 'features'):
         return data, images, None
     format = guess_format(data) if format == 'auto' else format
+    kinds = dict(without=tuple(without)) if without else {}
     if without and format in ('hf', 'captions'):
-        raise ValueError(f"without= is for JSON files, not for format {format!r}; filter the rows instead")
-    rows = FORMATS[format](data, images,
-                           **({} if format == 'hf'
-                              else dict(on_bad_sample='keep')),
-                           **(dict(without=tuple(without)) if without else {}))
+        raise ValueError(f"without= is for JSON files, not for {format!r}")
+    how = {} if format == 'hf' else dict(on_bad_sample='keep', **kinds)
+    rows = FORMATS[format](data, images, **how)
     if format in ('hf', 'captions') or without: return rows, None, None
     path = Path(data).expanduser()
     return rows, None, path/'chat.json' if path.is_dir() else path

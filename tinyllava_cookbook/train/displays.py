@@ -18,6 +18,13 @@ from ..core import replacing
 from ..data.templates import chat_template
 
 # %% ../../nbs/35_train.displays.ipynb #c0edbd2d
+def _running_mean(losses):
+    "Over a fifth of the steps, at most 25"
+    window = np.ones(max(1, min(25, len(losses)//5)))
+    counts = np.convolve(np.ones_like(losses), window, 'same')
+    return np.convolve(losses, window, 'same')/counts
+
+# %% ../../nbs/35_train.displays.ipynb #9df30758
 def plot_log(
     log:list[dict],  # One dict per step with `step` and `loss`
     ax=None,         # Matplotlib axes; made when absent
@@ -26,45 +33,57 @@ def plot_log(
     "Draw the loss of each step, and its running mean"
     import matplotlib.pyplot as plt
     if ax is None: _,ax = plt.subplots(figsize=(4, 2), dpi=72)
-    steps,losses = [o['step'] for o in log], np.array([o['loss'] for o in log], float)
-    window = np.ones(max(1, min(25, len(losses)//5)))
-    mean = np.convolve(losses, window, 'same')/np.convolve(np.ones_like(losses), window, 'same')
+    steps = [row['step'] for row in log]
+    losses = np.array([row['loss'] for row in log], float)
     ax.plot(steps, losses, color='#c8d3df', lw=1)
-    ax.plot(steps, mean, color='#1f4e8c')
+    ax.plot(steps, _running_mean(losses), color='#1f4e8c')
     ax.set(xlabel='step', ylabel='loss')
     ax.set_title(title, parse_math=False)   # a title may hold dollars
     return ax
 
 # %% ../../nbs/35_train.displays.ipynb #4c674765
+def _speed_text(logs): return f"{logs.get('tokens_per_second', 0):,.0f} tokens/s"
+
+# %% ../../nbs/35_train.displays.ipynb #37ff1138
 class TrainBar(TrainerCallback):
     "A progress bar in a terminal; in a log file, a line now and then"
     def __init__(self,
         title:str='train',  # What is being trained
         file=None,          # Where to write; `None`: standard error
         every:float=10.,    # Seconds between lines, where there is no terminal
-        table=None,         # What learns, from `apply_tune`; printed first
+        table=None,         # What is trainable, from `apply_tune`; printed first
     ):
-        self.title,self.file,self.every,self.table = title, file or sys.stderr, every, table
-        self.bar,self.next = None, 0.
+        self.title,self.table = title, table
+        self.file = file or sys.stderr
+        self.every = every
+        self.bar = None
+        self.next = 0.
+
     def on_train_begin(self, args, state, control, **kw):
         if not state.is_world_process_zero: return
-        self.start,self.first = time.time(), state.global_step
+        self.start = time.time()
+        self.first = state.global_step
         if self.table is not None: print(self.table, file=self.file, flush=True)
         if self.file.isatty():
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, file=self.file)
+
     def on_log(self, args, state, control, logs=None, **kw):
         if 'loss' not in (logs or {}) or not state.is_world_process_zero: return
-        text = f"loss {logs['loss']:.3f}, {logs.get('tokens_per_second', 0):,.0f} tokens/s"
+        text = f"loss {logs['loss']:.3f}, {_speed_text(logs)}"
+        last = state.global_step == state.max_steps
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(state.global_step - self.bar.n)
-        elif time.time() >= self.next or state.global_step == state.max_steps: self._line(state, text)
+        elif time.time() >= self.next or last: self._line(state, text)
+
     def _line(self, state, text):
-        done,left = state.global_step - self.first, state.max_steps - state.global_step
-        eta = (time.time() - self.start)/max(done, 1)*left
-        at = f"{self.title} {state.global_step}/{state.max_steps}"
-        print(f"{at}  {text}, {eta:.0f} s left", file=self.file, flush=True)
+        done = state.global_step - self.first
+        left = state.max_steps - state.global_step
+        seconds = (time.time() - self.start)/max(done, 1)*left
+        place = f"{self.title} {state.global_step}/{state.max_steps}"
+        print(f"{place}  {text}, {seconds:.0f} s left", file=self.file, flush=True)
         self.next = time.time() + self.every
+
     def on_train_end(self, args, state, control, **kw):
         if self.bar is not None: self.bar.close()
 
@@ -73,17 +92,27 @@ class LossPlot(TrainerCallback):
     "The loss, redrawn in a notebook while it falls; drawing takes at most a twentieth of the time"
     def __init__(self,
         title:str='',  # Above the curve
-    ): self.title,self.log,self.handle,self.next = title,[],None,0.
+    ):
+        self.title = title
+        self.log = []
+        self.handle = None
+        self.next = 0.
+
+    def on_train_begin(self, args, state, control, **kw):
+        self.start = time.time()
+        self.next = self.start + 1
+
     def on_log(self, args, state, control, logs=None, **kw):
         if 'loss' not in (logs or {}) or not state.is_world_process_zero: return
         self.log.append(dict(step=state.global_step, loss=logs['loss']))
-        left = (time.time() - self.start)/len(self.log)*(state.max_steps - state.global_step)
-        if _live() and time.time() >= self.next:
-            speed = f"{logs.get('tokens_per_second', 0):,.0f} tokens/s"
-            self._draw(f"{self.title} {logs['loss']:.3f}, {speed}, {left:.0f} s left")
-    def on_train_begin(self, args, state, control, **kw): self.start,self.next = time.time(), time.time()+1
+        if not _live() or time.time() < self.next: return
+        per_step = (time.time() - self.start)/len(self.log)
+        left = per_step*(state.max_steps - state.global_step)
+        self._draw(f"{self.title} {logs['loss']:.3f}, {_speed_text(logs)}, {left:.0f} s left")
+
     def on_train_end(self, args, state, control, **kw):
         if self.log: self._draw(self.title)
+
     def _draw(self, title):
         import matplotlib.pyplot as plt
         from IPython.display import display
@@ -96,36 +125,49 @@ class LossPlot(TrainerCallback):
         self.next = time.time() + max(1, 20*(time.time() - start))
 
 # %% ../../nbs/35_train.displays.ipynb #75d93a96
-def _shell(): return sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
-def _live(): return hasattr(_shell(), 'kernel')   # a front end that can replace a picture
+def _shell():
+    "IPython's, where it runs"
+    return sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
+
+def _live(): return hasattr(_shell(), 'kernel')   # a front end that can replace a figure
 
 def progress_callback(
     title:str,         # What is being trained
-    table=None,        # What learns, for `TrainBar`
+    table=None,        # What is trainable, for `TrainBar`
 ) -> TrainerCallback:  # `LossPlot` in a notebook, `TrainBar` elsewhere
     "The display that suits where this runs"
     shell = _shell()
-    return TrainBar(title, table=table) if shell is None or 'Terminal' in type(shell).__name__ else LossPlot(title)
+    notebook = shell is not None and 'Terminal' not in type(shell).__name__
+    return LossPlot(title) if notebook else TrainBar(title, table=table)
 
 # %% ../../nbs/35_train.displays.ipynb #3e234bc6
 def _step_of(line):
     "The step that a line of a JSON lines file names; `None` for other lines"
     try: row = json.loads(line)
     except (ValueError, RecursionError): return None
-    return row['step'] if isinstance(row, dict) and isinstance(row.get('step'), int) else None
+    step = row.get('step') if isinstance(row, dict) else None
+    return step if isinstance(step, int) else None
 
+def _lines(file):
+    "Lines of a file, in bytes; only line feeds end a line"
+    return Path(file).read_bytes().split(b'\n') if Path(file).exists() else []
+
+# %% ../../nbs/35_train.displays.ipynb #2b65d162
 def keep_lines_before(
     file,      # Of JSON lines with a `step`; made if absent
     step:int,  # Of the checkpoint that a run resumes from; 0: begins anew
 ):
     "Keep the lines of earlier steps: later ones are written again"
-    lines = Path(file).read_bytes().split(b'\n') if step and Path(file).exists() else []   # only line feeds end a line
-    steps = [_step_of(o) for o in lines]
-    lost = sum(s is None and bool(o) for s,o in zip(steps, lines))
+    kept = []
+    lost = 0
+    for line in _lines(file) if step else []:
+        number = _step_of(line)
+        if number is None: lost += bool(line)
+        elif number < step: kept.append(line + b'\n')
     if lost: print(f"{str(file)!r}: {lost} lines without a step are dropped", file=sys.stderr)
-    kept = [o + b'\n' for s,o in zip(steps, lines) if s is not None and s < step]
     with replacing(file) as part: part.write_bytes(b''.join(kept))
 
+# %% ../../nbs/35_train.displays.ipynb #1e882fd4
 def json_line(
     row:dict,  # What JSON can hold
 ) -> str:      # With its line feed
@@ -136,6 +178,12 @@ def json_line(
     return text + '\n'
 
 # %% ../../nbs/35_train.displays.ipynb #90293998
+def _answer_line(step, sample, answer):
+    "A line of the file: the question, the answer that is wanted, and the model's"
+    question,wanted = (message['content'] for message in sample.messages[-2:])
+    return json_line(dict(step=step, id=sample.id, question=question, wanted=wanted, answer=answer.strip()))
+
+# %% ../../nbs/35_train.displays.ipynb #1c6bcf2f
 class SampleAnswers(TrainerCallback):
     "Answers to the same questions, before, during and after training, as lines of a JSON file"
     def __init__(self,
@@ -146,27 +194,36 @@ class SampleAnswers(TrainerCallback):
         template:str|None=None,  # Chat template; `None` takes the model's
         max_new_tokens:int=48,   # Longest answer
     ):
-        self.processor,self.samples,self.file,self.every,self.n = processor,samples,Path(file),every,max_new_tokens
-        t = chat_template(template or processor.template, processor.tokenizer)
-        self.text = [t.render(o.messages[:-1], generate=True) for o in samples]
+        self.processor,self.samples = processor, samples
+        self.file = Path(file)
+        self.every = every
+        self.max_new_tokens = max_new_tokens
+        template = chat_template(template or processor.template, processor.tokenizer)
+        self.text = [template.render(sample.messages[:-1], generate=True) for sample in samples]
+        self.images = [image for sample in samples for image in sample.images]
+
     def on_train_begin(self, args, state, control, **kw):
         if state.is_world_process_zero: keep_lines_before(self.file, state.global_step)
         self.on_step_end(args, state, control, **kw)
-    def on_step_end(self, args, state, control, **kw):
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps: self._ask(args, state, **kw)
+
+    def on_step_end(self, args, state, control, model=None, **kw):
+        due = state.global_step % self.every == 0 or state.global_step == state.max_steps
+        sharded = bool(args.fsdp or args.deepspeed)   # then no process can compute alone
+        if not due or not (sharded or state.is_world_process_zero): return
+        answers = self._answers(args, model, sharded)
+        if state.is_world_process_zero: self._write(state.global_step, answers)
 
     @torch.no_grad()
-    def _ask(self, args, state, model=None, **kw):
-        cut = bool(args.fsdp or args.deepspeed)   # then no process can compute alone
-        if not (cut or state.is_world_process_zero): return
-        x = self.processor(text=self.text, images=[i for o in self.samples for i in o.images], return_tensors='pt')
+    def _answers(self, args, model, sharded):
+        inputs = self.processor(text=self.text, images=self.images, return_tensors='pt')
         half = torch.float16 if args.fp16 else torch.bfloat16
         with torch.autocast(args.device.type, half, enabled=args.bf16 or args.fp16):
-            ids = model.eval().generate(**x.to(args.device), max_new_tokens=self.n, do_sample=False, synced_gpus=cut)
-        said = self.processor.tokenizer.batch_decode(ids[:, x['input_ids'].shape[1]:], skip_special_tokens=True)
-        if not state.is_world_process_zero: return
-        with self.file.open('a', encoding='utf-8', newline='\n') as f:
-            for o,a in zip(self.samples, said):
-                asked,wanted = (m['content'] for m in o.messages[-2:])
-                line = dict(step=state.global_step, id=o.id, question=asked, wanted=wanted, answer=a.strip())
-                f.write(json_line(line))
+            ids = model.eval().generate(**inputs.to(args.device), max_new_tokens=self.max_new_tokens,
+                                        do_sample=False, synced_gpus=sharded)
+        new = ids[:, inputs['input_ids'].shape[1]:]
+        return self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+
+    def _write(self, step, answers):
+        with self.file.open('a', encoding='utf-8', newline='\n') as file:
+            for sample,answer in zip(self.samples, answers):
+                file.write(_answer_line(step, sample, answer))

@@ -18,36 +18,62 @@ from ..data.batches import naming_hangs
 from ..model.vision import patch_grid
 from .tuning import reachable
 
-# %% ../../nbs/33_train.meter.ipynb #32d8f51f
+# %% ../../nbs/33_train.meter.ipynb #e120aea7
+def _sample_lengths(batch):
+    "Tokens of each sample, whether the rows are packed or padded"
+    if 'position_ids' not in batch: return batch['attention_mask'].sum(1)
+    positions = batch['position_ids']
+    starts = (positions[0] == 0).nonzero().flatten()
+    end = torch.tensor([positions.numel()])
+    return torch.cat([starts, end]).diff()
+
 def batch_counts(
     batch:dict,  # From a collator
 ) -> dict:       # Samples, tokens, positions, images; the sum of squared lengths, which attention costs
     "What is in a batch"
-    if 'position_ids' in batch:
-        at = (batch['position_ids'][0] == 0).nonzero().flatten()
-        n = torch.cat([at, torch.tensor([batch['position_ids'].numel()])]).diff()
-    else: n = batch['attention_mask'].sum(1)
-    return dict(samples=len(n), tokens=int(n.sum()), positions=batch['input_ids'].numel(),
-                images=len(batch.get('pixel_values', ())), squares=int((n*n).sum()))
+    lengths = _sample_lengths(batch)
+    return dict(
+        samples=len(lengths), tokens=int(lengths.sum()), positions=batch['input_ids'].numel(),
+        images=len(batch.get('pixel_values', ())), squares=int((lengths*lengths).sum()))
 
+# %% ../../nbs/33_train.meter.ipynb #c0ae275f
+def _matrix_weights(parameters):
+    "How many weights the matrices have"
+    return sum(n_weights(parameter) for parameter in parameters if parameter.ndim > 1)
+
+def _cost(parameters, below):
+    "Operations per token; `below`: something before these layers is trainable"
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    passing = parameters if below else trainable
+    return 2*_matrix_weights(parameters) + 2*_matrix_weights(passing) + 2*_matrix_weights(trainable)
+
+# %% ../../nbs/33_train.meter.ipynb #bb725c2d
+def _image_cost(model):
+    "Operations per image, in tower and connector; and whether the tower is trainable"
+    config = model.config.vision_config
+    patches = math.prod(patch_grid(config))
+    reached = reachable(model)
+    named = model.vision_tower.named_parameters()
+    tower = [parameter for name,parameter in named if f'model.vision_tower.{name}' in reached]
+    trainable = any(parameter.requires_grad for parameter in tower)
+    attention = (12 if trainable else 4)*patches*config.num_hidden_layers*config.hidden_size
+    connector = _cost([*model.connector.parameters()], trainable)
+    return patches*(_cost(tower, False) + connector + attention), trainable
+
+# %% ../../nbs/33_train.meter.ipynb #c92867d5
 def flop_rates(
     model,   # A `VLMForConditionalGeneration`, after `apply_tune`
-) -> dict:   # Per token, per learned token, per image and per squared length
-    "Floating point operations of a training step: forward, and backward as far as something learns"
-    def size(ps): return sum(n_weights(p) for p in ps if p.ndim > 1)
-    def cost(ps, below):   # 2 per weight forward, 2 to pass the gradient on, 2 for a weight that learns
-        learn = [p for p in ps if p.requires_grad]
-        return 2*size(ps) + 2*size(ps if below else learn) + 2*size(learn)
-    c,live = model.config,reachable(model)
-    words,head = (o().weight for o in (model.get_input_embeddings, model.get_output_embeddings))
-    body = [p for p in model.get_decoder().parameters() if p is not words]
-    eyes = [p for n,p in model.vision_tower.named_parameters() if f'model.vision_tower.{n}' in live]
-    sees = any(p.requires_grad for p in eyes)
-    below = sees or words.requires_grad or any(p.requires_grad for p in model.connector.parameters())
-    t,v,patches = c.text_config, c.vision_config, math.prod(patch_grid(c.vision_config))
-    return dict(tokens=cost(body, below), learned=cost([head], True), squares=6*t.num_hidden_layers*t.hidden_size,
-                images=patches*(cost(eyes, False) + cost([*model.connector.parameters()], sees)
-                                + (12 if sees else 4)*patches*v.num_hidden_layers*v.hidden_size))
+) -> dict:   # Per token, per supervised token ('learned'), per image and per squared length
+    "Floating point operations of a training step: forward, and backward as far as something is trainable"
+    images,tower = _image_cost(model)
+    words = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    body = [parameter for parameter in model.get_decoder().parameters() if parameter is not words]
+    connector = any(parameter.requires_grad for parameter in model.connector.parameters())
+    below = tower or connector or words.requires_grad
+    config = model.config.text_config
+    return dict(tokens=_cost(body, below), learned=_cost([head], True),
+                squares=6*config.num_hidden_layers*config.hidden_size, images=images)
 
 # %% ../../nbs/33_train.meter.ipynb #8e96dc07
 PEAK_TFLOPS = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, 'L40S': 362, 'A6000': 155,
@@ -62,34 +88,46 @@ def peak_tflops(
     return next((v for k,v in PEAK_TFLOPS.items() if k in name), None)
 
 # %% ../../nbs/33_train.meter.ipynb #3a6fc2e4
+def _speed(since, took, rates, world):
+    "Samples, tokens and operations per second since the last step"
+    supervised = float(since.get('learned', 0))/world   # counted over all processes, the rest in this one
+    counts = since | dict(learned=supervised)
+    flops = sum(counts.get(name, 0)*rate for name,rate in rates.items())
+    padding = 1 - counts.get('tokens', 0)/max(counts.get('positions', 0), 1)
+    return dict(
+        samples_per_second=counts.get('samples', 0)*world/took,
+        tokens_per_second=supervised*world/took,
+        data_wait=counts['wait']/took, padding=padding, tflops=flops/took/1e12)
+
+def _peak(device):
+    "What this device can do at most; `None` where that is not known"
+    return peak_tflops(torch.cuda.get_device_name(device)) if device.type == 'cuda' else None
+
+# %% ../../nbs/33_train.meter.ipynb #df26adb0
 class MeteredTrainer(Trainer):
     "Measures each step"
     _since = dict(time=None, wait=0.)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        since,start = dict(self._since), time.perf_counter()
+        since = dict(self._since)
+        start = time.perf_counter()
         if since['time'] is None: since['time'] = start
         with naming_hangs(self.train_dataset):
-            batches,n = super().get_batch_samples(epoch_iterator, num_batches, device)
+            batches,supervised = super().get_batch_samples(epoch_iterator, num_batches, device)
         since['wait'] += time.perf_counter() - start
-        for b in batches:
-            for k,v in batch_counts(b).items(): since[k] = since.get(k, 0) + v
-        since['learned'] = since.get('learned', 0) + (0 if n is None else n)
+        for batch in batches:
+            for name,count in batch_counts(batch).items():
+                since[name] = since.get(name, 0) + count
+        since['learned'] = since.get('learned', 0) + (0 if supervised is None else supervised)
         self._since = since
-        return batches, n
+        return batches, supervised
 
     def log(self, logs, start_time=None):
         if 'loss' in logs:
-            now,since = time.perf_counter(), self._since
-            logs |= self._speed(since, max(now - (since['time'] or now), 1e-9))
+            now = time.perf_counter()
+            took = max(now - (self._since['time'] or now), 1e-9)
+            logs |= _speed(self._since, took, self.rates, self.args.world_size)
+            peak = _peak(self.args.device)
+            if peak: logs['mfu'] = logs['tflops']/peak
             self._since = dict(time=now, wait=0.)
         super().log(logs, start_time)
-
-    def _speed(self, since, took):
-        world,n = self.args.world_size, since | dict(learned=float(since.get('learned', 0)))
-        n['learned'] /= world   # counted over all processes, the rest in this one
-        tflops = sum(n.get(k, 0)*v for k,v in self.rates.items())/took/1e12
-        peak = peak_tflops(torch.cuda.get_device_name(self.args.device)) if self.args.device.type == 'cuda' else None
-        return dict(samples_per_second=n.get('samples', 0)*world/took, tokens_per_second=n['learned']*world/took,
-                    data_wait=n['wait']/took, padding=1 - n.get('tokens', 0)/max(n.get('positions', 0), 1),
-                    tflops=tflops) | (dict(mfu=tflops/peak) if peak else {})

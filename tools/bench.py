@@ -1,0 +1,294 @@
+#!/usr/bin/env python
+"""Measure what the fast paths save on this CPU, each against a plain baseline in the same process.
+
+Usage: python tools/bench.py [--only NAME ...] [--runs 3] [--growth 16000] [--out FILE] [--json] [--tiny]
+
+CPU seconds of one thread, so that other work on the machine matters little; ours and the baseline take turns. A row has
+the median of both, their ratio and its spread over the runs. Growth: CPU seconds at sizes that double twice, and the
+slope of their logarithms: 1 is a cost in proportion. The baseline pads batches in random order, computes the attention
+and the logits of all positions and all layers of the vision tower, normalizes images in floating point, and answers
+each question by itself. `--tiny` runs the same code in seconds. With --json, one JSON object is all of standard output.
+"""
+import argparse, json, math, os, statistics, subprocess, sys, tempfile, time
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+LLM = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8,
+           vocab_size=8192, max_position_embeddings=32768)
+TOWER = dict(image_size=112, patch_size=14, hidden_size=192, intermediate_size=768, num_hidden_layers=8, num_attention_heads=6)
+TINY = dict(LLM, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+def cpu_seconds(work):
+    "CPU seconds of this process that `work()` takes"
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+def compare(name, ours, plain, runs, least=None):
+    "A row: both in turns, and how many times faster ours is"
+    ours(), plain()   # what is built once is not counted
+    pairs = [(cpu_seconds(ours), cpu_seconds(plain)) for _ in range(runs)]
+    ratios = [b/a for a,b in pairs]
+    row = dict(name=name, ours=statistics.median(a for a,_ in pairs), plain=statistics.median(b for _,b in pairs),
+               ratio=statistics.median(ratios), spread=[min(ratios), max(ratios)], least=least)
+    say(f"{name:42}{row['ours']:9.3f} s  {row['plain']:9.3f} s  {row['ratio']:6.2f}x  ({min(ratios):.2f} to {max(ratios):.2f})")
+    return row
+
+def say(text): print(text, file=sys.stderr, flush=True)
+
+# ------------------------------------------------------------------------------------------------ training
+
+def compose_model(root, tiny):
+    "A random model, and its processor"
+    from tinyllava_cookbook.ingredients import tiny_checkpoint
+    from tinyllava_cookbook.model.processor import compose
+    tower = dict(TOWER, image_size=56, num_hidden_layers=2) if tiny else TOWER
+    llm = tiny_checkpoint('llama', root/'llm', **(TINY if tiny else LLM))
+    return compose(tiny_checkpoint('siglip', root/'tower', **tower), llm, image_mode='squash')
+
+def mix(model, n, seed=0):
+    "Encoded samples with lengths like those of an instruction mix: an image and some turns, a few long texts without"
+    rng, c = np.random.default_rng(seed), model.config
+    side = c.vision_config.image_size
+    def sample(i):
+        alone = rng.random() < .06
+        words = int(np.clip(rng.lognormal(np.log(250 if alone else 90), .6), 8, 1500))
+        image = [] if alone else [c.image_token_id]*c.image_seq_length
+        ids = torch.tensor(image + rng.integers(10, 300, words).tolist())
+        labels = torch.where(torch.rand(len(ids)) < .5, ids, -100)
+        labels[:len(image) + 2] = -100
+        return dict(input_ids=ids, labels=labels) | ({} if alone else dict(pixel_values=torch.randn(1, 3, side, side)))
+    torch.manual_seed(seed)
+    return [sample(i) for i in range(n)]
+
+def packed_batches(samples, budget):
+    "Rows of a token budget"
+    from tinyllava_cookbook.data.batches import plan_packs
+    from tinyllava_cookbook.data.packing import PackCollator
+    collator = PackCollator()
+    return [collator([samples[i] for i in pack]) for pack in plan_packs([len(o['input_ids']) for o in samples], budget)[0]]
+
+def padded_batches(samples, size=8):
+    "Batches in the order that they have"
+    from tinyllava_cookbook.data.batches import PadCollator
+    collator = PadCollator(0)
+    return [collator(samples[k:k + size]) for k in range(0, len(samples), size)]
+
+def train_ours(model, batches):
+    "Forward and backward, as a stage does"
+    from tinyllava_cookbook.model.packed_attention import row_attention
+    model.zero_grad(set_to_none=True)
+    with row_attention(model.language_model):
+        for batch in batches: model(**batch).loss.backward()
+
+def train_plain(model, batches):
+    "All layers of the tower, all logits in one piece, a mask of all pairs"
+    from tinyllava_cookbook.model.features import connect_features
+    model.zero_grad(set_to_none=True)
+    inner, layer = model.model, model.config.vision_feature_layer
+    for batch in batches:
+        emb = model.get_input_embeddings()(batch['input_ids'])
+        if 'pixel_values' in batch:
+            states = inner.vision_tower(batch['pixel_values'], output_hidden_states=True).hidden_states[layer]
+            features = torch.cat(list(connect_features(inner, states)))
+            emb = emb.masked_scatter((batch['input_ids'] == model.config.image_token_id)[..., None], features)
+        more = {k: batch[k] for k in ('attention_mask', 'position_ids') if k in batch}
+        h = inner.language_model(inputs_embeds=emb, use_cache=False, **more).last_hidden_state
+        logits = model.lm_head(h)[:, :-1].float()
+        F.cross_entropy(logits.flatten(0, 1), batch['labels'][:, 1:].flatten()).backward()
+
+def set_trainable(model, parts):
+    "Freeze all but the named parts"
+    names = dict(connector='model.connector', llm='model.language_model', head='lm_head')
+    for name,p in model.named_parameters(): p.requires_grad_(any(name.startswith(names[o]) for o in parts))
+    model.train()
+
+def bench_training(root, a):
+    "Both stages at several row budgets, a long row against short ones, peak memory"
+    from tinyllava_cookbook.train.memory import LiveMemory
+    model,_ = compose_model(root, a.tiny)
+    samples, rows = mix(model, 12 if a.tiny else 72), []
+    budgets = (2048, 4096) if a.tiny else (2048, 4096, 16384)
+    packs, padded = {b: packed_batches(samples, b) for b in budgets}, padded_batches(samples)
+    for stage,parts in dict(zip(('stage 1', 'stage 2'), (['connector'], ['connector', 'llm', 'head']))).items():
+        set_trainable(model, parts)
+        for b in budgets:
+            work = partial(train_ours, model, packs[b]), partial(train_plain, model, padded)
+            rows.append(compare(f'{stage}, rows of {b}', *work, a.runs, 2.75))
+        if stage == 'stage 2': rows += [compare(f'a long row: {budgets[-1]} against {b}', partial(train_ours, model, packs[budgets[-1]]),
+                                                partial(train_ours, model, packs[b]), a.runs, 1/1.1) for b in budgets[:1]]
+        peaks = []
+        for work in (partial(train_ours, model, packs[2048][:2]), partial(train_plain, model, padded[:2])):
+            with LiveMemory(*model.parameters(), *model.buffers()) as live: work()
+            peaks.append(live.peak - sum(p.nbytes for p in model.parameters()))
+        rows.append(dict(name=f'{stage}, bytes beside the weights, two batches', ours=peaks[0], plain=peaks[1], ratio=peaks[1]/peaks[0], spread=None, least=None))
+        say(f"{rows[-1]['name']:42}{peaks[0]/2**20:7.0f} MB {peaks[1]/2**20:9.0f} MB  {rows[-1]['ratio']:6.2f}x")
+    return rows
+
+def bench_attention(root, a):
+    "One layer's attention of a packed row, against the dense mask and against rows of one sample each"
+    from tinyllava_cookbook.model.packed_attention import Blocks, packed_attention
+    rows, n = [], 256
+    for t in (1024, 2048) if a.tiny else (2048, 8192):
+        q = torch.randn(1, 8, t, 32, requires_grad=True)
+        which = torch.arange(t)//n
+        masks = Blocks((n,)*(t//n)), (which[:, None] == which).tril()
+        def run(mask): packed_attention(torch.nn.Identity(), q, q, q, mask)[0].sum().backward()
+        def alone():
+            x = q.reshape(8, t//n, n, 32).transpose(0, 1)
+            F.scaled_dot_product_attention(x, x, x, is_causal=True).sum().backward()
+        rows.append(compare(f'attention of {t} tokens, dense mask', partial(run, masks[0]), partial(run, masks[1]), a.runs))
+        rows.append(compare(f'attention of {t} tokens, unpacked rows', partial(run, masks[0]), alone, a.runs))
+    return rows
+
+# ------------------------------------------------------------------------------------------------ data
+
+def bench_data(root, a):
+    "Samples from a JPEG file to a batch: ours against the processor's own way in"
+    from tinyllava_cookbook.core import IMAGE_TOKEN
+    from tinyllava_cookbook.data.batches import PadCollator
+    from tinyllava_cookbook.data.bench import photo, write_conversations
+    from tinyllava_cookbook.data.datasets import Encoder, VLMDataset
+    from tinyllava_cookbook.data.images import IMAGE_MODES, load_image
+    from tinyllava_cookbook.data.records import read_data
+    from tinyllava_cookbook.ingredients import tiny_tokenizer
+    from transformers import CLIPImageProcessorPil
+    n, rng, tok = 8 if a.tiny else 64, np.random.default_rng(0), tiny_tokenizer('llama')
+    for i in range(n): photo((336, 336), rng).save(root/f'{i}.jpg', quality=90)
+    tok.add_special_tokens({'additional_special_tokens': [IMAGE_TOKEN]})
+    clip = CLIPImageProcessorPil(size=dict(shortest_edge=336), crop_size=dict(height=336, width=336))
+    encoder = Encoder(tok, clip, 'llama', image_seq_length=576, max_length=4096)
+    ds, collator = VLMDataset(read_data(write_conversations(root/'data.json', n)), encoder), PadCollator(0)
+    def ours():
+        for k in range(0, n, 8): collator([ds[i] for i in range(k, k + 8)])
+    def slow(i):
+        sample = ds.sample(i)
+        ids, labels, _ = encoder.tokens(sample)
+        seen = IMAGE_MODES['pad'](load_image(sample.images[0]).convert('RGB'), clip)
+        pixels = clip(images=[seen], return_tensors='pt')['pixel_values']
+        return dict(input_ids=torch.tensor(ids), labels=torch.tensor(labels), pixel_values=pixels)
+    def plain():
+        for k in range(0, n, 8): collator([slow(i) for i in range(k, k + 8)])
+    return [compare('data, a sample of 336 pixels', ours, plain, a.runs)]
+
+# ------------------------------------------------------------------------------------------------ answering
+
+def bench_answers(root, a):
+    "Generation in batches, and several questions on one image"
+    from PIL import Image
+    from tinyllava_cookbook.infer.generate import answer_ids, prompt_ids, user_turn
+    model, processor = compose_model(root, a.tiny)
+    rng, side, new = np.random.default_rng(0), model.config.vision_config.image_size, 4 if a.tiny else 16
+    pictures = [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(16)]
+    prompts = [prompt_ids(processor, [user_turn(f'what is number {k} in the image?', 1)]) for k in range(16)]
+    ask = partial(answer_ids, model, processor, max_new_tokens=new)
+    def together(): return ask(prompts, pictures)
+    def one_by_one(): return [ask([p], [o]) for p,o in zip(prompts, pictures)]
+    rows = [compare('generation, batch 16 against 1', together, one_by_one, a.runs, 8)]
+    ten = partial(answer_ids, model, processor, max_new_tokens=2)
+    def shared(): return ten(prompts[:10], pictures[:1]*10)
+    def each(): return [ten([p], pictures[:1]) for p in prompts[:10]]
+    return rows + [compare('ten questions on an image, short answers', shared, each, a.runs, 3)]
+
+# ------------------------------------------------------------------------------------------------ growth
+
+def slope(sizes, seconds):
+    "Of the logarithms"
+    return float(np.polyfit(np.log(sizes), np.log(np.maximum(seconds, 1e-6)), 1)[0])
+
+def llava_file(root, n, faults=0):
+    "Conversations without images, a part of them without an answer"
+    path = root/f'{n}-{faults}.json'
+    def row(i):
+        said = [{'from': 'human', 'value': f'What is {i}?'}] + ([] if faults and i % 10 == 0 else [{'from': 'gpt', 'value': f'It is {i}.'}])
+        return dict(id=str(i), conversations=said)
+    path.write_text(json.dumps([row(i) for i in range(n)]))
+    return path
+
+def growth_works(root):
+    "Name -> a function of the number of samples that prepares, and gives the work to be measured"
+    from tinyllava_cookbook.data.batches import EpochBatches, plan_packs
+    from tinyllava_cookbook.data.preflight import preflight
+    from tinyllava_cookbook.data.records import read_llava
+    from tinyllava_cookbook.eval.scoring import score_file
+    def lengths(n): return np.random.default_rng(0).integers(300, 1100, n)
+    def check(n):
+        path = llava_file(root, n, faults=1)
+        return lambda: preflight(path, fix=root/f'fixed-{n}.json', workers=0, progress=False)
+    def score(n):
+        folder = root/f'vqa-{n}'
+        folder.mkdir(exist_ok=True)
+        gold = [dict(question_id=i, question_type='q', answer_type='other', multiple_choice_answer='red', answers=[dict(answer='red')]*10) for i in range(n)]
+        (folder/'annotations.json').write_text(json.dumps(dict(annotations=gold)))
+        (folder/'a.jsonl').write_text(''.join(json.dumps(dict(question_id=i, text='red')) + '\n' for i in range(n)))
+        return lambda: score_file('vqav2', folder, folder/'a.jsonl')
+    def resume(n):
+        batches = EpochBatches(n, 8)
+        return lambda: sum(1 for _ in batches)
+    def index(n):
+        path = llava_file(root, n)
+        return lambda: read_llava(path)
+    def plan(n):
+        sizes = lengths(n)
+        return lambda: plan_packs(sizes, 4096, seed=n)
+    return {'index': index, 'plan': plan, 'check --fix, 10 % faults': check, 'score': score, 'resume': resume}
+
+def bench_growth(root, a):
+    "CPU seconds by the number of samples"
+    sizes, rows = [a.growth//16, a.growth//4, a.growth], []
+    for name,prepare in growth_works(root).items():
+        prepare(48)()   # what is built once is not counted
+        seconds = [cpu_seconds(prepare(n)) for n in sizes]
+        rows.append(dict(name=name, sizes=sizes, seconds=seconds, slope=slope(sizes, seconds)))
+        say(f"{name:42}" + ''.join(f'{n:>9,}: {s:.3f} s' for n,s in zip(sizes, seconds)) + f"   slope {rows[-1]['slope']:.2f}")
+    return rows
+
+# ------------------------------------------------------------------------------------------------ all
+
+PARTS = dict(training=bench_training, attention=bench_attention, data=bench_data, answers=bench_answers, growth=bench_growth)
+
+def measure(a):
+    "All that was asked for"
+    found = {}
+    for name in a.only:
+        with tempfile.TemporaryDirectory() as place:
+            os.environ['TINYLLAVA_CACHE'] = f'{place}/cache'
+            torch.manual_seed(0)
+            found[name] = PARTS[name](Path(place), a)
+    return found
+
+def facts():
+    "Where and when this was measured"
+    git = subprocess.run(['git', '-C', ROOT, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
+    return dict(date=time.strftime('%Y-%m-%d'), commit=git, torch=torch.__version__, cores=os.cpu_count(), load=os.getloadavg()[0])
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--only', nargs='+', metavar='PART', choices=list(PARTS), default=list(PARTS), help=', '.join(PARTS))
+    p.add_argument('--runs', type=int, default=3, help='of each row (default: %(default)s)')
+    p.add_argument('--growth', type=int, default=16_000, metavar='N', help='most samples of the growth curves (default: %(default)s)')
+    p.add_argument('--out', metavar='FILE', help='write the JSON there, too')
+    p.add_argument('--json', action='store_true', help='print one JSON object')
+    p.add_argument('--tiny', action='store_true', help='small shapes, one run, to try the code')
+    a = p.parse_args(argv)
+    if a.tiny: a.runs, a.growth = 1, min(a.growth, 1024)
+    if a.runs < 1 or a.growth < 16: p.error('--runs is at least 1, and --growth 16')
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    with redirect_stdout(sys.stderr): found = facts() | dict(tiny=a.tiny, runs=a.runs, parts=measure(a))
+    if a.out: Path(a.out).write_text(json.dumps(found, indent=1) + '\n')
+    if a.json: print(json.dumps(found))
+
+if __name__ == '__main__': sys.exit(main())

@@ -214,7 +214,7 @@ def read_llava(
     return cached_rows(key, records, folder, str(path), on_bad_sample)
 
 # %% ../../nbs/12_data.records.ipynb #54ac90e7
-FORMATS = Registry('data format')   # Name to a function (path, images, **kwargs) -> rows
+FORMATS = Registry('data format', 'FORMATS')   # Name to a function (path, images, **kwargs) -> rows
 FORMATS.register('llava', read_llava)
 
 def _first_folder(path) -> str:

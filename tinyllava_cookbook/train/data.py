@@ -75,6 +75,7 @@ def _first_alone(world, device):
     args = TrainingArguments(use_cpu=cpu, report_to='none')   # joins the processes
     with args.main_process_first(local=False): yield
 
+# %% ../../nbs/33_train.data.ipynb #653dd3ee
 def _check_once(stage, dataset):
     "An error where an epoch does not take each sample once"
     due = getattr(dataset, 'epoch', None)
@@ -82,7 +83,7 @@ def _check_once(stage, dataset):
         raise ValueError(f"stage {stage.name!r}: packs take each sample once; "
                          "use shares, or no pack to use weights")
 
-# %% ../../nbs/33_train.data.ipynb #653dd3ee
+# %% ../../nbs/33_train.data.ipynb #9fb1286b
 def _count_tokens(stage, dataset):
     "Tokens of each sample; those that cannot be measured are left out of the dataset"
     if not isinstance(dataset, VLMDataset): return lengths(dataset)

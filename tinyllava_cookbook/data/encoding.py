@@ -255,6 +255,13 @@ def plain_ids(
 def _image_ids(image_id:int, text:str) -> tuple[list[int], Spans]:
     return [image_id], [(0, len(text))]
 
+# %% ../../nbs/10_data.encoding.ipynb #39b94b3a
+def _piece_ids(piece, tokenizer, facts, image_id, extra):
+    "Ids of one piece, and their spans in it"
+    if piece.how == 'image': return _image_ids(image_id, piece.text)
+    if piece.how == 'plain': return plain_ids(facts, piece.text, extra)
+    return ids_and_spans(tokenizer, piece.text, extra)
+
 # %% ../../nbs/10_data.encoding.ipynb #1f6742d0
 def encode_pieces(
     pieces:list[_Piece],  # From `cut_pieces`
@@ -272,12 +279,7 @@ def encode_pieces(
     for piece in pieces:
         extra = _extra(piece.how, before, piece.text,
                        facts.mark and not facts.own_mark)
-        if piece.how == 'image':
-            new, where = _image_ids(image_id, piece.text)
-        elif piece.how == 'plain':
-            new, where = plain_ids(facts, piece.text, extra)
-        else:
-            new, where = ids_and_spans(tokenizer, piece.text, extra)
+        new, where = _piece_ids(piece, tokenizer, facts, image_id, extra)
         ids += new
         spans += [(piece.at + start, piece.at + end)
                   for start, end in where]

@@ -377,7 +377,7 @@ def _repeats(texts) -> list[Fault]:
                          f'the id of sample {before}, {how}'))
     return out
 
-# %% ../../nbs/16_data.preflight.ipynb #dcc0a5de
+# %% ../../nbs/16_data.preflight.ipynb #8dc873a2
 def _faults(texts, looks) -> list[Fault]:
     "All others; `looks` holds what was found in each file"
     out = []

@@ -173,7 +173,7 @@ def _folder(images, default:Path):
     raise FileNotFoundError(f"no image folder {str(folder)!r}; give "
                             "the one that image paths start from")
 
-# %% ../../nbs/12_data.records.ipynb #0964bd76
+# %% ../../nbs/12_data.records.ipynb #df9e264c
 def _paths(record) -> list[str]:
     "Its images as far as they can be told; what is wrong with them is said where it is read"
     try: return [str(o) for o in image_fields(record)]
@@ -214,7 +214,7 @@ def read_llava(
     return cached_rows(key, records, folder, str(path), on_bad_sample)
 
 # %% ../../nbs/12_data.records.ipynb #54ac90e7
-FORMATS = Registry('data format')   # Name to a function (path, images, **kwargs) -> rows
+FORMATS = Registry('data format', 'FORMATS')   # Name to a function (path, images, **kwargs) -> rows
 FORMATS.register('llava', read_llava)
 
 def _first_folder(path) -> str:

@@ -147,6 +147,8 @@ _STOPS = dict(llama='</s>', phi='<|endoftext|>',
 for _name, _stop in _STOPS.items():
     templates.register(_name,
                        ChatTemplate(_name, stop=_stop, **_vicuna))
+
+# %% ../../nbs/11_data.templates.ipynb #7ed54f69
 templates.register('pretrain',
                    ChatTemplate('pretrain', user='{}', begin='',
                                 stop='\n', images_only=True))
@@ -157,6 +159,7 @@ templates.register('llava_v0',
                                 begin='Assistant:', lead=' ',
                                 stop='###'))
 
+# %% ../../nbs/11_data.templates.ipynb #05cece42
 def _headed(name:str, head:str, stop:str, after:str='\n', **kw):
     "Register a template whose turns all open with `head` and close with `stop`"
     def turn(role):

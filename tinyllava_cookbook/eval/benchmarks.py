@@ -74,9 +74,18 @@ def _vqav2_gold(data_dir, part):
                         ('question_id', 'answers', 'answer_type'))
     return {row['question_id']: row for row in rows}
 
-# %% ../../nbs/54_eval.benchmarks.ipynb #faac2ee5
+# %% ../../nbs/54_eval.benchmarks.ipynb #69eb7081
 _NOT_PUBLIC = dict(answers=[], answer_type='')
 
+def _vqav2_item(data_dir, row, gold, folder):
+    "A question with its ten answers, if they are public"
+    entry = gold.get(row['question_id'], _NOT_PUBLIC)
+    name = f"{folder}/COCO_{folder}_{row['image_id']:012d}.jpg"
+    answers = [answer['answer'] for answer in entry['answers']]
+    return Item(row['question_id'], need(data_dir, name),
+                row['question']+SHORT, answers, entry['answer_type'])
+
+# %% ../../nbs/54_eval.benchmarks.ipynb #faac2ee5
 @bench('vqav2', 'val', 'VQA accuracy', absent=_vqav2_absent)
 def load_vqav2(
     data_dir:Path, # The folder of all benchmarks
@@ -93,16 +102,7 @@ def load_vqav2(
                         ('question_id', 'image_id', 'question'))
     gold = _vqav2_gold(data_dir, part) if split=='val' else {}
     folder = part.replace('-dev', '')
-    items = []
-    for row in rows:
-        entry = gold.get(row['question_id'], _NOT_PUBLIC)
-        image = need(data_dir,
-                     f"{folder}/COCO_{folder}_{row['image_id']:012d}.jpg")
-        answers = [answer['answer'] for answer in entry['answers']]
-        items.append(Item(row['question_id'], image,
-                          row['question']+SHORT, answers,
-                          entry['answer_type']))
-    return items
+    return [_vqav2_item(data_dir, row, gold, folder) for row in rows]
 
 # %% ../../nbs/54_eval.benchmarks.ipynb #c07ec1a2
 @bench('gqa', 'testdev_balanced', 'accuracy')
@@ -150,6 +150,19 @@ def _ocr_prompts(data_dir, split, rows):
             prompts[image, question.lower()] = text
     return prompts
 
+# %% ../../nbs/54_eval.benchmarks.ipynb #07cd85cc
+def _textvqa_item(data_dir, row, prompts):
+    "A question with its prompt; the id of its line is that of the image"
+    id = row['image_id']
+    question = row['question']
+    if (id, question.lower()) not in prompts:
+        raise ValueError(f"no OCR tokens for picture {id!r}, "
+                         f"question {question!r}")
+    image = need(data_dir, f"textvqa/train_images/{id}.jpg")
+    return Item(row['question_id'], image,
+                prompts[id, question.lower()],
+                row['answers'], record=dict(question_id=id))
+
 # %% ../../nbs/54_eval.benchmarks.ipynb #0a00466d
 @bench('textvqa', 'val', 'VQA accuracy, M4C rules')
 def load_textvqa(
@@ -164,18 +177,7 @@ def load_textvqa(
     prompts = _textvqa_prompts(data_dir)
     if prompts is None:
         prompts = _ocr_prompts(data_dir, split, rows)
-    items = []
-    for row in rows:
-        id = row['image_id']
-        question = row['question']
-        if (id, question.lower()) not in prompts:
-            raise ValueError(f"no OCR tokens for picture {id!r}, "
-                             f"question {question!r}")
-        image = need(data_dir, f"textvqa/train_images/{id}.jpg")
-        items.append(Item(row['question_id'], image,
-                          prompts[id, question.lower()],
-                          row['answers'], record=dict(question_id=id)))
-    return items
+    return [_textvqa_item(data_dir, row, prompts) for row in rows]
 
 # %% ../../nbs/54_eval.benchmarks.ipynb #caa02cd3
 @bench('pope', 'coco', 'mean F1')

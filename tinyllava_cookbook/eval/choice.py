@@ -77,6 +77,14 @@ def _sqa_tables(items):
                              none=_percent(bare))
     return tables
 
+# %% ../../nbs/52_eval.choice.ipynb #6a586a62
+def _sqa_metrics(items):
+    "Accuracy of all questions, and of those with an image"
+    shown = [item for item in items if item['img']]
+    return dict(accuracy=_percent(items),
+                img_accuracy=_percent(shown), correct=_right(items),
+                img_correct=_right(shown), img_total=len(shown))
+
 # %% ../../nbs/52_eval.choice.ipynb #d072aa69
 def scienceqa(
     annotations,         # Folder of `problems.json` and `pid_splits.json`
@@ -85,8 +93,7 @@ def scienceqa(
     partial:bool=False,  # Score in spite of unknown ids and contradictions?
 ) -> Score:              # Percent: `accuracy`, `img_accuracy`
     "Official ScienceQA accuracy as LLaVA computes it"
-    path = find(annotations, 'problems.json',
-                source='scienceqa.github.io')
+    path = find(annotations, 'problems.json', source='scienceqa.github.io')
     problems = read_json(path)
     splits = read_json(path.with_name('pid_splits.json'))
     if split not in splits:
@@ -95,12 +102,7 @@ def scienceqa(
     by_id, wrong = match(answers, splits[split], partial, lenient=True)
     items = [_sqa_item(id, problems[id], by_id.get(id))
              for id in splits[split]]
-    shown = [item for item in items if item['img']]
-    metrics = dict(accuracy=_percent(items),
-                   img_accuracy=_percent(shown),
-                   correct=_right(items),
-                   img_correct=_right(shown), img_total=len(shown))
-    return Score('scienceqa', 'accuracy', metrics,
+    return Score('scienceqa', 'accuracy', _sqa_metrics(items),
                  _sqa_tables(items), items, wrong, 100.)
 
 # %% ../../nbs/52_eval.choice.ipynb #25575d72

@@ -80,6 +80,8 @@ _SQA = 'https://github.com/lupantech/ScienceQA'
 _HF = 'https://huggingface.co/datasets'
 _MME = 'https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models'
 _LLAVA = 'https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md (eval.zip)'
+
+# %% ../../nbs/48_eval.items.ipynb #efd40dfd
 SOURCES = { # Path below the data folder -> where to get it
     'vqav2/v2_OpenEnded_mscoco_*_questions.json': _VQA,
     'vqav2/v2_mscoco_*_annotations.json': _VQA,
@@ -200,7 +202,7 @@ class Bench:
     max_new_tokens:int  # Longest answer
     words:str           # What the number means, in a few words
     absent:Callable|None = None # `(data folder, split, items) -> list[str]`: what its own files show to be missing
-BENCHES = Registry('benchmark')
+BENCHES = Registry('benchmark', 'BENCHES')
 
 # %% ../../nbs/48_eval.items.ipynb #95b491ed
 def bench(

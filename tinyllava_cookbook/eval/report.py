@@ -176,7 +176,7 @@ def _turn(item, text):
     if not isinstance(gold, str): gold = ' / '.join(dict.fromkeys(gold))
     return _cut(item.prompt), _cut(text), _cut(gold)
 
-# %% ../../nbs/56_eval.report.ipynb #9d6c0528
+# %% ../../nbs/56_eval.report.ipynb #9d1f6dce
 def answer_card(
     score:float|None, # From 0 to 1; `None`: not scored
     items:list,       # Questions about one image (MME has two)
@@ -218,6 +218,18 @@ _SECTION = """<h2 id="{{ name }}">{{ name }}</h2>
 {% endfor %}</div>
 {% endfor %}"""
 
+# %% ../../nbs/56_eval.report.ipynb #f94b82c6
+def _sides(result, items, k, card):
+    "Cards of the worst and of the best answers"
+    groups = questions_by_id(items)
+    sides = []
+    for side,some in zip(('worst', 'best'), extremes(result.items, k)):
+        known = [(groups.get(str(item['id'])), item['score'])
+                 for item in some]
+        cards = [card(asked, score, side) for asked,score in known if asked]
+        sides.append((side, cards))
+    return sides
+
 # %% ../../nbs/56_eval.report.ipynb #52b68bf3
 def bench_section(
     name:str,        # A benchmark
@@ -237,13 +249,7 @@ def bench_section(
         cards = [card([item]) for item in items[:k]]
         return render(_SECTION, name=name, reason=result,
                       tables={}, sides=[('', cards)])
-    groups = questions_by_id(items)
-    sides = []
-    for side,some in zip(('worst', 'best'), extremes(result.items, k)):
-        known = [(groups.get(str(item['id'])), item['score'])
-                 for item in some]
-        cards = [card(asked, score, side) for asked,score in known if asked]
-        sides.append((side, cards))
+    sides = _sides(result, items, k, card)
     tables = dict(all=result.metrics) | result.tables
     return render(_SECTION, name=name, reason='',
                   tables=tables, sides=sides)
@@ -277,6 +283,7 @@ def write_page(
 _NO_XML = dict.fromkeys([*range(9), 11, 12, *range(14, 32),
                          *range(0xD800, 0xE000), 0xFFFE, 0xFFFF])
 
+# %% ../../nbs/56_eval.report.ipynb #19ba57ce
 def write_xlsx(
     path:str|Path,   # Where to
     rows:list[list], # Of numbers and texts; the first is the header
@@ -299,7 +306,8 @@ def write_xlsx(
     return Path(path)
 
 # %% ../../nbs/56_eval.report.ipynb #0832b4a2
-SUBMISSIONS = Registry('submission') # Benchmark -> `(rows, data folder, split, path without suffix) -> Path`
+# Benchmark -> `(rows, data folder, split, path without suffix) -> Path`
+SUBMISSIONS = Registry('submission', 'SUBMISSIONS')
 
 @SUBMISSIONS.register('vqav2')
 def _submit_vqav2(rows, data_dir, split, path):

@@ -75,7 +75,7 @@ def accuracy_by_kind(
             for kind,values in sorted(groups.items())}
 
 # %% ../../nbs/53_eval.scoring.ipynb #e3ca22e9
-scores = Registry('score')
+scores = Registry('score', 'scores')
 
 @scores.register('exact')
 def _exact(items, texts):
@@ -381,7 +381,7 @@ def llavabench(
                  cols=('gpt4','model'), stat=relative_score)
 
 # %% ../../nbs/53_eval.scoring.ipynb #6607f2e8
-SCORERS = Registry('benchmark')
+SCORERS = Registry('benchmark', 'SCORERS')
 for _f in (vqav2, gqa, textvqa, scienceqa, pope,
            mme, mmvet, mmmu, mmbench, llavabench):
     SCORERS.register(_f.__name__, _f)

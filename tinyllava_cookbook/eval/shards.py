@@ -10,6 +10,7 @@ import json, os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from fastcore.basics import patch
 from ..core import read_json, to_json, write_json
 from ..durable import FolderLock
 
@@ -39,15 +40,6 @@ class Shard:
             self.file.truncate(whole.rfind(b'\n')+1)
             self._held = held.pop_all()
 
-    def add(self,
-        rows:Iterable[dict], # Answers of a batch
-    ):
-        "Append, and return once they are on the disk"
-        self.file.write(b''.join(to_json(row).encode()+b'\n'
-                                 for row in rows))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
     def close(self):
         "Let others write the file"
         self._held.close()
@@ -56,6 +48,17 @@ class Shard:
         return self
     def __exit__(self, *_):
         self.close()
+
+# %% ../../nbs/49_eval.shards.ipynb #9ce23ee4
+@patch
+def add(self:Shard,
+    rows:Iterable[dict], # Answers of a batch
+):
+    "Append, and return once they are on the disk"
+    self.file.write(b''.join(to_json(row).encode()+b'\n'
+                             for row in rows))
+    self.file.flush()
+    os.fsync(self.file.fileno())
 
 # %% ../../nbs/49_eval.shards.ipynb #3cd246dc
 _TEXTS = 'answer_id', 'prompt', 'text'

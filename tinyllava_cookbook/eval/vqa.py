@@ -204,6 +204,15 @@ def _textvqa_item(i, entry, row, people):
                 answer=max(golds, key=golds.count),
                 kind=_first_word(entry['question']))
 
+# %% ../../nbs/51_eval.vqa.ipynb #27581de5
+def _ten_answers(path, data):
+    "The questions, once each is known to have ten answers"
+    for entry in data:
+        if (count := len(entry['answers']))!=10:
+            raise ValueError(f"{path}: question {entry['question']!r} "
+                             f"has {count} answers, not 10")
+    return data
+
 # %% ../../nbs/51_eval.vqa.ipynb #4d87c500
 def textvqa(
     annotations,         # `TextVQA_0.5.1_val.json` or its folder
@@ -214,11 +223,7 @@ def textvqa(
     path = find(annotations, 'TextVQA_0.5.1_val.json',
                 'TextVQA*val*.json',
                 '*annotations*.json', source='textvqa.org')
-    data = _list(path, read_json(path), 'data')
-    for entry in data:
-        if (count := len(entry['answers']))!=10:
-            raise ValueError(f"{path}: question {entry['question']!r} "
-                             f"has {count} answers, not 10")
+    data = _ten_answers(path, _list(path, read_json(path), 'data'))
     keys, key_of = _asked(data)
     by_id, problems = match(place(answers, keys, key_of),
                             range(len(data)), partial)

@@ -25,13 +25,9 @@ def pope_answer(
     words = s.split('.')[0].replace(',', '').split(' ')
     return 'no' if _pope_no & set(words) else 'yes'
 
-# %% ../../nbs/50_eval.yesno.ipynb #74295657
-def pope_scores(
-    preds:list[str],  # Raw answers, or 'yes' / 'no'
-    labels:list[str], # 'yes' or 'no', in the same order
-    eps:float=0.,     # 1e-6 gives the numbers that TinyLLaVA Factory prints, off in the 7th decimal
-) -> dict:            # TP FP TN FN n accuracy precision recall f1 yes_ratio
-    "The official POPE numbers of one category"
+# %% ../../nbs/50_eval.yesno.ipynb #25370c0a
+def _check_labels(preds, labels):
+    "An error unless there is a yes or no for each answer"
     if len(preds)!=len(labels):
         raise ValueError(f"{len(preds)} answers for {len(labels)} "
                          "labels; they must be equally many")
@@ -40,6 +36,15 @@ def pope_scores(
     for label in labels:
         if label not in ('yes','no'):
             raise ValueError(f"label {label!r} is not 'yes' or 'no'")
+
+# %% ../../nbs/50_eval.yesno.ipynb #74295657
+def pope_scores(
+    preds:list[str],  # Raw answers, or 'yes' / 'no'
+    labels:list[str], # 'yes' or 'no', in the same order
+    eps:float=0.,     # 1e-6 gives the numbers that TinyLLaVA Factory prints, off in the 7th decimal
+) -> dict:            # TP FP TN FN n accuracy precision recall f1 yes_ratio
+    "The official POPE numbers of one category"
+    _check_labels(preds, labels)
     counts = Counter((pope_answer(pred), label)
                      for pred,label in zip(preds, labels))
     TP = counts['yes','yes']

@@ -37,7 +37,7 @@ class Corpus:
     longest:int       # Most tokens of text that are met
     source:str        # Where that is from
 
-corpora = Registry('corpus')
+corpora = Registry('corpus', 'corpora')
 for _name,*_row in (
     ('llava-558k', 558_128, 25, 20, 1., 80, 'LLaVA-1.5 stage 1: captions of LAION, CC and SBU'),
     ('llava-665k', 665_298, 349, 140, .94, 2048, 'LLaVA-1.5 stage 2: mix665k, 40,688 without image'),

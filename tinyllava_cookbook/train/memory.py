@@ -39,6 +39,7 @@ def _optimizer_bytes(model, stage, trainable):
     matrices = sum(m.weight.numel() for m in hidden if m.weight.requires_grad)
     return 8*(trainable - matrices) + 4*matrices   # Muon keeps one moment of each hidden matrix
 
+# %% ../../nbs/38_train.memory.ipynb #88940917
 def _weight_bytes(model, half):
     "Weights, some of them in 4 bits, and adapters; `half`: 16-bit weights"
     four_bit = {id(m.weight) for m in model.modules() if getattr(m, 'four_bit', False)}
@@ -97,6 +98,7 @@ def readable(
     "Bytes as one reads them"
     return f'{n/2**30:.2f} GiB' if n >= 2**28 else f'{n/2**20:.1f} MiB'
 
+# %% ../../nbs/38_train.memory.ipynb #92fece3c
 @dataclass
 class Memory:
     "Bytes by what they hold, at the worst moment of a step"
@@ -145,6 +147,7 @@ def _head_bytes(step):
     text = step.model.config.text_config
     return text.vocab_size*text.hidden_size*(4*twice + step.each.compute*(step.each.mixed and head.requires_grad))
 
+# %% ../../nbs/38_train.memory.ipynb #04ffe936
 def _mlp_width(config):
     return getattr(config, 'intermediate_size', None) or int(config.hidden_size*getattr(config, 'mlp_ratio', 4))
 
@@ -235,6 +238,7 @@ def _run_measured(run, model, device):
     torch.cuda.reset_peak_memory_stats()
     return run(), torch.cuda.max_memory_allocated()
 
+# %% ../../nbs/38_train.memory.ipynb #753e7f8b
 def measured_peak(
     model,               # Of `compose`; trained for a few steps
     processor,           # Its processor
@@ -279,6 +283,7 @@ def _draw_bars(rows, unit, ax):
         ax.barh(list(rows), list(widths.values()), left=list(left.values()), color=_COLORS[kind], label=kind)
         for name,width in widths.items(): left[name] += width
 
+# %% ../../nbs/38_train.memory.ipynb #d8c55bba
 def show_memory(
     rows:dict,   # Name -> `Memory`
     limit=None,  # Draw a line there, in bytes

@@ -102,6 +102,7 @@ def _write_finished(trainer, staging, state, recipe):
     else: merge_adapters(model)
     if trainer.args.should_save: save(model, trainer.processor, staging, recipe=recipe)
 
+# %% ../../nbs/36_train.stages.ipynb #0475b72e
 def _consolidated(trainer):
     "Weights of all processes, tied ones once; `None` where they are not sharded"
     if not _sharded(trainer): return None
@@ -279,6 +280,7 @@ def stage_weights(
     last = name == recipe.stages[-1].name
     return Path(out)/('model' if last else name)
 
+# %% ../../nbs/36_train.stages.ipynb #2d14a8d8
 def _source(recipe, out, number, folder):
     "The folder that stage `number` starts from; `None` where the parts are joined"
     if folder is not None: return folder

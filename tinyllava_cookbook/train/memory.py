@@ -61,6 +61,7 @@ def _bucket_bytes(model, kind, world, gradients):
     largest = max(sum(p.numel() for p in block.parameters()) for block in stack(model.language_model))
     return 4*max(largest, model.get_output_embeddings().weight.numel())
 
+# %% ../../nbs/38_train.memory.ipynb #c7ce9cfa
 def _offload(found, kind, world):
     "Move states to the host, with half as much again for buffers, as DeepSpeed reckons"
     moved = ['optimizer', 'weights'] if kind == 'zero3' else ['optimizer']
@@ -140,6 +141,7 @@ class _Step:
     each:ElementBytes
     accumulated:bool   # From the second micro-batch on, all gradients are there from the start
 
+# %% ../../nbs/38_train.memory.ipynb #04ffe936
 def _head_bytes(step):
     "Gradient of the output layer: in the type of matrix products, and a second one that is added to the first"
     words,head = step.model.get_input_embeddings().weight, step.model.get_output_embeddings().weight
@@ -151,6 +153,7 @@ def _head_bytes(step):
 def _mlp_width(config):
     return getattr(config, 'intermediate_size', None) or int(config.hidden_size*getattr(config, 'mlp_ratio', 4))
 
+# %% ../../nbs/38_train.memory.ipynb #d29bf2a2
 def _vision_work(step):
     "What a frozen vision tower needs for a moment of its forward pass"
     needs = []

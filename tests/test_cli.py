@@ -79,6 +79,18 @@ def test_conversation(monkeypatch, capsys, home):
     assert converse(monkeypatch, capsys, home, 'hi')[0] == 0            # end of input
     assert converse(monkeypatch, capsys, home, KeyboardInterrupt)[0] == 130
 
+def test_conversation_adds_images_and_keeps_its_history(monkeypatch, capsys, home):
+    "`/add` shows one more image with the next question, after what was said; `--image` may be given twice"
+    from tinyllava_cookbook.infer.generate import ChatSession
+    one,two = (home/f'world/images/00000{i}.png' for i in (0, 1))
+    code, out, err = converse(monkeypatch, capsys, home, 'hi', f'/add {one}', f'/add {two}', '/add lost.png', 'are they alike?', 'sure?')
+    session = ChatSession(home/'my model', max_new_tokens=3)
+    expected = [session.ask('hi'), session.ask('are they alike?', [one, two]), session.ask('sure?')]
+    lines = out.splitlines()
+    assert (code, err) == (0, '') and 'lost.png' in lines[2] and [lines[1], *lines[3:5]] == expected
+    twice = 'chat', '--model', home/'my model', '--image', one, '--image', two, '--max-new-tokens', 3, '--device', 'cpu', 'alike?'
+    assert run(capsys, *twice)[1].strip() == ChatSession(home/'my model', image=[one, two], max_new_tokens=3).ask('alike?')
+
 def test_eval_questions(capsys, home):
     said = home/'out'/'said.jsonl'
     args = 'eval', '--model', home/'my model', '--questions', home/'world/questions.jsonl', '--device', 'cpu', '--limit', 5

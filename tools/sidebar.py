@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = {
-    'Start': ['recipes.quickstart', 'viz.attention', 'infer.generate'],
+    'Start': ['primer', 'recipes.quickstart', 'viz.attention', 'infer.generate'],
     'Understand': ['microscene', 'microworld', 'image_files', 'data.images', 'data.templates', 'data.masks', 'data.batches', 'model.vision', 'model.connectors',
                    'model.llms', 'model.vlm', 'train.recipes', 'train.trainer'],
     'Train for real': [r'data\.(records|datasets|packing|preflight|instruct)', r'model\.(adapters|architecture)', r'train\.(?!twin|meter|displays)\w+',

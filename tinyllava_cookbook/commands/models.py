@@ -10,23 +10,35 @@ from ..cli import (Usage, command, hide_progress, json_value, load_model, model_
                                     pairs, positive, trust_argument)
 
 # %% ../../nbs/94_commands.models.ipynb #d50a4eb4
-_chat_help = "/image FILE looks at another picture, /new forgets the conversation, /quit or Ctrl-D leaves"
+_chat_help = ("/add FILE shows one more image with the next question, /image FILE begins anew with another image, "
+    "/new forgets the conversation, /quit or Ctrl-D leaves")
 
-def _say(session, text):
+def _say(session, text, images=()):
+    "Ask, and print the answer as it comes; false if it was stopped"
+    stopped = False
     try:
-        for piece in session.stream(text): print(piece, end='', flush=True)
-    except KeyboardInterrupt: print(' (stopped)', end='')   # ends this answer, not the conversation
+        for piece in session.stream(text, list(images)): print(piece, end='', flush=True)
+    except KeyboardInterrupt:   # ends this answer, not the conversation
+        stopped = True
+        print(' (stopped)', end='')
     print()
+    return not stopped
 
-def _turn(session, line):
-    "Do what one line of the conversation says; false to leave"
+def _command(session, word, name, added):
+    "Do what a line with a slash says"
     from tinyllava_cookbook.data.images import load_image
+    if word == '/add': added.append(load_image(name, remote=True))
+    elif word == '/image': session.new(load_image(name, remote=True))
+    elif word == '/new': session.new(session.image)
+    else: print(f"no {word!r} here: {_chat_help}")
+    if word in ('/image', '/new'): added.clear()
+
+def _turn(session, line, added):
+    "Do what one line of the conversation says; false to leave"
     word,_,rest = line.partition(' ')
     if word in ('/quit', '/exit'): return False
-    elif word=='/image': session.new(load_image(rest.strip(), remote=True))
-    elif word=='/new': session.new(session.image)
-    elif word.startswith('/'): print(f"no {word!r} here: {_chat_help}")
-    elif line: _say(session, line)
+    if word.startswith('/'): _command(session, word, rest.strip(), added)
+    elif line and _say(session, line, added): added.clear()   # a stopped question can be asked again
     return True
 
 def _converse(session):
@@ -34,16 +46,17 @@ def _converse(session):
     try: import readline  # noqa: F401  arrow keys, where the platform has it
     except ImportError: pass
     print(_chat_help)
+    added = []   # images of the next question
     while True:
         try:
-            if not _turn(session, input('> ').strip()): return
+            if not _turn(session, input('> ').strip(), added): return
         except EOFError: return print()
         except (ValueError, OSError) as e: print(one_line(e))
 
 # %% ../../nbs/94_commands.models.ipynb #a2629de0
 def _chat_args(p):
     model_arguments(p)
-    p.add_argument('--image', metavar='FILE', help='an image: path or URL')
+    p.add_argument('--image', metavar='FILE', action='append', default=[], help='an image: path or URL (repeatable)')
     p.add_argument('question', metavar='QUESTION', nargs='?', help='what to ask; without it, a conversation begins')
     p.add_argument('--max-new-tokens', type=positive, default=256, metavar='N',
                    help='longest answer (default: %(default)s)')
@@ -52,8 +65,8 @@ def _chat_args(p):
 def _chat(a):
     from tinyllava_cookbook.data.images import load_image
     from tinyllava_cookbook.infer.generate import ChatSession
-    image = a.image and load_image(a.image, remote=True)   # a wrong path is found before the weights are loaded
-    session = ChatSession(*load_model(a), image=image, max_new_tokens=a.max_new_tokens)
+    images = [load_image(o, remote=True) for o in a.image]   # a wrong path is found before the weights are loaded
+    session = ChatSession(*load_model(a), image=images, max_new_tokens=a.max_new_tokens)
     _say(session, a.question) if a.question else _converse(session)
 
 # %% ../../nbs/94_commands.models.ipynb #df044939

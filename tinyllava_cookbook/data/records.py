@@ -428,6 +428,7 @@ def guess_format(
     if not isinstance(path, (str, Path)): return 'hf'
     p = Path(path).expanduser()
     if p.suffix.lower() in ('.json', '.jsonl', '.ndjson'):
+        if p.name.lower().startswith(('sharegpt4v', 'share-captioner')): return 'sharegpt4v'
         return 'cc3m' if p.name == 'chat.json' else 'llava'
     if not p.is_dir():
         return 'hf' if p.is_file() or not str(path).startswith(('/', '.', '~')) else 'llava'

@@ -1,5 +1,5 @@
 "Evaluations that would be wrong in silence: reused answers, lost questions, absent files, odd lines."
-import json, random, shutil
+import json, random, re, shutil
 from pathlib import Path
 import pytest
 from PIL import Image
@@ -327,3 +327,20 @@ def test_a_table_with_too_many_cells(tmp_path):
 def test_a_shard_that_holds_no_text(home, tmp_path):
     (tmp_path/'rank-0.jsonl').write_text('{"answer_id": "1", "prompt": "p", "text": null}\n')
     with pytest.raises(ValueError, match='rank-0.jsonl, line 1: no answer'): R.read_shards(tmp_path)
+
+@pytest.mark.parametrize('value', ['[]', '{}', '3', 'null', '"x"', '[[]]', '{"1": null}', '{"1": {"choices": null}}'])
+@pytest.mark.parametrize('bench,file', [('scienceqa', 'problems.json'), ('mmvet', 'mm-vet.json'), ('gqa', 'testdev_balanced_questions.json')])
+def test_annotations_of_another_shape(tmp_path, capsys, bench, file, value):
+    "Loading, scoring and judging: one line that says which benchmark it was, never a bare error of Python"
+    write_benchmarks(tmp_path, 1)
+    folder = tmp_path/bench
+    rows = [dict(question_id=o.id, text='yes') for o in load_benchmark(bench, tmp_path)]
+    write_lines(tmp_path/'answers.jsonl', rows)
+    next(folder.rglob(file)).write_text(value)
+    with pytest.raises((ValueError, FileNotFoundError), match=bench): load_benchmark(bench, tmp_path)
+    words = ['--annotations', folder, '--answers', tmp_path/'answers.jsonl']
+    runs = [['score', bench, *words]] + [['judge', bench, *words, '--out', tmp_path/'grades.json', '--estimate']]*(bench == 'mmvet')
+    for argv in runs:
+        assert cli.main([str(o) for o in argv]) == 1
+        said = capsys.readouterr().err.strip().split('\n')[-1]
+        assert re.match(rf'tinyllava {argv[0]}: ({bench} in |.*(benchmark|question))', said), said

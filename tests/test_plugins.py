@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'tests/slurm'))
 import cluster
 
-BARE = {k:v for k,v in os.environ.items() if not k.startswith(('SLURM', 'SBATCH', 'TINYLLAVA_PLUGINS'))} | dict(PYTHONPATH=str(ROOT))
+BARE = {k:v for k,v in os.environ.items() if not k.startswith(('SLURM', 'SBATCH', 'TINYLLAVA_PLUGINS', 'DS_ACCELERATOR'))} | dict(PYTHONPATH=str(ROOT))
 
 def python(code, cwd, **env):
     "What a fresh process prints; in its own, as plugins stay where they are imported"
@@ -112,7 +112,7 @@ write_world('a world', 6, seed=3)
 write_benchmarks('bench', 2)
 r = to_dict(recipe('micro')) | dict(name='own', vision='./own_vision', llm='./own_llm', connector='half', template='own')
 for stage,name,file in zip(r['stages'], ('align', 'tune'), ('pretrain', 'instruct')):
-    stage.update(name=name, max_steps=1, global_batch_size=2, max_length=256, data=f'a world/{{file}}.json', images='a world/images')
+    stage.update(name=name, max_steps=1, global_batch_size=2, max_length=256, trainer=dict(dataloader_num_workers=64), data=f'a world/{{file}}.json', images='a world/images')
 Path('own.json').write_text(json.dumps(r))
 """
 
@@ -169,6 +169,7 @@ def test_own_parts_of_a_notebook_are_found(tmp_path):
     ask = "chat --model run/model --device cpu --max-new-tokens 2 'what?'"
     out, err = commands(tmp_path, 'train own.json --out run --device cpu', ask, **path)
     assert out.splitlines()[-1] == '0' and 'done: weights in run\n0\n' in out, err[-2000:]
+    assert 'accelerator' not in err and 'worker' not in err     # no banner of DeepSpeed, no more loader processes than cores
     out, err = commands(tmp_path, ask)     # another clone
     assert out == '1\n' and "needs connector 'half'" in err and "of plugin 'tinyllava_cookbook.own_parts'" in err
     out = python("from transformers import AutoModelForImageTextToText as M; import tinyllava_cookbook; print(type(M.from_pretrained('run/model').model.vision_tower).__name__)", tmp_path, **path)

@@ -59,7 +59,9 @@ def test_parts_are_found_by_what_modules_register():
     from tinyllava_cookbook.core import registering_modules
     assert [o for o in registering_modules('recipes')] == ['tinyllava_cookbook.' + o for o in
         ('recipes.llava', 'recipes.lora', 'recipes.scienceqa', 'recipes.tinyllava', 'recipes.train_llava', 'train.recipes')]
-    homes = dict(recipes='train.recipes', connectors='model.connectors', vision_families='model.vision', llm_families='model.llms', templates='data.templates')
+    homes = dict(recipes='train.recipes', connectors='model.connectors', vision_families='model.vision', llm_families='model.llms', templates='data.templates',
+        IMAGE_MODES='data.images', FORMATS='data.records', kinds='data.instruct', readers='model.foreign', BENCHES='eval.items', SCORERS='eval.scoring',
+        SUBMISSIONS='eval.report', jobs='train.launch', gpus='train.cards', corpora='train.budget')
     for variable,home in homes.items():
         assert f'tinyllava_cookbook.{home}' in registering_modules(variable), variable
     code = """import sys; from tinyllava_cookbook.train.recipes import recipes; recipes['micro']

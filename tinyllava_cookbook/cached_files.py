@@ -49,6 +49,7 @@ def _remembered(note) -> str|None:
     except OSError: return None
     return text if len(text) == 32 else None
 
+# %% ../nbs/08_cached_files.ipynb #2c4f76a0
 def known_checksum(
     path,    # A file
 ) -> str:    # As from `checksum`
@@ -100,6 +101,7 @@ def find_cached(
     if good: _note_use(good)
     return good
 
+# %% ../nbs/08_cached_files.ipynb #fd468027
 def _note_use(path):
     "Now is when it was read last; its other time stays"
     with contextlib.suppress(OSError): os.utime(path, ns=(time.time_ns(), os.stat(path).st_mtime_ns))
@@ -112,6 +114,7 @@ class CachedFile(NamedTuple):
     bytes:int     # Its size
     used:float    # When it was read last, in seconds since 1970
 
+# %% ../nbs/08_cached_files.ipynb #1b26e29b
 def cached_files() -> list[CachedFile]:
     "All files of the cache but locks, those read last first"
     root = cache_dir()

@@ -28,9 +28,11 @@ class Command:
 
 commands = Registry('command', 'command')
 
+# %% ../nbs/90_cli.ipynb #69cf2c84
 class Usage(ValueError):
     "Arguments that do not fit together; ends with exit code 2"
 
+# %% ../nbs/90_cli.ipynb #4255f00c
 def command(
     name:str,           # The word on the command line
     help:str,           # One line for the list
@@ -51,6 +53,7 @@ def positive(
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
+# %% ../nbs/90_cli.ipynb #9e6a5aae
 def pairs(
     texts:list[str],  # Words like NAME=VALUE
     option:str,       # Whose words, for the error
@@ -59,6 +62,7 @@ def pairs(
     if odd := [o for o in texts if '=' not in o]: raise Usage(f"{option} {odd[0]!r} is not NAME=VALUE")
     return dict(o.split('=', 1) for o in texts)
 
+# %% ../nbs/90_cli.ipynb #e70561bf
 def json_value(
     text:str,  # A word of the command line
 ):             # What it says
@@ -74,6 +78,7 @@ def trust_argument(
     p.add_argument('--trust-remote-code', action='store_true',
                    help='run the code that comes with a language model which transformers does not know')
 
+# %% ../nbs/90_cli.ipynb #51c08972
 def recipe_arguments(
     p:argparse.ArgumentParser,  # Changed in place
 ):
@@ -82,6 +87,7 @@ def recipe_arguments(
     p.add_argument('--set', metavar='PATH=VALUE', action='append', default=[], dest='changes',
                    help='change a field, e.g. finetune.lr=1e-4 (repeatable)')
 
+# %% ../nbs/90_cli.ipynb #aec55f84
 def model_arguments(
     p:argparse.ArgumentParser,  # Changed in place
     required:bool=True,         # Must --model be given?
@@ -101,6 +107,7 @@ def hide_progress():
     from transformers.utils import logging
     logging.disable_progress_bar()
 
+# %% ../nbs/90_cli.ipynb #b82d1146
 def load_model(
     a:argparse.Namespace,  # From `model_arguments`
 ) -> tuple:                # Model and processor
@@ -133,6 +140,7 @@ def endpoint_arguments(
                    help='most money, earlier replies included; needs a price')
     p.add_argument('--estimate', action='store_true', help='say what it will cost, and stop')
 
+# %% ../nbs/90_cli.ipynb #a0d6bac6
 def endpoint_of(
     a:argparse.Namespace,  # From `endpoint_arguments`
     usual,                 # An `Endpoint` to change
@@ -156,6 +164,7 @@ def import_argument(
                       f"also {os.pathsep.join(('TINYLLAVA_PLUGINS=A', 'B'))})")
     p.add_argument('--import', **words | how)
 
+# %% ../nbs/90_cli.ipynb #5c67139a
 def import_named(
     argv:list[str],  # Words after `tinyllava`
 ) -> list[str]:      # What --import names
@@ -175,6 +184,7 @@ def _order():
     names = commands.names()
     return [n for n in _FIRST if n in names] + [n for n in names if n not in _FIRST]
 
+# %% ../nbs/90_cli.ipynb #8630d7f1
 def parser() -> argparse.ArgumentParser: # For `tinyllava` and all its commands
     "The parser of the command line"
     common = argparse.ArgumentParser(add_help=False)
@@ -209,6 +219,7 @@ def _failed(e, words, debug):
     print(f'{words}: {one_line(e)}{own}', file=sys.stderr)
     return 2 if isinstance(e, Usage) else 1
 
+# %% ../nbs/90_cli.ipynb #421d9525
 def _run(a):
     "Run a command; its exit code"
     try:
@@ -223,6 +234,7 @@ def _run(a):
         return 0
     except Exception as e: return _failed(e, f'tinyllava {a.command}', getattr(a, 'debug', False))
 
+# %% ../nbs/90_cli.ipynb #d25a6b1b
 def main(
     argv:list[str]|None=None, # Words after `tinyllava`; `None` takes those of the process
 ) -> int:                     # Exit code

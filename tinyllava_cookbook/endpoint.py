@@ -158,6 +158,7 @@ def _at(found, *path):
         except (TypeError, KeyError, IndexError): return None
     return found
 
+# %% ../nbs/06_endpoint.ipynb #16dceaef
 def _tokens(found, name:str, least:int, default:int) -> int:
     "A number of tokens, if the usage has it and it can be one"
     n = _at(found, 'usage', name)

@@ -117,6 +117,7 @@ def _read(src, use, timeout, remote):
         f"cannot load an image from {type(src).__name__}; give a path, URL, bytes, open file or PIL image")
     with open_regular(src, 'image file') as file: return use(file, os.path.expanduser(src))
 
+# %% ../nbs/09_image_files.ipynb #b8284792
 def _check_opened(im:Image.Image, max_aspect):
     "The same rules for an image that somebody else opened, before its pixels are read"
     if isinstance(im, ImageFile.ImageFile) and im.format not in (*IMAGE_FORMATS, 'MPO'):   # MPO: a camera's JPEG

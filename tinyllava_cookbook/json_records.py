@@ -19,6 +19,7 @@ def _unique(pairs):
     keys = [k for k, _ in pairs]
     raise ValueError(f"two values under the key {next(k for k in keys if keys.count(k) > 1)!r}")
 
+# %% ../nbs/08_json_records.ipynb #a1fd5023
 def _number(text, kind):
     if len(text) > _DIGITS: raise ValueError(f"a number of {len(text):,} digits")
     value = kind(text)
@@ -43,6 +44,7 @@ def _depth(text) -> int:
         deepest = max(deepest, depth)
     return deepest
 
+# %% ../nbs/08_json_records.ipynb #19ea9152
 def _too_deep(text, start=0, end=None) -> bool:
     if text.count('[', start, end) + text.count('{', start, end) <= _DEPTH: return False
     return _depth(text[start:end]) > _DEPTH
@@ -96,6 +98,7 @@ def _peek(window) -> str:
         window.at = _WHITE.match(window.text, window.at).end()
         if window.at < len(window.text) or not window.more(): return window.text[window.at:window.at + 1]
 
+# %% ../nbs/08_json_records.ipynb #701e8eef
 def _take(window, *allowed):
     "Go past one of the characters"
     if _peek(window) not in allowed: _fail(window, f"Expecting {' or '.join(map(repr, allowed))}", window.at)
@@ -150,6 +153,7 @@ class _BadRecord(ValueError):
 class _NoJSON(_BadRecord):
     "Not even other readers could"
 
+# %% ../nbs/08_json_records.ipynb #d4c833ae
 def _swallows(text) -> bool:
     "Does a string hold what stands between objects?"
     return any(_BORDER.fullmatch(o[0]) for o in _STRING.finditer(text))
@@ -163,6 +167,7 @@ def _explain(window, error, at) -> str:
     column = error.colno if error.lineno > 1 else column + error.colno - 1
     return f"is not JSON: {error.msg.removesuffix(' at')} at line {line + error.lineno - 1}, column {column}"
 
+# %% ../nbs/08_json_records.ipynb #c6113e9d
 def _not_utf8(window, start, end):
     "The first byte of the record that is not UTF-8, in words"
     try: window.text[start:end].encode()
@@ -231,6 +236,7 @@ def _line(text, i):
     except ValueError as e: why = f" holds {e}"
     return _BadRecord(f"line {i}{why}")
 
+# %% ../nbs/08_json_records.ipynb #eaf07ead
 def _lines(file, block):
     "The value of each line; in the place of a bad one the error"
     return (_line(text.strip(), i) for i, text in enumerate(file, 1) if text.strip())

@@ -200,6 +200,7 @@ def _gqa_ids(view:View) -> dict[str,str]:
     "Name of each object -> its id"
     return {o.name: f'{view.i+1}{k}' for k,o in enumerate(view.scene.objs)}
 
+# %% ../nbs/04_microvqa.ipynb #1ad5a4c1
 def _gqa_find(o:Obj, ids:dict[str,str], k:int = 0) -> str:
     "The first two steps of most programs, beginning with step `k`"
     return f"select: {o.shape} ({ids.get(o.name, '-')})->filter color: {o.color} [{k}]"
@@ -371,6 +372,7 @@ def _textvqa_ocr(scene:Scene, image_id:str) -> dict:
     box = dict(width=1/3, height=1/3, rotation=0, roll=0, pitch=0, yaw=0, top_left_x=col/3, top_left_y=row/3)
     return dict(image_id=image_id, ocr_tokens=[scene.word], ocr_info=[dict(word=scene.word, bounding_box=box)])
 
+# %% ../nbs/04_microvqa.ipynb #52f47a6c
 def _textvqa_prompt(record:dict, ocr:dict) -> dict:
     "LLaVA's question with the OCR tokens"
     tokens = ', '.join(ocr['ocr_tokens'])

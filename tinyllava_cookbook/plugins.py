@@ -23,6 +23,7 @@ PLUGIN_GROUP = 'tinyllava_cookbook.plugins'  # Entry points of installed package
 class PluginError(ValueError):
     "A plugin that is not there or cannot be imported"
 
+# %% ../nbs/08_plugins.ipynb #8e721e14
 @dataclass(frozen=True)
 class Plugin:
     "Where parts of one's own come from"
@@ -47,6 +48,7 @@ def _plugin_file(path:Path, given:str) -> Plugin:
     name = path.name if path.is_dir() else path.stem
     return Plugin(name, str(path), PLUGIN_PREFIX + re.sub(r'\W', '_', name))
 
+# %% ../nbs/08_plugins.ipynb #280460f0
 def _importable(name:str) -> bool:
     "Would Python find a module of this name?"
     if not all(word.isidentifier() for word in name.split('.')): return False
@@ -78,6 +80,7 @@ def _named_plugins() -> list[str]:
     "What the variable names"
     return [o for o in os.environ.get(PLUGIN_VARIABLE, '').split(os.pathsep) if o.strip()]
 
+# %% ../nbs/08_plugins.ipynb #85c921a3
 class _PluginFinder:
     "Finds the files that the variable names"
     @staticmethod
@@ -103,6 +106,7 @@ def _forget(plugin:Plugin):
     for name in [o for o in sys.modules if _belongs(o, plugin.module)]: del sys.modules[name]
     _loaded.pop(plugin.module, None)
 
+# %% ../nbs/08_plugins.ipynb #c6e0dcf6
 def _line_of(error:BaseException, source:str) -> str:
     "Where in the plugin an error began"
     lines, step = [], error.__traceback__
@@ -119,6 +123,7 @@ def _same_file(source:str) -> ModuleType|None:
         file = getattr(module, '__file__', None)
         if file and os.path.realpath(file) in (source, f'{source}/__init__.py'): return module
 
+# %% ../nbs/08_plugins.ipynb #425f0f43
 def _run(plugin:Plugin, after=None) -> ModuleType:
     "Import a plugin's module, and call what is to be called then"
     PLUGINS_BEING_IMPORTED.append(plugin.module)
@@ -143,6 +148,7 @@ def _name_plugin(plugin:Plugin, named:bool):
     kept = [o for o in sources if o != plugin.source]
     os.environ[PLUGIN_VARIABLE] = os.pathsep.join([*kept, plugin.source] if named else kept)
 
+# %% ../nbs/08_plugins.ipynb #ef24935c
 def _check_one_name(plugin:Plugin):
     "An error for two files under one name"
     other = _loaded.get(plugin.module, plugin)
@@ -151,6 +157,7 @@ def _check_one_name(plugin:Plugin):
             f"two plugins are called {plugin.name!r}: {other.source!r} and {plugin.source!r}; "
             "rename one")
 
+# %% ../nbs/08_plugins.ipynb #b1ef25a5
 def import_plugin(
     given:str,        # A `.py` file, a folder with `__init__.py`, or the name of a package
 ) -> ModuleType:      # Its module
@@ -185,6 +192,7 @@ def _load_installed(entry):
     if plugin.module in _loaded: return
     _run(plugin, (lambda: entry.load()()) if entry.attr else None)
 
+# %% ../nbs/08_plugins.ipynb #32f7fa4c
 def load_plugins():
     "Import every plugin that is named or installed; those that are here stay as they are"
     global _seen
@@ -201,6 +209,7 @@ def load_plugins():
 
 _searched = False   # were this package's modules looked through for models of `transformers`?
 
+# %% ../nbs/08_plugins.ipynb #8bb4a113
 def load_model_types():
     "Import what registers models with `transformers`: plugins, and modules of this package"
     global _searched
@@ -223,6 +232,7 @@ def plugin_of(
     single = file and not file.endswith('__init__.py')
     return Plugin(root, os.path.realpath(file) if single else root, root)
 
+# %% ../nbs/08_plugins.ipynb #a2c008d0
 def plugins() -> Table:  # Name, source and parts
     "The plugins that were imported here"
     rows = []
@@ -243,6 +253,7 @@ def _part_plugin(kind:str, name:str) -> Plugin|None:
         if registry.kind != kind or origin in (None, registry.home): continue
         return plugin_of(origin) or Plugin(origin, origin, origin)   # a module that was added to this package
 
+# %% ../nbs/08_plugins.ipynb #4e6e5e7e
 def held_plugins(
     parts:list[tuple[str,str]],  # Kind and name of each part, as registries know them
     types:dict,                  # `model_type` -> class, of models and configurations
@@ -273,11 +284,13 @@ def _read_held(file:Path) -> dict:
                 f"not {str(row)[:80]!r}")
     return held
 
+# %% ../nbs/08_plugins.ipynb #f7022fb8
 def _is_here(kind:str, name:str, model_types) -> bool:
     "Is there such a part?"
     if kind == MODEL_TYPE: return name in model_types
     return any(name in registry for registry in registries if registry.kind == kind)
 
+# %% ../nbs/08_plugins.ipynb #6406d722
 def check_plugins(
     folder,          # A saved model
     model_types=(),  # Those that `transformers` knows
@@ -291,6 +304,7 @@ def check_plugins(
         lost = [f'{kind} {name!r}' for kind,name in parts if not _is_here(kind, name, model_types)]
         if lost: raise PluginError(_not_here(folder, plugin, row['from'], lost))
 
+# %% ../nbs/08_plugins.ipynb #1ba67d15
 def _not_here(folder, plugin:str, source:str, lost:list[str]) -> str:
     "What to do about it"
     source = textwrap.shorten(source, 200)

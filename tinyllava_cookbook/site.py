@@ -44,13 +44,14 @@ class Parameter(NamedTuple):
     default:str = ''  # As written
     meaning:str = ''  # Its comment
 
+# %% ../nbs/91_site.ipynb #a2c2a642
 def as_written(
     node,   # A syntax tree, or `None`
 ) -> str:   # `''` for `None`
     "Source of a type or default"
     return '' if node is None else ast.unparse(node).replace(' | ', '|')
 
-# %% ../nbs/91_site.ipynb #a2c2a642
+# %% ../nbs/91_site.ipynb #e782871d
 def type_as_written(
     node,   # The syntax tree of an annotation, or `None`
 ) -> str:   # `''` for `None`
@@ -144,6 +145,7 @@ def code_html(
     "Code in a cell"
     return f'<code>{escape(text, quote=False)}</code>' if text else ''
 
+# %% ../nbs/91_site.ipynb #8eab8901
 def row_html(
     tag:str,  # `td`, or `th` for the first row
     cells,    # HTML of each
@@ -191,6 +193,7 @@ def source_of(
     try: return dedent(inspect.getsource(sym))
     except (OSError, TypeError): return ''
 
+# %% ../nbs/91_site.ipynb #e593e4df
 def exported_source(
     sym,            # A function, class, method or property of a notebook
     name:str,       # As the modules call it
@@ -326,6 +329,7 @@ def skip_flagged(
     for cell in flagged: cell.directives_['eval:'] = ['false']
     return len(flagged)
 
+# %% ../nbs/91_site.ipynb #031495d2
 class SkipFlagged:
     "nbdev's processor of a page: flagged cells are shown, not run"
     def __init__(self,

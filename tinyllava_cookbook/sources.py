@@ -188,6 +188,7 @@ def short(
     "An address as errors show it; a data URL would fill pages"
     return repr(url if len(url) <= 100 else f'{url[:97]}...')
 
+# %% ../nbs/08_sources.ipynb #4d688eb4
 def _follow(url:str, end:float, allowed:Callable) -> bytes:
     "The body behind `url` and its redirects"
     for _ in range(_MAX_REDIRECTS + 1):
@@ -229,6 +230,7 @@ def is_remote(
     "Does this text name something other than a file?"
     return isinstance(src, str) and bool(re.match('(https?://|data:)', src, re.IGNORECASE))
 
+# %% ../nbs/08_sources.ipynb #df4f31b6
 def remote_allowed(
     remote:bool|None=None,   # `None`: what the environment variable TINYLLAVA_REMOTE_IMAGES says
 ) -> bool:                   # Not, unless it says so

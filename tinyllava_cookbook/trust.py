@@ -92,7 +92,6 @@ def checkpoint_path(
 CONFIGS = tuple(f'{name}.json'
     for name in '''config generation_config preprocessor_config processor_config
     video_preprocessor_config tokenizer_config adapter_config'''.split())
-
 _BOM = b'\xef\xbb\xbf'   # a byte order mark, which `transformers` cannot read
 
 def read_object(
@@ -135,7 +134,6 @@ _PIXELS = '''image_size patch_size input_size shortest_edge longest_edge height 
 _HEADS = '''num_attention_heads num_key_value_heads num_query_heads num_kv_heads heads n_head
     num_channels'''.split()
 _WIDTHS = 'hidden_size intermediate_size model_dim head_dim d_head d_ff n_embd n_queries'.split()
-
 # More than any published model has
 LARGEST = dict(vocab_size=2**24, max_position_embeddings=2**30)
 LARGEST |= dict.fromkeys(LAYER_COUNTS, 2**10)
@@ -202,6 +200,7 @@ def _find_types(config):
     if any(isinstance(kind, str) and kind not in CONFIG_MAPPING for kind in found):
         load_model_types()
 
+# %% ../nbs/09_trust.ipynb #4296882e
 def check_folder(
     folder,   # A checkpoint folder
 ) -> Path:    # The same

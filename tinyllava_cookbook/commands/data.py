@@ -14,6 +14,10 @@ from ..cli import Usage, command, hide_progress, positive, trust_argument
 def _check_args(p):
     p.add_argument('data', metavar='DATA', help='a JSON file, or a folder that `read_data` knows')
     p.add_argument('--images', metavar='DIR', help='folder of the images')
+    p.add_argument('--format', default='auto', metavar='NAME',
+                   help='llava, sharegpt4v, cc3m, train_llava, captions or hf (default: by the name and the folder)')
+    p.add_argument('--without', metavar='DIR', action='append', default=[],
+                   help='leave out samples whose images are in this folder, e.g. sam (repeatable)')
     p.add_argument('--recipe', metavar='RECIPE',
                    help='count tokens: a recipe, its JSON file, or the folder of a model')
     p.add_argument('--stage', metavar='STAGE', help="whose template and length limit (default: the recipe's last)")
@@ -41,7 +45,8 @@ def _encoder_of(a):
 def _check(a):
     from tinyllava_cookbook.data.preflight import preflight, report_dict
     hide_progress()
-    r = preflight(a.data, a.images, _encoder_of(a), a.allow, workers=a.workers, progress=sys.stderr.isatty(),
+    r = preflight(a.data, a.images, _encoder_of(a), a.allow, format=a.format, without=a.without,
+                  workers=a.workers, progress=sys.stderr.isatty(),
                   fix=a.fix, out=a.out)
     print(json.dumps(report_dict(r)) if a.json else r)
     return 0 if r.ok else 1
@@ -57,6 +62,45 @@ def _bench(a):
     from tinyllava_cookbook.data.bench import bench_data
     rows = bench_data(a.n)
     print(json.dumps(rows) if a.json else rows)
+
+# %% ../../nbs/95_commands.data.ipynb #b2b9922f
+def _data_args(p):
+    p.add_argument('name', metavar='NAME', nargs='?', help='a training set (default: list all)')
+    p.add_argument('--folder', metavar='DIR', help='compare its file and image folders with what was published')
+    p.add_argument('--convert', metavar='DIR', help="scienceqa: write training data from its problems.json")
+    p.add_argument('--split', default='train', metavar='NAME', help='with --convert (default: %(default)s)')
+    p.add_argument('--json', action='store_true', help='print JSON')
+
+def _set_row(name, one):
+    "One line of the list"
+    return dict(name=name, samples=f'{one.samples:,}', file=one.file, size=one.size, licence=one.licence)
+
+def _show_set(name, one, as_json):
+    "All that is known of a set"
+    if as_json: return print(json.dumps(dict(name=name) | vars(one)))
+    facts = dict(about=one.about, file=f'{one.file}, {one.samples:,} samples', home=one.home)
+    facts |= dict(licence=one.licence, size=one.size)
+    for what,text in facts.items(): print(f'{what:9}{text}')
+    for folder,home in one.images.items(): print(f'images   {folder}/ from {home}')
+
+# %% ../../nbs/95_commands.data.ipynb #b34afe5e
+@command('data', 'list the training sets that recipes name, or compare a folder with one', _data_args)
+def _data(a):
+    from tinyllava_cookbook.core import Table
+    from tinyllava_cookbook.data.training_sets import check_set, convert_scienceqa, training_sets
+    if a.name is None:
+        if a.folder or a.convert: raise Usage("say which: tinyllava data NAME --folder DIR")
+        sets = {name: training_sets[name] for name in training_sets}
+        if a.json: return print(json.dumps({name: vars(one) for name,one in sets.items()}))
+        return print(Table(_set_row(*o) for o in sets.items()))
+    one = training_sets[a.name]
+    if a.convert and a.name != 'scienceqa':
+        raise Usage("--convert is for scienceqa; the others are published as they are")
+    if a.convert: return print(convert_scienceqa(a.convert, split=a.split))
+    if not a.folder: return _show_set(a.name, one, a.json)
+    report = check_set(a.name, a.folder)
+    print(json.dumps(vars(report) | dict(ok=report.ok)) if a.json else report)
+    return 0 if report.ok else 1
 
 # %% ../../nbs/95_commands.data.ipynb #ee1e4308
 def _cache_args(p):

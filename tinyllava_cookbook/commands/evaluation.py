@@ -20,6 +20,7 @@ def _question_args(p):
     what.add_argument('--questions', metavar='FILE', help='a questions.jsonl; its pictures are beside it, in images/')
     what.add_argument('--pope', metavar='DIR', help='folder of coco_pope_{random,popular,adversarial}.json')
 
+# %% ../../nbs/93_commands.evaluation.ipynb #f3a9f027
 def _bench_args(p):
     "Arguments of the benchmarks' files"
     p.add_argument('--data', metavar='DIR', help='folder of the benchmarks\' own files; needed for --bench')
@@ -32,6 +33,7 @@ def _bench_args(p):
     p.add_argument('--anew', action='store_true', help='ask everything again; answers in --out are kept in old-1, ...')
     p.add_argument('--images', metavar='DIR', help='folder of the pictures; needed for --pope')
 
+# %% ../../nbs/93_commands.evaluation.ipynb #aa59dc26
 def _eval_args(p):
     model_arguments(p, required=False)
     p.add_argument('folder', metavar='MODEL', nargs='?', help='the same as --model')
@@ -159,6 +161,7 @@ def _submission_args(p):
     p.add_argument('--data', metavar='DIR', help="folder of the benchmarks' own files; mmvet needs none")
     p.add_argument('--split', metavar='SPLIT', help='of mmbench (default: dev_20230712)')
 
+# %% ../../nbs/93_commands.evaluation.ipynb #0d7a6d46
 @command('submission', "write the file that a benchmark's server takes", _submission_args)
 def _submission(a):
     from tinyllava_cookbook.eval.run import submission

@@ -43,6 +43,7 @@ def _asked(a):
     known = Cache(answers) if answers.exists() else None
     return pictures, names, endpoint, estimate(requests_for(pictures, names), endpoint, known)
 
+# %% ../../nbs/96_commands.instruct.ipynb #4bdca0f0
 def _rejected(made):
     "Say which samples are missing, and why"
     for tag,why in list(made.rejected.items())[:5]:
@@ -50,6 +51,7 @@ def _rejected(made):
     more = len(made.rejected) - 5
     if more > 0: print(f'rejected: {more} more; --json names all', file=sys.stderr)
 
+# %% ../../nbs/96_commands.instruct.ipynb #a4a2521c
 @command('instruct', 'write instruction data about images by an endpoint, with the price first', _instruct_args)
 def _instruct(a):
     from dataclasses import asdict

@@ -16,6 +16,7 @@ def _port(text):
     if text.isdigit() and int(text) < 2**16: return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is no port; give a number from 0 (any free one) to 65535")
 
+# %% ../../nbs/96_commands.serving.ipynb #1c7bb24e
 def _add_listening(p):
     p.add_argument('model', metavar='MODEL', help='folder of a trained model')
     p.add_argument('--device', default='auto', help='auto, cpu or cuda (default: %(default)s)')
@@ -39,6 +40,7 @@ def _add_limits(p):
     p.add_argument('--max-requests', type=positive, default=64, metavar='N',
                    help='under way at a time (default: %(default)s)')
 
+# %% ../../nbs/96_commands.serving.ipynb #8fcb990c
 def _serving():
     "What serving needs; an error that says how to install it"
     try: import fastapi, prometheus_client, uvicorn  # noqa: F401
@@ -50,6 +52,7 @@ def _serve_args(p):
     _add_listening(p)
     _add_limits(p)
 
+# %% ../../nbs/96_commands.serving.ipynb #3517932a
 def _service(a, **limits):
     "The model of a command, ready to answer"
     from pathlib import Path
@@ -59,6 +62,7 @@ def _service(a, **limits):
     name = a.name or Path(a.model).resolve().name
     return Service(*load_model(a), name, policy, a.batch_size)
 
+# %% ../../nbs/96_commands.serving.ipynb #2f5356a3
 @command('serve', 'answer requests of OpenAI clients over HTTP', _serve_args)
 def _serve(a):
     from pathlib import Path

@@ -17,6 +17,7 @@ def _quickstart_args(p):
     p.add_argument('--seed', type=int, default=0, help='same seed, same numbers (default: %(default)s)')
     p.add_argument('--bake', action='store_true', help='pretrain the ingredients too, not only take the shipped ones')
 
+# %% ../../nbs/92_commands.training.ipynb #0459b8d7
 @command('quickstart', 'train, evaluate and look into a small model, on the CPU, in minutes', _quickstart_args)
 def _quickstart(a):
     from tinyllava_cookbook.recipes.quickstart import quickstart
@@ -47,6 +48,7 @@ def _input_args(p):
     p.add_argument('--images', metavar='DIR', help='folder that image paths are relative to')
     p.add_argument('--start', metavar='DIR', help='model to start from (default: what the stage before saved)')
 
+# %% ../../nbs/92_commands.training.ipynb #9f1706ca
 def _watch_args(p):
     "Arguments of what is shown while it trains"
     p.add_argument('--eval-data', metavar='FILE', help='its loss is measured every STAGE.trainer.eval_steps')
@@ -55,6 +57,7 @@ def _watch_args(p):
     p.add_argument('--report-to', metavar='NAME', action='append', default=[],
                    help='wandb, tensorboard, trackio ... (repeatable)')
 
+# %% ../../nbs/92_commands.training.ipynb #1d7149a6
 def _train_args(p):
     recipe_arguments(p)
     p.add_argument('stages', metavar='STAGE', nargs='*', help='which stages (default: all, in order)')
@@ -110,6 +113,7 @@ def _plan(a):
 
 _ASKED = 'images', 'start', 'resume', 'parallel', 'device', 'eval_data', 'ask_every'   # arguments of `train_recipe`
 
+# %% ../../nbs/92_commands.training.ipynb #50ad3b36
 def _run_recipe(a, r, todo, out, data):
     "Train; a stop that was asked for says where it saved"
     from tinyllava_cookbook.durable import Stopped
@@ -133,6 +137,7 @@ def _batch_line(s, world):
     n,k = batch_sizes(s, world)
     return f"{start} = {processes} x {n} x {k} accumulated"
 
+# %% ../../nbs/92_commands.training.ipynb #41cf076f
 def _show_plan(r, stages, out, a):
     from dataclasses import asdict
     _,world = rank_and_world()
@@ -161,6 +166,7 @@ def _recipes_args(p):
 
 def _doc(function): return (function.__doc__ or '').strip()
 
+# %% ../../nbs/92_commands.training.ipynb #f108ada7
 def _about(name, recipes):
     "Name, parts, stages and source of a recipe"
     r = recipes[name]()
@@ -180,6 +186,7 @@ def _stage_lines(a, name, stages):
     if a.json: return print(json.dumps([dict(zip(('stage', 'folder', 'data', 'images'), o)) for o in rows]))
     for row in rows: print(*row, sep='\t')
 
+# %% ../../nbs/92_commands.training.ipynb #9508a5e7
 @command('recipes', 'list the recipes, or show one: recipes show NAME', _recipes_args)
 def _recipes(a):
     from dataclasses import replace
@@ -208,6 +215,7 @@ def _deepspeed_args(p):
     p.add_argument('--offload', action='store_true', help="keep what is sharded in the host's memory")
     p.add_argument('--gpus', type=positive, default=1, metavar='N', help='on all nodes (default: %(default)s)')
 
+# %% ../../nbs/92_commands.training.ipynb #dd18a095
 @command('deepspeed-config', "print DeepSpeed's configuration for a stage of a recipe", _deepspeed_args)
 def _deepspeed(a):
     from tinyllava_cookbook.train.recipes import override, recipe
@@ -245,6 +253,7 @@ def _infer_budget(a):
     b = inference_budget(recipe_model(r), r.name, a.gpus, prompt=a.prompt_tokens, answer=a.answer_tokens)
     print(json.dumps(b.to_dict()) if a.json else b)
 
+# %% ../../nbs/92_commands.training.ipynb #b7b4f261
 @command('budget', 'forecast memory, hours and cost of a recipe on GPUs', _budget_args)
 def _budget(a):
     if a.infer: return _infer_budget(a)
@@ -271,6 +280,7 @@ def _cluster_args(p):
     p.add_argument('--option', metavar='--NAME=VALUE', action='append', dest='options',
                    help='a further line for sbatch, e.g. --option=--qos=long (repeatable)')
 
+# %% ../../nbs/92_commands.training.ipynb #69e27f78
 def _launch_args(p):
     p.add_argument('job', metavar='JOB', help='pretrain, share, finetune, lora, evaluate, sweep, pipeline, or any '
                    'stage of the recipe that --set RECIPE=NAME says')

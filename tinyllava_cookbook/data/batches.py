@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'join_images', 'check_samples', 'pad_rows', 'PadCollator', 'padding_share', 'EpochBatches', 'balanced_runs',
-           'GroupedSampler', 'Lengths', 'Shelf', 'fill_packs', 'plan_packs', 'naming_hangs', 'BatchLoader',
+           'GroupedSampler', 'Lengths', 'Shelf', 'fill_packs', 'plan_packs', 'naming_hangs', 'BatchLoader', 'cores',
            'parallel_map']
 
 # %% ../../nbs/14_data.batches.ipynb #bcb9be5d
@@ -393,7 +393,8 @@ class _Pieces(Dataset):
 # %% ../../nbs/14_data.batches.ipynb #d8b8c7ae
 def _as_is(found): return found
 
-def _cores() -> int:
+def cores() -> int:  # Those that this process may use
+    "Processor cores, for processes that read data"
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 # %% ../../nbs/14_data.batches.ipynb #1ee5de5a
@@ -406,7 +407,7 @@ def parallel_map(
     enough:int=500,         # Things that are work for a process
 ) -> list:                  # What `look` found, in order
     "Look at each thing, in parallel"
-    if workers is None: workers = min(_cores(), len(things)//enough)
+    if workers is None: workers = min(cores(), len(things)//enough)
     out = []
     loader = BatchLoader(_Pieces(things, look), batch_size=None, num_workers=workers, collate_fn=_as_is)
     with tqdm(total=len(things), desc=what, delay=1, disable=not progress) as bar:

@@ -17,6 +17,7 @@ def _text(piece:str, first:bool, last:bool) -> str:
     piece = piece if first else piece.removeprefix('\n')
     return piece if last else piece.removesuffix('\n')
 
+# %% ../../nbs/10_data.content.ipynb #9d8c73b2
 def _pieces(content:str) -> list[dict]:
     "Images and texts of a string, in its order"
     out = []
@@ -29,6 +30,7 @@ def _pieces(content:str) -> list[dict]:
             out.append({'type': 'text', 'text': words})
     return out
 
+# %% ../../nbs/10_data.content.ipynb #a8057d67
 def text_of(
     content:str|list,  # Of a message
 ) -> str:              # Its texts, one below the other
@@ -37,6 +39,7 @@ def text_of(
         return content
     return '\n'.join(block['text'] for block in content if block['type'] == 'text')
 
+# %% ../../nbs/10_data.content.ipynb #04c91b2c
 def content_list(
     content:str|list,   # Of a message: a string with `<image>`s, or a list of blocks
     images:bool=True,   # Does `<image>` in a string stand for an image?
@@ -57,6 +60,7 @@ def _try(tokenizer, content) -> str:
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
         return ''
 
+# %% ../../nbs/10_data.content.ipynb #7549974d
 def takes_lists(
     tokenizer,   # Carries a chat template
 ) -> bool:       # Does the template ask for lists of images and texts?
@@ -79,6 +83,7 @@ def listed(
     content = own if role == 'user' and isinstance(own, list) else message['content']
     return dict(message, content=content_list(content, role == 'user'))
 
+# %% ../../nbs/10_data.content.ipynb #85093dc9
 def render_chat(
     tokenizer,           # Carries a chat template
     messages:list[dict], # Roles and contents, strings or lists

@@ -44,6 +44,7 @@ def expand(
         start += 1
     return long_ids, long_labels, images
 
+# %% ../../nbs/13_data.datasets.ipynb #13b80646
 def _next(values, wanted, start):
     "Where it comes next; the end, if it does not"
     try: return values.index(wanted, start)
@@ -55,6 +56,7 @@ def _image_id(tokenizer) -> int:
     if known is None: raise ValueError(f"the tokenizer has no {IMAGE_TOKEN!r}; add it, or pass image_token_id")
     return known
 
+# %% ../../nbs/13_data.datasets.ipynb #87864e3b
 def _patch_grid(grid, n, mode):
     "Rows and columns of the tokens of a tile, where it matters; an unknown mode fails here, not in a worker"
     IMAGE_MODES[mode]
@@ -177,6 +179,7 @@ def _position(i, n) -> int:
     if not -n <= i < n: raise IndexError(f"no sample {i}; there are {n}")
     return int(i) % n
 
+# %% ../../nbs/13_data.datasets.ipynb #63403257
 def sample_name(
     ds,       # Rows or `Sample`s
     i:int,    # Which
@@ -273,6 +276,7 @@ def _length(ds, i):
         with time_limit(ds.seconds), naming(f'sample {i}'): return len(ds.encoder.tokens(ds.sample(i))[0])
     except BAD: return None
 
+# %% ../../nbs/13_data.datasets.ipynb #41e6455d
 def _others(ds, i:int) -> list[int]:
     "Samples to take the place of `i`: at random, those that are no longer first"
     drawn = np.random.default_rng(i).integers(len(ds), size=32).tolist()

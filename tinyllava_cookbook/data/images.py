@@ -33,7 +33,7 @@ def target_size(
                      "it needs height and width, or shortest_edge")
 
 # %% ../../nbs/10_data.images.ipynb #a7b30b58
-IMAGE_MODES = Registry('image mode')   # Name to a function (image, processor) -> image
+IMAGE_MODES = Registry('image mode', 'IMAGE_MODES')   # Name to a function (image, processor) -> image
 MOST_PIXELS = 89_478_485   # Of an intermediate image: as many as PIL decodes without a word
 
 def shrink(

@@ -157,7 +157,7 @@ _station = Picture('station', 'station.jpg',
      ('suitcase', .82, .74, .9, .93)])
 
 # %% ../../nbs/17_data.instruct.ipynb #0b512427
-kinds = Registry('kind of conversation')
+kinds = Registry('kind of conversation', 'kinds')
 kinds.register('conversation', Kind('conversation', turns=(2, 8), max_tokens=700,
     task="""Task: a conversation of three to five turns about one picture. Let the questions differ: what is there, \
 how many, where, what is going on, how things relate. Ask only what has one certain answer, or what is certainly \

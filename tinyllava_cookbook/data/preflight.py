@@ -326,15 +326,17 @@ def _write_records(r, path, file) -> int:
     return n
 
 # %% ../../nbs/16_data.preflight.ipynb #9e99a7ac
-def _rows(data, images, format:str):
+def _rows(data, images, format:str, without=()):
     "Rows, bad ones included, where their image paths start, and the JSON file behind them"
     if not isinstance(data, (str, Path)) and not hasattr(data, 'features'):
         return data, images, None
     format = guess_format(data) if format == 'auto' else format
-    rows = FORMATS[format](data, images,
-                           **({} if format == 'hf'
-                              else dict(on_bad_sample='keep')))
-    if format in ('hf', 'captions'): return rows, None, None
+    kinds = dict(without=tuple(without)) if without else {}
+    if without and format in ('hf', 'captions'):
+        raise ValueError(f"without= is for JSON files, not for {format!r}")
+    how = {} if format == 'hf' else dict(on_bad_sample='keep', **kinds)
+    rows = FORMATS[format](data, images, **how)
+    if format in ('hf', 'captions') or without: return rows, None, None
     path = Path(data).expanduser()
     return rows, None, path/'chat.json' if path.is_dir() else path
 
@@ -425,6 +427,7 @@ def preflight(
     recipe=None,            # An `Encoder`, or what has a method `encoder`; `None`: tokens are not counted
     allow=(),               # Kinds of `FAULTS` that are fine with you
     format:str='auto',      # A key of `FORMATS`
+    without=(),             # Image folders whose samples are left out: ('sam', 'ocr_vqa')
     max_aspect:float|None=None, # Longest side over shortest; `None`: as in training
     workers:int|None=None,  # Processes; `None`: one per core, if there is work for them
     progress:bool=True,     # Show bars?
@@ -436,7 +439,7 @@ def preflight(
     encoder = _encoder(recipe)
     _check_kinds(allow)
     _check_outputs(fix, out, _read_files(data))
-    rows, folder, source = _rows(data, images, format)
+    rows, folder, source = _rows(data, images, format, without)
     look = _look_all(rows, folder, encoder, max_aspect, workers, progress)
     r = Report(len(rows), allowed=tuple(allow), rows=rows, folder=folder,
                encoder=encoder, source=source, **look,

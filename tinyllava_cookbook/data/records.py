@@ -214,7 +214,7 @@ def read_llava(
     return cached_rows(key, records, folder, str(path), on_bad_sample)
 
 # %% ../../nbs/12_data.records.ipynb #54ac90e7
-FORMATS = Registry('data format')   # Name to a function (path, images, **kwargs) -> rows
+FORMATS = Registry('data format', 'FORMATS')   # Name to a function (path, images, **kwargs) -> rows
 FORMATS.register('llava', read_llava)
 
 def _first_folder(path) -> str:
@@ -428,6 +428,7 @@ def guess_format(
     if not isinstance(path, (str, Path)): return 'hf'
     p = Path(path).expanduser()
     if p.suffix.lower() in ('.json', '.jsonl', '.ndjson'):
+        if p.name.lower().startswith(('sharegpt4v', 'share-captioner')): return 'sharegpt4v'
         return 'cc3m' if p.name == 'chat.json' else 'llava'
     if not p.is_dir():
         return 'hf' if p.is_file() or not str(path).startswith(('/', '.', '~')) else 'llava'

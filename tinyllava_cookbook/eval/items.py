@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'BENCHES', 'check_text', 'Item', 'answer_row', 'need', 'checked', 'checked_rows', 'lacking', 'image_file',
-           'find', 'Bench', 'bench', 'load_benchmark', 'incomplete']
+           'find', 'Bench', 'bench', 'as_written', 'load_benchmark', 'incomplete']
 
 # %% ../../nbs/48_eval.items.ipynb #318ca0ee
 from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from ..core import Registry, read_json
+from ..core import Registry, UnknownName, read_json
 
 # %% ../../nbs/48_eval.items.ipynb #e4cb75ec
 def check_text(
@@ -202,7 +203,7 @@ class Bench:
     max_new_tokens:int  # Longest answer
     words:str           # What the number means, in a few words
     absent:Callable|None = None # `(data folder, split, items) -> list[str]`: what its own files show to be missing
-BENCHES = Registry('benchmark')
+BENCHES = Registry('benchmark', 'BENCHES')
 
 # %% ../../nbs/48_eval.items.ipynb #95b491ed
 def bench(
@@ -227,6 +228,26 @@ def _refuse_gaps(place, lacks):
                          "there is with --allow-partial "
                          "(allow_partial=True)")
 
+# %% ../../nbs/48_eval.items.ipynb #a5e1f002
+@contextmanager
+def as_written(
+    place:str,      # What is read, for messages
+    folder:str='',  # Part of it that a good message has already
+):
+    "Errors of records that are not as the benchmark writes them"
+    try:
+        yield
+    except UnknownName:
+        raise
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(f"{place}: a record is not as the benchmark "
+                         "writes it "
+                         f"({type(error).__name__}: {error})") from error
+    except ValueError as error:
+        if folder in str(error):
+            raise
+        raise ValueError(f"{place}: {error}") from error
+
 # %% ../../nbs/48_eval.items.ipynb #f245a694
 def load_benchmark(
     name:str,            # A name in `BENCHES`
@@ -236,12 +257,8 @@ def load_benchmark(
 ) -> list[Item]:         # In the order of the file
     "Read a benchmark from its official files"
     entry, place = BENCHES[name], f'{name} in {str(data_dir)!r}'
-    try:
+    with as_written(place, str(data_dir)):
         items = entry.load(Path(data_dir), split or entry.split)
-    except (TypeError, KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f"{place}: a record is not as the benchmark "
-                         "writes it "
-                         f"({type(error).__name__}: {error})") from error
     if not items:
         raise ValueError(f"{place} has no questions")
     id,times = Counter(str(item.id) for item in items).most_common(1)[0]

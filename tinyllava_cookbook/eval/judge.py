@@ -14,7 +14,7 @@ from ..core import read_json, write_json, write_lines
 from ..endpoint import Endpoint, without_key
 from ..paid_requests import Asker, Cache, Estimate, Request, estimate, run_jobs
 from .choice import mmbench, mmbench_gold, mmbench_passes
-from .items import find
+from .items import as_written, find
 from .results import Score
 from .records import match, read_answers, said
 from .requests import (LLAVAW_RULE, MMBENCH_PROMPT, MMVET_PROMPT, grade_answer, llavaw_request,
@@ -127,7 +127,8 @@ def judge_mmvet(
     "Have MM-Vet's answers graded, and score them"
     source = 'github.com/yuweihao/MM-Vet'
     path = find(annotations, 'mm-vet.json', source=source)
-    rows = _vet_rows(path, answers, subset)
+    with as_written(f'mmvet in {str(path)!r}'):
+        rows = _vet_rows(path, answers, subset)
     asker = _asker(out, endpoint, budget, answers, path)
     done = _paid(asker, *_vet_jobs(asker, rows, runs), dry_run,
                  workers=workers, progress=progress, unit='grade')
@@ -184,7 +185,8 @@ def judge_llavabench(
     dry_run:bool=False,             # Only say the price?
 ) -> Score|Estimate:                # The official score, or with `dry_run` the price
     "Have LLaVA-Bench's answers reviewed, and score them"
-    asked = _bench_questions(annotations)
+    with as_written(f'llavabench in {str(annotations)!r}'):
+        asked = _bench_questions(annotations)
     texts = {id: question['text'] for id,question in asked.items()}
     by_id, _ = match(read_answers(answers), list(asked), asked=texts)
     asker = _asker(out, endpoint, budget, answers)
@@ -282,7 +284,8 @@ def judge_mmbench(
     dry_run:bool=False,              # Only say the price?
 ) -> Score|Estimate:                 # The official score, or with `dry_run` the price
     "Have the answers read that no rule can read, and score MMBench"
-    gold = mmbench_gold(annotations)
+    with as_written(f'mmbench in {str(annotations)!r}'):
+        gold = mmbench_gold(annotations)
     rows = [_unjudged(row) for row in read_answers(answers)]
     asker = _asker(out, endpoint, budget, answers)
     passes, _ = mmbench_passes(gold, rows)

@@ -306,7 +306,8 @@ def write_xlsx(
     return Path(path)
 
 # %% ../../nbs/56_eval.report.ipynb #0832b4a2
-SUBMISSIONS = Registry('submission') # Benchmark -> `(rows, data folder, split, path without suffix) -> Path`
+# Benchmark -> `(rows, data folder, split, path without suffix) -> Path`
+SUBMISSIONS = Registry('submission', 'SUBMISSIONS')
 
 @SUBMISSIONS.register('vqav2')
 def _submit_vqav2(rows, data_dir, split, path):

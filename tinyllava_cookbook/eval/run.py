@@ -25,6 +25,7 @@ def _image_names(item):
     "The images of a question, as far as they can be told apart"
     return tuple(str(image) if isinstance(image, (str, Path)) else id(image) for image in item.images)
 
+# %% ../../nbs/57_eval.run.ipynb #5ec8579b
 def plan(
     items:list[Item], # The questions
     batch_size:int,   # Questions answered at a time

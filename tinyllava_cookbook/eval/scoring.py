@@ -10,7 +10,7 @@ __all__ = ['scores', 'SCORERS', 'normalize', 'exact_match', 'bootstrap_ci', 'acc
 import inspect, math
 from pathlib import Path
 from ..core import Registry, Table, read_json
-from .items import Item, find
+from .items import Item, as_written, find
 from .results import Score, compare, mean, percentile_interval, ratio
 from .records import match, read_answers, said
 from .yesno import (POPE_CATEGORIES, POPE_OFFSETS, mme, mme_answer, pope, pope_answer,
@@ -75,7 +75,7 @@ def accuracy_by_kind(
             for kind,values in sorted(groups.items())}
 
 # %% ../../nbs/53_eval.scoring.ipynb #e3ca22e9
-scores = Registry('score')
+scores = Registry('score', 'scores')
 
 @scores.register('exact')
 def _exact(items, texts):
@@ -381,7 +381,7 @@ def llavabench(
                  cols=('gpt4','model'), stat=relative_score)
 
 # %% ../../nbs/53_eval.scoring.ipynb #6607f2e8
-SCORERS = Registry('benchmark')
+SCORERS = Registry('benchmark', 'SCORERS')
 for _f in (vqav2, gqa, textvqa, scienceqa, pope,
            mme, mmvet, mmmu, mmbench, llavabench):
     SCORERS.register(_f.__name__, _f)
@@ -401,4 +401,6 @@ def score_file(
                          f"from {known}")
     if annotations is not None and not Path(annotations).exists():
         raise FileNotFoundError(f"no annotations {str(annotations)!r}")
-    return scorer(annotations, read_answers(answers), **options)
+    rows = read_answers(answers)
+    with as_written(f'{bench} in {str(annotations)!r}'):
+        return scorer(annotations, rows, **options)

@@ -59,6 +59,7 @@ def settled(
     begun = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
     return text[:len(text)-begun].rstrip()
 
+# %% ../../nbs/41_infer.batching.ipynb #e062041c
 def before_stop(
     text:str,        # Decoded so far
     stops:tuple,     # Texts that end an answer
@@ -79,6 +80,7 @@ def nucleus(
     return logits_v.masked_fill(order.new_zeros(len(order), dtype=torch.bool)
         .scatter(0, order, before >= top_p), float('-inf'))
 
+# %% ../../nbs/41_infer.batching.ipynb #3c1b1b3c
 def draw_scores(
     logits_v:Tensor,            # Of one position
     temperature:float,          # Above 0
@@ -151,6 +153,7 @@ class SampleRows(LogitsProcessor):
             if job.temperature: scores_bv[i] = draw_scores(scores_bv[i], job.temperature, job.top_p, row.random)
         return scores_bv
 
+# %% ../../nbs/41_infer.batching.ipynb #3c7c98e5
 class FeedRows(BaseStreamer):
     "Hands each row its new token"
     def __init__(self,
@@ -190,6 +193,7 @@ class Counts:
     tokens:int = 0   # Generated
     largest:int = 0  # Most rows of a batch
 
+# %% ../../nbs/41_infer.batching.ipynb #6f803dce
 def answer_jobs(
     model,            # A `VLMForConditionalGeneration`
     processor,        # Its processor
@@ -207,6 +211,7 @@ def answer_jobs(
         streamer=FeedRows(rows, step), stopping_criteria=StoppingCriteriaList([RowsOver(rows)]))
     for row in rows: _count(row, counts)
 
+# %% ../../nbs/41_infer.batching.ipynb #0b7e20da
 def _count(row:Answer, counts:Counts):
     "Count one answer; one whose caller left may not have heard of it"
     if row.finish is None: row.end(row.text(), 'cancelled')
@@ -241,6 +246,7 @@ def _receive(batcher, item):
     try: future.set_result(work())
     except BaseException as error: future.set_exception(error)
 
+# %% ../../nbs/41_infer.batching.ipynb #bc3313b9
 def _collect(batcher):
     "Wait for something to do, then take all that has arrived"
     if not batcher.waiting:
@@ -251,6 +257,7 @@ def _collect(batcher):
         except queue.Empty: return
         _receive(batcher, item)
 
+# %% ../../nbs/41_infer.batching.ipynb #02fee921
 def _drop_left(batcher):
     "Forget jobs whose callers left before their turn"
     for job in [job for job in batcher.waiting if job.left.is_set()]:
@@ -266,6 +273,7 @@ def _answer_alone(batcher, job:Job):
         batcher.counts.failed += 1
         job.tell(error)
 
+# %% ../../nbs/41_infer.batching.ipynb #1f625280
 def _answer_batch(batcher, jobs:list[Job]):
     "Answer a batch, or after an error each of its jobs alone"
     if len(jobs) == 1: return _answer_alone(batcher, jobs[0])
@@ -273,6 +281,7 @@ def _answer_batch(batcher, jobs:list[Job]):
     except Exception:
         for job in [job for job in jobs if not job.finish]: _answer_alone(batcher, job)
 
+# %% ../../nbs/41_infer.batching.ipynb #e129d57d
 def _answer_all(batcher):
     "Work of the thread that owns the model"
     while not batcher.closed:

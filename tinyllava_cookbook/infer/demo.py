@@ -54,12 +54,14 @@ def small_copy(
     image.thumbnail((MAP_SIDE, MAP_SIDE))
     return image
 
+# %% ../../nbs/67_infer.demo.ipynb #25c31ae6
 def _as_url(image):
     "A picture for the page"
     buffer = io.BytesIO()
     image.save(buffer, 'PNG')
     return f'data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
+# %% ../../nbs/67_infer.demo.ipynb #0951ec05
 def where_it_looked(
     service:Service,  # Whose model
     turns:list[dict], # Messages up to the question
@@ -90,6 +92,7 @@ def answer_tokens(
     last = sum(label != IGNORE for label in labels[len(before):])
     return supervised[-last:-1]
 
+# %% ../../nbs/67_infer.demo.ipynb #55515f2f
 def pixel_inputs(
     service:Service, # Whose model
     images:list,     # PIL images
@@ -122,6 +125,7 @@ def next_words(
     values,words = out.logits[0].float().softmax(-1).topk(n)
     return [_step(processor, *one) for one in zip(new, words.tolist(), values.tolist())]
 
+# %% ../../nbs/67_infer.demo.ipynb #45dd1b4d
 def _step(processor, token, words, values):
     "One row of the table"
     decode = processor.tokenizer.decode

@@ -25,6 +25,7 @@ def message_row(
     text = re.sub(rf'\s*{IMAGE_TOKEN}\s*', ' ', first['content']).strip()
     return dict(images=list(sample.get('images') or []), messages=[{**first, 'content': text}, *rest])
 
+# %% ../../nbs/44_infer.ecosystem.ipynb #5c9cda1d
 def message_dataset(
     samples,      # Samples with `messages` and `images`: paths or PIL images
 ) -> Dataset:     # With columns `images` and `messages`

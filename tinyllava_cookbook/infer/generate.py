@@ -23,6 +23,7 @@ from ..model.llms import stop_ids
 # %% ../../nbs/40_infer.generate.ipynb #09081824
 def _as_list(images): return [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
 
+# %% ../../nbs/40_infer.generate.ipynb #ba74a108
 def user_turn(
     text:str,     # The question
     n_images:int, # How many pictures it is about
@@ -34,6 +35,7 @@ def user_turn(
         raise ValueError(f"{marks} {IMAGE_TOKEN} in {text[:60]!r} for {n_images} images; they must be equally many")
     return dict(role='user', content=text)
 
+# %% ../../nbs/40_infer.generate.ipynb #5a544b80
 def prompt_ids(
     processor,           # Of the model that is asked
     messages:list[dict], # A conversation that ends with the user
@@ -60,6 +62,7 @@ def _pixels(processor, images):
     if processor.image_mode!='anyres': return out
     return out | dict(image_sizes=torch.tensor([once[_key(o)].size[::-1] for o in images]))
 
+# %% ../../nbs/40_infer.generate.ipynb #165c519f
 def _check_room(model, prompts):
     "An error for a prompt that is longer than what the model reads"
     longest = max(map(len, prompts))
@@ -67,6 +70,7 @@ def _check_room(model, prompts):
     if room and longest >= room:
         raise ValueError(f"a prompt of {longest} tokens, but the model reads {room}; shorten it")
 
+# %% ../../nbs/40_infer.generate.ipynb #9d436c79
 def _left_padded(rows, pad) -> dict:
     "Ids of different lengths as a batch"
     longest = max(map(len, rows))
@@ -74,6 +78,7 @@ def _left_padded(rows, pad) -> dict:
     mask = [[0]*(longest - len(o)) + [1]*len(o) for o in rows]
     return dict(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
 
+# %% ../../nbs/40_infer.generate.ipynb #bce85df3
 def _batch(model, processor, prompts, images, blind=False):
     "Left-padded inputs of `generate`"
     _check_room(model, prompts)
@@ -125,6 +130,7 @@ def _slides(config):
     "Does a layer of it see a window, in which padding counts?"
     return any(DynamicCache(config=config).is_sliding)
 
+# %% ../../nbs/40_infer.generate.ipynb #a9f0cfa7
 def _with_prefixes(model, processor, prefixes, images, rows, rests, blind):
     "Inputs of `generate`, the cache filled with what rows share"
     first = _batch(model, processor, prefixes, images, blind)
@@ -134,6 +140,7 @@ def _with_prefixes(model, processor, prefixes, images, rows, rests, blind):
     b = {k: torch.cat([first[k][rows], v.to(model.device)], 1) for k,v in b.items()}
     return b | dict(past_key_values=cache)
 
+# %% ../../nbs/40_infer.generate.ipynb #32959149
 def _inputs(model, processor, prompts, images, blind):
     "Inputs of `generate`, what rows share computed once"
     shared = shared_prefixes(processor, prompts, images) if images and len(prompts) > 1 else None
@@ -150,6 +157,7 @@ def _how(temperature):
     if temperature: return dict(do_sample=True, temperature=temperature)
     return dict(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None)
 
+# %% ../../nbs/40_infer.generate.ipynb #01a07546
 class FiniteLogits(LogitsProcessor):
     "Stops a generation whose logits are not numbers, which would end as an empty answer"
     def __call__(self, input_ids:Tensor, scores:Tensor) -> Tensor:
@@ -160,6 +168,7 @@ class FiniteLogits(LogitsProcessor):
 
 def _cut(ids, ends): return ids[:next((i for i,o in enumerate(ids) if o in ends), len(ids))]
 
+# %% ../../nbs/40_infer.generate.ipynb #8aa87263
 @torch.inference_mode()
 def answer_ids(
     model,                  # A `VLMForConditionalGeneration`
@@ -219,6 +228,7 @@ class _Cancel(StoppingCriteria):
     def __call__(self, input_ids, scores, **kw):
         return torch.full((len(input_ids),), self.told.is_set(), device=input_ids.device)
 
+# %% ../../nbs/40_infer.generate.ipynb #8ffbf01f
 def _stripped(pieces):
     "The same text without white space at its ends, while it is still coming"
     held = None              # white space that may turn out to be the end; `None` before the first word
@@ -253,6 +263,7 @@ def _load_once(path, changed, device):
     device = pick_device(device)
     return load(path, device=device, dtype=pick_dtype(device))
 
+# %% ../../nbs/40_infer.generate.ipynb #e54beb62
 def open_model(
     model,             # A model, or the folder of one; the last folder stays in memory
     processor=None,    # Its processor; not needed for a folder
@@ -317,6 +328,7 @@ def stream(
     "Ask one question and read the answer as it comes"
     yield from ChatSession(model, processor, image, max_new_tokens=max_new_tokens, temperature=temperature).stream(text)
 
+# %% ../../nbs/40_infer.generate.ipynb #8c8d5438
 def chat(
     model,                  # A model, or the folder of one
     image,                  # Path, URL or PIL image; a list of them; `None` for a question in words alone

@@ -24,6 +24,7 @@ def _quantized(model:nn.Module) -> dict:
     "Linear layers that `load(quantization=)` stores in fewer bits"
     return {id(m.weight): m for m in model.language_model.modules() if isinstance(m, nn.Linear)}
 
+# %% ../../nbs/41_infer.memory.ipynb #1a465e57
 def weight_bytes(
     model:nn.Module,  # A VLM, also on the meta device
     bits:int=16,      # One of `BITS`
@@ -46,6 +47,7 @@ def _cache_width(config) -> int:
     heads = getattr(config, 'num_key_value_heads', None) or config.num_attention_heads
     return 2*config.num_hidden_layers*heads*width
 
+# %% ../../nbs/41_infer.memory.ipynb #8002306d
 def cache_bytes(
     model:nn.Module,  # A VLM, also on the meta device
     tokens:int=1,     # Read and written, image tokens included
@@ -78,6 +80,7 @@ class InferenceMemory:
         parts = f"weights {readable(self.weights)}, KV cache {readable(self.cache)}, work {readable(self.work)}"
         return f"{self.bits} bits: {readable(self.total)} for {self.tokens} tokens ({parts})"
 
+# %% ../../nbs/41_infer.memory.ipynb #f4d4ba8f
 def inference_memory(
     model:nn.Module,     # A VLM, also on the meta device
     bits:int=16,         # One of `BITS`
@@ -119,6 +122,7 @@ def _as_row(need, gpu):
     told = dict(total=need.total, fits=need.fits(gpu), tokens_per_second=tokens_per_second(need, gpu))
     return vars(need) | told
 
+# %% ../../nbs/41_infer.memory.ipynb #439ea10d
 @dataclass
 class InferenceBudget:
     "What answering with a model takes, at each number of bits"

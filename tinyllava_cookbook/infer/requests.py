@@ -23,6 +23,7 @@ from ..sources import fetch, open_regular, read_data_url, short
 
 # %% ../../nbs/42_infer.requests.ipynb #db87e1da
 logger = logging.getLogger('tinyllava_cookbook.serve')
+
 class RequestError(ValueError):
     "A request that is refused"
     def __init__(self,
@@ -41,6 +42,7 @@ class RequestError(ValueError):
         error = dict(message=str(self), type=kind, param=self.param, code=self.code)
         return dict(error=error)
 
+# %% ../../nbs/42_infer.requests.ipynb #e73e2f3a
 def refuse(
     scope:dict,          # Of ASGI
     error:RequestError,  # Why
@@ -78,6 +80,7 @@ def _file_bytes(name:str, policy:Policy) -> bytes:
         raise RequestError(f"no image {short(name)} in the folder that requests may read", code='file_refused')
     with open_regular(file, 'image file') as opened: return opened.read(policy.image_bytes + 1)
 
+# %% ../../nbs/42_infer.requests.ipynb #429f3c4c
 def _remote_bytes(url:str, policy:Policy) -> bytes:
     "The bytes of a public address"
     if not policy.remote:
@@ -85,6 +88,7 @@ def _remote_bytes(url:str, policy:Policy) -> bytes:
             "itself, as a data URL", code='remote_refused')
     return fetch(url, policy.seconds)
 
+# %% ../../nbs/42_infer.requests.ipynb #fb4b0496
 def _data_bytes(url:str, policy:Policy) -> bytes:
     "The bytes of a data URL"
     head = url[:100].partition(',')[0]
@@ -108,6 +112,7 @@ def image_bytes(
         raise RequestError(f"an image of more than {policy.image_bytes:,} bytes; shrink it", 413, 'image_too_large')
     return data
 
+# %% ../../nbs/42_infer.requests.ipynb #215403be
 def request_image(
     url:str,         # As in a request
     policy:Policy,   # What is allowed
@@ -135,6 +140,7 @@ class Strict(BaseModel):
         if not isinstance(found, dict): return found
         return {name: value for name,value in found.items() if value is not None}
 
+# %% ../../nbs/42_infer.requests.ipynb #e5a02ca8
 class TextPart(Strict):
     "Words"
     type: Literal['text']
@@ -145,6 +151,7 @@ class ImageURL(Strict):
     url: str
     detail: Literal['auto', 'low', 'high'] = 'auto'
 
+# %% ../../nbs/42_infer.requests.ipynb #5210566d
 class ImagePart(Strict):
     "An image"
     type: Literal['image_url']
@@ -163,6 +170,7 @@ class StreamOptions(Strict):
     "How to stream"
     include_usage: bool = False
 
+# %% ../../nbs/42_infer.requests.ipynb #9ab439bd
 class ChatRequest(Strict):
     "The body of /v1/chat/completions"
     model: str
@@ -213,6 +221,7 @@ def turn_text(
     if len(texts) < 2: return user_turn(''.join(texts), n_images)['content']
     return '\n'.join(part.text if isinstance(part, TextPart) else IMAGE_TOKEN for part in parts)
 
+# %% ../../nbs/42_infer.requests.ipynb #aca206d9
 def image_urls(
     messages:list[Message],  # Of a request
 ) -> list[str]:              # In order

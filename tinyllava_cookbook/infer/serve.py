@@ -42,6 +42,7 @@ def headers_of(
     "Headers of a request"
     return {name.decode('latin1').lower(): value.decode('latin1') for name,value in scope['headers']}
 
+# %% ../../nbs/45_infer.serve.ipynb #19650476
 def check_headers(
     scope:dict,   # Of ASGI
     key:str,      # What a client must know; '' for none
@@ -74,7 +75,6 @@ async def read_body(
         body += message.get('body', b'')
         if len(body) > most: raise RequestError(f"a request of more than {most:,} bytes", 413, 'request_too_large')
         if not message.get('more_body'): return bytes(body)
-
 async def body_in_time(
     receive:Callable, # Of ASGI
     policy:Policy,    # Limits of size and time
@@ -167,6 +167,7 @@ class EventStream(StreamingResponse):
         try: await super().__call__(scope, receive, send)
         finally: self.job.cancel()
 
+# %% ../../nbs/45_infer.serve.ipynb #11bc3bbe
 async def answer_chat(
     service:Service,      # Who answers
     request:Request,      # Of FastAPI
@@ -207,6 +208,7 @@ def add_routes(
     @app.get('/health')
     async def health(): return dict(status='ok', model=service.name)
 
+# %% ../../nbs/45_infer.serve.ipynb #df9d3acb
 def add_errors(
     app:FastAPI,  # Changed in place
 ):
@@ -256,6 +258,7 @@ def open_socket(
     try: return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
     except OSError as error: raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
 
+# %% ../../nbs/45_infer.serve.ipynb #f3fe37dc
 def server_url(
     sock:socket.socket,  # From `open_socket`
 ) -> str:                # Without a slash in the end
@@ -273,6 +276,7 @@ def new_server(
         timeout_graceful_shutdown=2, access_log=False, ws='none')
     return uvicorn.Server(config)
 
+# %% ../../nbs/45_infer.serve.ipynb #227b69e8
 @contextmanager
 def running(
     app:FastAPI,           # From `new_app`

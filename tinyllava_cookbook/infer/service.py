@@ -92,6 +92,7 @@ class Listener:
             yield news
             if isinstance(news, Finish): return
 
+# %% ../../nbs/43_infer.service.ipynb #e7c02226
 async def finish_or_leave(
     request:Request,    # Whose client may leave
     listener:Listener,  # To the job
@@ -118,6 +119,7 @@ def usage(
     read = len(job.prompt)
     return dict(prompt_tokens=read, completion_tokens=finish.tokens, total_tokens=read + finish.tokens)
 
+# %% ../../nbs/43_infer.service.ipynb #d9525ecf
 def envelope(
     kind:str,   # 'chat.completion' or 'chat.completion.chunk'
     model:str,  # Its name
@@ -125,6 +127,7 @@ def envelope(
     "The outer part of an answer"
     return dict(id=f'chatcmpl-{uuid.uuid4().hex}', object=kind, created=int(time.time()), model=model)
 
+# %% ../../nbs/43_infer.service.ipynb #1273fa80
 def completion(
     job:Job,        # What was asked
     finish:Finish,  # The answer
@@ -142,6 +145,7 @@ def event(
     "One event of a stream"
     return f'data: {json.dumps(data)}\n\n'
 
+# %% ../../nbs/43_infer.service.ipynb #582123e4
 async def chunks(
     job:Job,            # What was asked
     listener:Listener,  # To the answer

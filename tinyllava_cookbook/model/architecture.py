@@ -35,7 +35,7 @@ class Architecture:
         if kind == 'openelm': _openelm_classes()
         return AutoConfig.for_model(kind, **fields)
 
-architectures = Registry('architecture')
+architectures = Registry('architecture', 'architectures')
 
 # %% ../../nbs/29_model.architecture.ipynb #3a9b5b99
 def register_architectures(

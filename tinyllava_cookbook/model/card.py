@@ -28,6 +28,7 @@ def plain_markdown(
     "Words of others for a model card: no markup, no new lines"
     return re.sub(r'([\\`*_\[\]<>|#~&$!])', r'\\\1', _one_line(text))
 
+# %% ../../nbs/26_model.card.ipynb #132d925f
 def code_markdown(
     text,         # Any value, from a recipe or a file
 ) -> str:         # In backticks
@@ -80,6 +81,7 @@ def _trainable(stage):
     modes = {part: _mode(tune) for part,tune in stage.get('tune', {}).items()}
     return ', '.join(f'{part} {mode}' for part,mode in modes.items() if mode != 'frozen')
 
+# %% ../../nbs/26_model.card.ipynb #38419694
 def stages_table(
     recipe:dict,  # As `to_dict` gives it
 ) -> str:         # Markdown
@@ -98,6 +100,7 @@ def _score_row(name, result):
     interval = '{:.2f} to {:.2f}'.format(*ends) if ends else ''
     return [name, result.get('split', ''), published['metric'], f"{published['score']:.2f}", interval]
 
+# %% ../../nbs/26_model.card.ipynb #a9f1bfdc
 def scores_table(
     scores:dict,  # Benchmark to number, or what `tinyllava eval` wrote
 ) -> str:         # Markdown

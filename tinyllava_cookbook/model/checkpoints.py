@@ -49,6 +49,7 @@ def saved_plugins(
     parts += [('vision family', name) for name in types]
     return held_plugins(parts, types)
 
+# %% ../../nbs/26_model.checkpoints.ipynb #c7e20587
 def save(
     model,       # A `VLMForConditionalGeneration`
     processor,   # Its processor

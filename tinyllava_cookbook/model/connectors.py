@@ -38,6 +38,7 @@ class Connector(nn.Module):
         "How the vectors lie on the image"
         return grid if self.n_tokens(math.prod(grid)) == math.prod(grid) else None
 
+# %% ../../nbs/21_model.connectors.ipynb #8f3c6d44
 connectors = Registry('connector', 'connectors')
 
 # %% ../../nbs/21_model.connectors.ipynb #d9dd2941

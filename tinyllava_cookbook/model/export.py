@@ -48,6 +48,7 @@ def _noise(w, h):
     pixels = np.random.default_rng(w).integers(0, 255, (h, w, 3), dtype='uint8')
     return Image.fromarray(pixels)
 
+# %% ../../nbs/27_model.export.ipynb #0ef97666
 def _settings(image_processor, **over):
     "The settings of an image processor, output size spelled out"
     h,w = target_size(image_processor)
@@ -57,7 +58,7 @@ def _settings(image_processor, **over):
     settings['do_center_crop'] = bool(getattr(image_processor, 'do_center_crop', False))
     return settings | over
 
-# %% ../../nbs/27_model.export.ipynb #0ef97666
+# %% ../../nbs/27_model.export.ipynb #8f5662a7
 def _counterpart(image_processor, mode):
     "The image processor of `transformers` that should do the same"
     crops = getattr(image_processor, 'do_center_crop', False)
@@ -294,6 +295,7 @@ def _write_config(out, config):
     raw['text_config'] |= old_rope_fields(raw['text_config'])
     write_json(out/'config.json', raw)
 
+# %% ../../nbs/27_model.export.ipynb #50dd1323
 def _write_processor(out, processor):
     "The processor, also where older versions look for it"
     processor.save_pretrained(out)

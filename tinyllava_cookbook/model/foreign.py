@@ -44,7 +44,7 @@ class Foreign:
     chat_template:str|None=None          # In Jinja; `None` writes the one of `config['template']`
     generation:GenerationConfig|None=None # How it answers; `None` is greedy, up to the end of the turn
 
-readers = Registry('checkpoint layout')  # Name to a function (folder, llm, vision) -> Foreign
+readers = Registry('checkpoint layout', 'readers')  # Name to a function (folder, llm, vision) -> Foreign
 
 # %% ../../nbs/25_model.foreign.ipynb #1b9fd84a
 def layout(

@@ -256,6 +256,7 @@ def _decode(llm, emb_btd, positions, attention_mask=None):
     return decoder(inputs_embeds=emb_btd, position_ids=positions.to(emb_btd.device), use_cache=False,
         attention_mask=attention_mask).last_hidden_state
 
+# %% ../../nbs/22_model.llms.ipynb #c2663772
 def _probe(llm, logits, ids):
     "Hidden states alone and padded, logits by us and by the model, and a sample with either of two in front"
     emb = llm.get_input_embeddings()(ids)

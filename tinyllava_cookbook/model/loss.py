@@ -24,6 +24,7 @@ def _chunk_loss(head, h_td, y_t):
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(precise, y_t, reduction='sum')
 
+# %% ../../nbs/22_model.loss.ipynb #6c4850ee
 def _summed_loss(head, h_td, y_t, chunk):
     "Cross-entropy of all positions, `chunk` of them at a time"
     step = partial(_chunk_loss, head)

@@ -41,6 +41,7 @@ def _inside(connector):
     if 'mlp' in connector: return 'layers.'
     return 'proj.' if connector == 'linear' else ''
 
+# %% ../../nbs/24_model.names.ipynb #7bc23b06
 def factory_names(
     connector:str,                   # Name of the connector
     tower:str='vision_model.',       # From `tower_prefix`

@@ -45,6 +45,7 @@ def _line(mask_function, q_idx, kv_idx):
     first = torch.zeros_like(q_idx)
     return mask_function(first, first, q_idx, kv_idx).expand(len(q_idx))
 
+# %% ../../nbs/22_model.packed_attention.ipynb #1986fdc0
 def _window(mask_function, start, stop, device):
     "How far back the last token of a sample sees; `None`: to its begin; 0: what it sees has gaps"
     at = torch.arange(start, stop, device=device)
@@ -75,6 +76,7 @@ def _alone(batch_size, q_length, kv_length, q_offset, attention_mask, use_vmap):
     if attention_mask is not None or use_vmap or torch.compiler.is_compiling(): return False
     return batch_size == 1 and q_length == kv_length > 1 and isinstance(q_offset, int) and q_offset == 0
 
+# %% ../../nbs/22_model.packed_attention.ipynb #aa4e8664
 def packed_mask(
     batch_size:int,              # Rows
     q_length:int,                # Queries of a row
@@ -125,6 +127,7 @@ def _band(start, stop, first, window, device):
     back = torch.arange(start, stop, device=device)[:, None] - torch.arange(first, stop, device=device)
     return (back >= 0) & (back < window)
 
+# %% ../../nbs/22_model.packed_attention.ipynb #b74b3023
 def _sample(q, k, v, window, *how):
     "Attention within one sample"
     n = q.shape[2]
@@ -144,6 +147,7 @@ def _varlen():
     except ImportError: return None
     return varlen.varlen_attn if tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10) else None
 
+# %% ../../nbs/22_model.packed_attention.ipynb #f3db123e
 def takes_varlen(
     q:Tensor,              # (b, h, t, d) queries
     v:Tensor,              # Values
@@ -164,6 +168,7 @@ def _in_one_call(q, k, v, blocks, scale):
     grouped = dict(enable_gqa=True) if q.shape[1] != k.shape[1] else {}
     return _varlen()(q, k, v, borders, borders, longest, longest, scale=scale, window_size=window, **grouped)[None]
 
+# %% ../../nbs/22_model.packed_attention.ipynb #1bf0b00b
 def _one_by_one(q, k, v, blocks, scale, dropout, cap):
     "Each sample by itself"
     parts = zip(*(x.split(list(blocks.lengths), 2) for x in (q, k, v)))
@@ -203,6 +208,7 @@ AttentionMaskInterface.register(PACKED, packed_mask)
 @functools.cache
 def _say(text): print(text, file=sys.stderr)   # once
 
+# %% ../../nbs/22_model.packed_attention.ipynb #aa2e5b06
 def choose_attention(
     config,           # Of a language model
     how:str='auto',   # 'auto', or a name in the attention interface

@@ -90,6 +90,7 @@ def _starting_with(state, start):
     return {name.removeprefix(start): tensor.contiguous().clone()
             for name,tensor in state.items() if name.startswith(start)}
 
+# %% ../../nbs/28_model.serving.ipynb #da9a91a2
 def _write_encoder(model, processor, state, out):
     "The vision encoder with its settings"
     out.mkdir()

@@ -344,6 +344,7 @@ class MoFModel(PreTrainedModel):
     def forward(self, pixel_values:Tensor) -> Tensor:
         return vision_features(self, pixel_values)
 
+# %% ../../nbs/20_model.vision.ipynb #948b2271
 AutoConfig.register(MoFConfig.model_type, MoFConfig, exist_ok=True)
 AutoModel.register(MoFConfig, MoFModel, exist_ok=True)
 

@@ -33,6 +33,7 @@ def _report(name:str, folder:Path, tok:PreTrainedTokenizerFast, cfg:Bake) -> dic
     siglip = load_strict(SiglipModel, folder, dtype=torch.float32)
     return seeing_report(siglip, tok, micro_image_processor(cfg))
 
+# %% ../../nbs/69_recipes.bake.ipynb #1f7a5ff0
 def _save(name:str, model, tok:PreTrainedTokenizerFast, folder:Path, cfg:Bake):
     "Write model, tokenizer and image processor"
     with quiet():

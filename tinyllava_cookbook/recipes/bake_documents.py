@@ -67,6 +67,7 @@ def _turn(template:str, question:str, answer:str, kind:str) -> tuple[str,Parts]:
     parts += [(text, kind if supervised else 'given') for text,supervised in rest]
     return before, parts
 
+# %% ../../nbs/66_recipes.bake_documents.ipynb #789afbc8
 def document(
     scene:Scene,           # What it is about
     qas:list[QA],          # What is asked
@@ -109,6 +110,7 @@ def _text(doc:Document) -> str:
         parts += turn
     return ''.join(text for text,_ in parts)
 
+# %% ../../nbs/66_recipes.bake_documents.ipynb #d120381a
 def micro_tokenizer(
     n:int=6000, # Documents to learn from
     seed:int=0, # Same seed, same tokenizer

@@ -45,6 +45,7 @@ class Bake:
     lr_siglip:float = 1e-3  # Peak learning rates
     lr_llama:float = 2e-3
 
+# %% ../../nbs/67_recipes.bake_llm.ipynb #7d086754
 TINY = Bake(width=32, llm_width=32, siglip_steps=20, siglip_batch=16, llama_steps=30)
 
 # %% ../../nbs/67_recipes.bake_llm.ipynb #993c649e
@@ -118,11 +119,13 @@ class Batch:
     turns:Tensor          # (n,t) 0 for the head, -1 for padding
     slots:list[list[int]] # Token ids of what each slot holds, in order
 
+# %% ../../nbs/67_recipes.bake_llm.ipynb #6f03c145
 def _padded(rows:list[list[int]], value:int) -> Tensor:
     "Rows of unequal length as one tensor"
     width = max(map(len, rows))
     return torch.tensor([row + [value]*(width - len(row)) for row in rows])
 
+# %% ../../nbs/67_recipes.bake_llm.ipynb #519508bc
 def batch_documents(
     docs:list[Document],         # From `document`
     tok:PreTrainedTokenizerFast, # Cuts the text
@@ -213,6 +216,7 @@ def _hits(scored:Scored, scene:Scene, rng:random.Random, as_slots:bool) -> list[
     same = logits.argmax(-1) == right
     return [(qa.kind, same[where[:,1] == turn].all().item()) for turn,qa in enumerate(qas, 1)]
 
+# %% ../../nbs/67_recipes.bake_llm.ipynb #486cf1c0
 def _by_kind(scored:Scored, n:int, rng:random.Random, as_slots:bool) -> dict[str,float]:
     "Fraction of questions whose answer is most probable, token by token"
     hits = {kind: [] for kind in ASK}
@@ -229,6 +233,7 @@ def _nats(scored:Scored, doc:Document, kind:str) -> Tensor:
     nats = F.cross_entropy(logits, right, reduction='none')
     return nats[kinds == list(KINDS).index(kind)]
 
+# %% ../../nbs/67_recipes.bake_llm.ipynb #0d5884b7
 def _scene_loss(scored:Scored, n:int, rng:random.Random) -> tuple[float,float]:
     "Mean loss of a scene, and its floor"
     nats = []
@@ -238,6 +243,7 @@ def _scene_loss(scored:Scored, n:int, rng:random.Random) -> tuple[float,float]:
         nats.append((_nats(scored, doc, 'scene').sum().item(), scene_nats(scene)))
     return np.mean(nats, 0)
 
+# %% ../../nbs/67_recipes.bake_llm.ipynb #523ffcc9
 def _caption_loss(scored:Scored, n:int, rng:random.Random) -> Tensor:
     "Loss of each token of captions of unseen scenes, every second one shown as slots"
     nats = []

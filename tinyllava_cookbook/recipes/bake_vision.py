@@ -29,6 +29,7 @@ def _swapped(objs:list[Obj], first:int, second:int) -> tuple[Obj,...]:
     objs[second] = replace(b, color=a.color)
     return tuple(objs)
 
+# %% ../../nbs/68_recipes.bake_vision.ipynb #5fc61dc2
 def _changed(scene:Scene, obj:Obj, change:str, rng:random.Random) -> Obj:
     "The object with another value of one property"
     pools = dict(shape=SHAPES, color=list(COLORS), size=list(SIZES), place=PLACES)
@@ -147,6 +148,7 @@ def _shuffled_captions(scenes:list[Scene], rng:random.Random) -> list[str]:
     scenes = scenes + [altered(scene, rng) for scene in scenes]
     return [caption(scene, rng.sample(scene.objs, len(scene.objs))) for scene in scenes]
 
+# %% ../../nbs/68_recipes.bake_vision.ipynb #ea2f19e5
 class Contrast(nn.Module):
     "SigLIP with a head for regions, which only training needs"
     def __init__(self,
@@ -229,6 +231,7 @@ def _patch_rows(scene:Scene, patches:Tensor) -> list[tuple[str,Tensor,int]]:
         rows.append(('word', patches[region(scene.word_place)[-1]], WORDS.index(scene.word)))
     return rows
 
+# %% ../../nbs/68_recipes.bake_vision.ipynb #a8eeb6bf
 @torch.no_grad()
 def _patch_table(
     model:SiglipModel, proc, rng:random.Random, n:int, split:str) -> dict[str,tuple[Tensor,Tensor]]:
@@ -256,6 +259,7 @@ def _contrast_report(model, tok, proc, scenes:list[Scene], rng:random.Random) ->
     hard = (v*t).sum(1) > (v*near).sum(1)
     return right.float().mean().item(), hard.float().mean().item()
 
+# %% ../../nbs/68_recipes.bake_vision.ipynb #8c54c485
 def seeing_report(
     model:SiglipModel,            # A trained model
     tok:PreTrainedTokenizerFast,  # Its tokenizer

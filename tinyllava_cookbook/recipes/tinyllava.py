@@ -18,7 +18,7 @@ def _stages(share=None, **plan):
     finetune = Stage(**INSTRUCTION, **plan, lr=2e-5, global_batch_size=128, device_batch_size=8, corpus='llava-665k')
     if share is None: return [pretrain, finetune]
     captions = Stage('share', template='pretrain', tune=share, **plan, lr=2e-5, global_batch_size=256,
-                     device_batch_size=8, corpus='llava-558k')   # the most like ShareGPT4V's captions
+                     device_batch_size=8, corpus='sharegpt4v-pt')
     return [pretrain, captions, finetune]
 
 # %% ../../nbs/72_recipes.tinyllava.ipynb #384ce264

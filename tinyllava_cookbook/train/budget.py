@@ -37,13 +37,14 @@ class Corpus:
     longest:int       # Most tokens of text that are met
     source:str        # Where that is from
 
-corpora = Registry('corpus')
+corpora = Registry('corpus', 'corpora')
 for _name,*_row in (
     ('llava-558k', 558_128, 25, 20, 1., 80, 'LLaVA-1.5 stage 1: captions of LAION, CC and SBU'),
     ('llava-665k', 665_298, 349, 140, .94, 2048, 'LLaVA-1.5 stage 2: mix665k, 40,688 without image'),
     ('llava-595k', 595_375, 20, 15, 1., 80, 'LLaVA stage 1: CC3M, filtered'),
     ('llava-158k', 157_712, 330, 200, 1., 1500, 'LLaVA stage 2: conversation, detail, reasoning'),
     ('llava-760k', 760_000, 349, 140, .94, 2048, 'LLaVA-NeXT: about 760k, taken to be like mix665k'),
+    ('sharegpt4v-pt', 1_245_902, 230, 205, 1., 600, 'ShareGPT4V: Share-Captioner, 826 characters on average'),
     ('scienceqa', 12_726, 180, 90, .49, 1024, 'ScienceQA, train split'),
     ('microworld', 6_000, 60, 25, 1., 200, 'drawn by the notebook on the microworld')):
     corpora.register(_name, Corpus(*_row))
@@ -67,13 +68,18 @@ def _own_data(stage):
     source = f'{len(samples)} of its {len(rows)} samples'
     return Corpus(len(rows), mean(text), mean(supervised), mean(images), int(max(text)), source)
 
+def _files(data):
+    "Where the sources of a stage's data are"
+    if not isinstance(data, dict): return [data]
+    return [o['data'] if isinstance(o, dict) else o for o in data.values()]
+
 def corpus(
     recipe:Recipe,           # Gives the data that is usual where a stage names none
     stage:Stage,             # One of its stages
     samples:int|None=None,   # Another number of samples
 ) -> Corpus:                 # What it trains on
     "The data of a stage, as far as its cost goes"
-    here = stage.data is not None and (isinstance(stage.data, dict) or Path(stage.data).exists())
+    here = stage.data is not None and all(Path(o).exists() for o in _files(stage.data))
     if not here and stage.corpus is None:
         raise ValueError(f"recipe {recipe.name!r}, stage {stage.name!r}: its data is not here and it names no corpus; "
                          f"set {stage.name}.corpus to one of {corpora.names()}, or {stage.name}.data to a file")

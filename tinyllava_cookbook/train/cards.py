@@ -36,7 +36,7 @@ class GPU:
         return 'float16' if any(piece in self.name for piece in _TURING) else 'bfloat16'
 
 # %% ../../nbs/38_train.cards.ipynb #57a2befe
-gpus = Registry('GPU')
+gpus = Registry('GPU', 'gpus')
 _AMPERE = 'NVIDIA GA102 whitepaper, 2020'
 _ADA = 'NVIDIA Ada whitepaper, 2022'
 _TURING_SHEET = 'NVIDIA Turing whitepaper, 2018'

@@ -17,9 +17,15 @@ from torch.utils.data import Dataset
 from ..core import pick_device, rank_and_world
 from ..data.datasets import CachedDataset, Encoder, VLMDataset, leave_out, read_mixture
 from ..data.packing import PackSampler, lengths
+from ..data.training_sets import training_sets
 from .recipes import Stage
 
 # %% ../../nbs/33_train.data.ipynb #83c6f298
+def _published(corpus):
+    "Where the data of a recipe is to be had"
+    if corpus not in training_sets: return ''
+    return f"; the recipe's is {training_sets[corpus].file}, see: tinyllava data {corpus}"
+
 def stage_rows(
     stage:Stage,  # Gives the data when `data` is absent
     data=None,    # As `read_mixture` takes it, or rows
@@ -29,7 +35,7 @@ def stage_rows(
     if data is None: data = stage.data
     if data is None:
         raise ValueError(f"stage {stage.name!r} has no data; "
-                         f"pass data=FILE.json or set {stage.name}.data=FILE.json")
+                         f"pass data=FILE.json or set {stage.name}.data=FILE.json{_published(stage.corpus)}")
     if not isinstance(data, (str, Path, dict)): return data
     bad = 'keep' if stage.on_bad_sample == 'substitute' else 'raise'
     return read_mixture(data, images or stage.images, stage.share, on_bad_sample=bad)
@@ -69,6 +75,7 @@ def _first_alone(world, device):
     args = TrainingArguments(use_cpu=cpu, report_to='none')   # joins the processes
     with args.main_process_first(local=False): yield
 
+# %% ../../nbs/33_train.data.ipynb #653dd3ee
 def _check_once(stage, dataset):
     "An error where an epoch does not take each sample once"
     due = getattr(dataset, 'epoch', None)
@@ -76,7 +83,7 @@ def _check_once(stage, dataset):
         raise ValueError(f"stage {stage.name!r}: packs take each sample once; "
                          "use shares, or no pack to use weights")
 
-# %% ../../nbs/33_train.data.ipynb #653dd3ee
+# %% ../../nbs/33_train.data.ipynb #9fb1286b
 def _count_tokens(stage, dataset):
     "Tokens of each sample; those that cannot be measured are left out of the dataset"
     if not isinstance(dataset, VLMDataset): return lengths(dataset)

@@ -27,6 +27,7 @@ def _spread(n, most):
     "Indices of at most so many of `n`, evenly spread"
     return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int)).tolist()
 
+# %% ../../nbs/35_train.identity.ipynb #01b4f418
 def _image_files(row):
     "The images of a row, however they are given"
     if isinstance(row, Sample): return row.images
@@ -34,6 +35,7 @@ def _image_files(row):
     if found is None: return []
     return found if isinstance(found, (list, tuple)) else [found]
 
+# %% ../../nbs/35_train.identity.ipynb #b512a2fb
 def _image_key(image):
     "What an image is, without the folder that it lies in"
     if isinstance(image, dict): image = image.get('bytes') or image.get('path')
@@ -51,12 +53,14 @@ def _plain(value):
     if isinstance(value, np.ndarray): return xxh3_128(np.ascontiguousarray(value)).hexdigest()
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else repr(value)
 
+# %% ../../nbs/35_train.identity.ipynb #ac617d1d
 def _text_of(row):
     "A row without its images"
     row = dict(vars(row)) if isinstance(row, Sample) else row
     left = {k:v for k,v in row.items() if k not in ('image', 'images')} if isinstance(row, dict) else row
     return json.dumps(left, default=_plain, sort_keys=True).encode()
 
+# %% ../../nbs/35_train.identity.ipynb #2592f34d
 def _texts(rows):
     "The text of all rows, in pieces; of what is no Arrow table, that of some rows"
     for name,source in getattr(rows, 'sources', {}).items():   # a `Mixture`
@@ -93,6 +97,7 @@ def _update(digest, name, shape, rows):
     digest.update(f'{name} {list(shape)}'.encode())
     for o in rows: digest.update(o.detach().contiguous().flatten().view(torch.uint8).numpy(force=True))
 
+# %% ../../nbs/35_train.identity.ipynb #8513fcf8
 def model_identity(
     model,   # A `VLMForConditionalGeneration`
 ) -> dict:   # `id` and `about`
@@ -115,6 +120,7 @@ def _tensors_of_file(file):
             shape = part.get_shape()
             yield name, shape, _rows_of(part, shape) if shape else [f.get_tensor(name)[None]]
 
+# %% ../../nbs/35_train.identity.ipynb #10b15c58
 def _blocks_of(file, n=64, size=2**16):
     "Blocks of a file, evenly spread"
     with open(file, 'rb') as f:
@@ -122,6 +128,7 @@ def _blocks_of(file, n=64, size=2**16):
             f.seek(at)
             yield f.read(size)
 
+# %% ../../nbs/35_train.identity.ipynb #860f650e
 def _update_file(digest, file):
     if file.suffix == '.safetensors':
         try:
@@ -132,6 +139,7 @@ def _update_file(digest, file):
         digest.update(str(file.stat().st_size).encode())
         for o in _blocks_of(file): digest.update(o)
 
+# %% ../../nbs/35_train.identity.ipynb #1e67ea7f
 def folder_identity(
     path,          # Of a model, in any layout; or its name on the Hub
 ) -> dict|None:    # `id` and `about`; `None` where the folder is gone

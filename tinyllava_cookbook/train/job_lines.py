@@ -17,6 +17,7 @@ def _as_bytes(
     "A character by its bytes in UTF-8, as bash writes them between `$'` and `'`"
     return ''.join(f'\\x{byte:02x}' for byte in char.encode('utf-8', 'surrogateescape'))
 
+# %% ../../nbs/88_train.job_lines.ipynb #cb3caae8
 def shell_word(
     value,   # Anything; its text counts
 ) -> str:    # One word of a bash script, on one line
@@ -35,6 +36,7 @@ class Line:
     why:str = ''  # The comment at its end
     def __str__(self) -> str: return f'{self.code:<58} # {self.why}' if self.why else self.code
 
+# %% ../../nbs/88_train.job_lines.ipynb #fea75979
 def script_lines(
     text:str,       # Lines of ours, without values; the comment after two blanks
 ) -> list[Line]:    # One for each
@@ -42,6 +44,7 @@ def script_lines(
     pairs = [line.partition('  # ') for line in text.strip('\n').split('\n')]
     return [Line(code, why) for code,_,why in pairs]
 
+# %% ../../nbs/88_train.job_lines.ipynb #a80279c9
 def script_text(
     lines:list[Line],  # A part of the script
 ) -> str:              # With a line break at its end

@@ -149,7 +149,7 @@ for o in "${changes[@]}"; do set -- "$@" --set "$o"; done  # each change, as `ti
 '''
 
 # %% ../../nbs/89_train.launch.ipynb #d0eaf666
-jobs = Registry('job')
+jobs = Registry('job', 'jobs')
 
 _out = 'runs/$(basename -- "$RECIPE" .json)'
 _recipe = dict(

@@ -39,6 +39,7 @@ def _optimizer_bytes(model, stage, trainable):
     matrices = sum(m.weight.numel() for m in hidden if m.weight.requires_grad)
     return 8*(trainable - matrices) + 4*matrices   # Muon keeps one moment of each hidden matrix
 
+# %% ../../nbs/38_train.memory.ipynb #88940917
 def _weight_bytes(model, half):
     "Weights, some of them in 4 bits, and adapters; `half`: 16-bit weights"
     four_bit = {id(m.weight) for m in model.modules() if getattr(m, 'four_bit', False)}
@@ -60,6 +61,7 @@ def _bucket_bytes(model, kind, world, gradients):
     largest = max(sum(p.numel() for p in block.parameters()) for block in stack(model.language_model))
     return 4*max(largest, model.get_output_embeddings().weight.numel())
 
+# %% ../../nbs/38_train.memory.ipynb #c7ce9cfa
 def _offload(found, kind, world):
     "Move states to the host, with half as much again for buffers, as DeepSpeed reckons"
     moved = ['optimizer', 'weights'] if kind == 'zero3' else ['optimizer']
@@ -97,6 +99,7 @@ def readable(
     "Bytes as one reads them"
     return f'{n/2**30:.2f} GiB' if n >= 2**28 else f'{n/2**20:.1f} MiB'
 
+# %% ../../nbs/38_train.memory.ipynb #92fece3c
 @dataclass
 class Memory:
     "Bytes by what they hold, at the worst moment of a step"
@@ -138,6 +141,7 @@ class _Step:
     each:ElementBytes
     accumulated:bool   # From the second micro-batch on, all gradients are there from the start
 
+# %% ../../nbs/38_train.memory.ipynb #04ffe936
 def _head_bytes(step):
     "Gradient of the output layer: in the type of matrix products, and a second one that is added to the first"
     words,head = step.model.get_input_embeddings().weight, step.model.get_output_embeddings().weight
@@ -148,6 +152,7 @@ def _head_bytes(step):
 def _mlp_width(config):
     return getattr(config, 'intermediate_size', None) or int(config.hidden_size*getattr(config, 'mlp_ratio', 4))
 
+# %% ../../nbs/38_train.memory.ipynb #d29bf2a2
 def _vision_work(step):
     "What a frozen vision tower needs for a moment of its forward pass"
     needs = []
@@ -235,6 +240,7 @@ def _run_measured(run, model, device):
     torch.cuda.reset_peak_memory_stats()
     return run(), torch.cuda.max_memory_allocated()
 
+# %% ../../nbs/38_train.memory.ipynb #753e7f8b
 def measured_peak(
     model,               # Of `compose`; trained for a few steps
     processor,           # Its processor
@@ -279,6 +285,7 @@ def _draw_bars(rows, unit, ax):
         ax.barh(list(rows), list(widths.values()), left=list(left.values()), color=_COLORS[kind], label=kind)
         for name,width in widths.items(): left[name] += width
 
+# %% ../../nbs/38_train.memory.ipynb #d8c55bba
 def show_memory(
     rows:dict,   # Name -> `Memory`
     limit=None,  # Draw a line there, in bytes

@@ -84,6 +84,7 @@ def _meet(rank, world, limit):
     store.wait([f'here-{other}' for other in range(world)], limit)
     return store
 
+# %% ../../nbs/32_train.parallel.ipynb #2acd1b6f
 def _not_all_came(rank, world, limit, error):
     "An error that says what to do"
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -92,7 +93,7 @@ def _not_all_came(rank, world, limit, error):
         f"rank {rank} of {world}: not all processes came to {place} within {limit.seconds} s; "
         f"look for the one that failed, or set TINYLLAVA_RENDEZVOUS ({reason})")
 
-# %% ../../nbs/32_train.parallel.ipynb #2acd1b6f
+# %% ../../nbs/32_train.parallel.ipynb #352b951d
 def _form_group(store, rank, world, cuda, limit):
     "The processes of a store become the default group"
     store.set_timeout(limit)

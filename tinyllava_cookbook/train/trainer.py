@@ -9,9 +9,10 @@ __all__ = ['STAGING', 'DONE', 'training_args', 'non_finite', 'from_first', 'Stop
 # first, as it silences what transformers imports
 from ..model.adapters import restore
 
-import dataclasses, math, shutil, time
+import dataclasses, math, shutil, sys, time
 from pathlib import Path
 
+import accelerate.utils.other
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -20,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ..core import gpu_dtype, pick_device, rank_and_world
-from ..data.batches import BatchLoader, EpochBatches, PadCollator
+from ..data.batches import BatchLoader, EpochBatches, PadCollator, cores
 from ..data.packing import PackCollator
 from ..durable import (asked_to_stop, find_checkpoint, mark_complete, numbered_checkpoints,
     publish, read_marker, remove, shield_worker, stop_on_signal)
@@ -44,6 +45,11 @@ def _of_stage(stage):
         max_steps=stage.max_steps or -1,
         save_strategy='steps' if 'save_steps' in stage.trainer else 'no',
         eval_strategy='steps' if 'eval_steps' in stage.trainer else 'no')
+
+def _workers(stage):
+    "Loader processes, as many as there are cores for: more only wait, and torch warns"
+    asked = stage.trainer.get('dataloader_num_workers', 0)
+    return dict(dataloader_num_workers=min(asked, cores()))
 
 def _of_machine(cuda):
     "Arguments that the machine decides"
@@ -75,7 +81,8 @@ def training_args(
         output_dir=str(out), seed=seed, run_name=f'{Path(out).parent.name}-{stage.name}',
         per_device_train_batch_size=size, gradient_accumulation_steps=accumulate)
     settings |= _FIXED | _of_machine(cuda) | _of_stage(stage)
-    args = TrainingArguments(**(settings | parallel_args(parallel, stage, cuda) | stage.trainer))
+    settings |= parallel_args(parallel, stage, cuda) | stage.trainer | _workers(stage)
+    args = TrainingArguments(**settings)
     args._n_gpu = min(args.n_gpu, 1)   # one process drives one GPU; for more of them there is torchrun
     return args
 
@@ -314,6 +321,12 @@ class _Evaluated(Trainer):
         return metrics
 
 # %% ../../nbs/34_train.trainer.ipynb #c9a8f52a
+def _deepspeed_runs() -> bool:
+    "A model can be DeepSpeed's only where DeepSpeed was imported; asking otherwise imports it, with its banner"
+    return 'deepspeed' in sys.modules
+
+accelerate.utils.other.is_deepspeed_available = _deepspeed_runs
+
 _LOADER = 'num_workers', 'pin_memory', 'persistent_workers', 'prefetch_factor'
 
 def _collator(model, processor, packs):

@@ -30,6 +30,7 @@ def family(
     if not found: raise ValueError(f"no tiny checkpoint is like {name!r}; its name should hold one of {list(known)}")
     return found[0]
 
+# %% ../../nbs/68_train.twin.ipynb #dc2cd96c
 def _part(name, known, dir, **size):
     "Folders of tiny checkpoints in the place of `name`, which may be several towers"
     kinds = [family(o, known) for o in name.split(' + ')]
@@ -43,6 +44,7 @@ def _small_tune(t, scale):
     size = dict(r=min(t.r, 8), alpha=t.alpha*min(t.r, 8)/t.r) if t.r else {}
     return dataclasses.replace(t, lr=t.lr and t.lr*scale, from_layer=min(t.from_layer, 1), **size)
 
+# %% ../../nbs/68_train.twin.ipynb #f3a696e4
 def _small_stage(s, world, steps):
     "The same stage on the micro world"
     scale = _LR/max([s.tune[p].lr or s.lr for p in s.trained] or [s.lr])
@@ -54,6 +56,7 @@ def _small_stage(s, world, steps):
 
 _LENGTH = 512   # Tokens of a sample, and of a packed row
 
+# %% ../../nbs/68_train.twin.ipynb #cd6e8337
 def tiny_twin(
     r,             # A `Recipe`, or the name of one
     dir,           # Folder for parts and data
@@ -74,6 +77,7 @@ def tiny_twin(
                                 stages=[_small_stage(s, dir/'world', steps) for s in r.stages])
     return dataclasses.replace(small, start=str(_start_model(small, dir/'start'))) if r.start else small
 
+# %% ../../nbs/68_train.twin.ipynb #32c94bf4
 def _small_model(model):
     "Settings of the model that depend on its size"
     return {k: v for k,v in model.items() if k != 'trust_remote_code'}

@@ -53,6 +53,7 @@ def _answer_tokens(model, processor, messages, prompt, image, answer, max_new_to
     ids, labels = chat_template(processor.template).encode(turns, processor.tokenizer, processor.image_token_id)
     return [id_ for id_,label in zip(ids, labels) if label != IGNORE][:-1]   # the last one ends the turn
 
+# %% ../../nbs/61_viz.attention.ipynb #38af81c6
 def answer_inputs(
     model,                 # A `VLMForConditionalGeneration`
     processor,             # Its processor
@@ -158,6 +159,7 @@ def _of_rows(model, asked, layers):
     numbers = [layer % model.config.text_config.num_hidden_layers for layer in order]
     return torch.stack([found[number][0] for number in numbers]), numbers
 
+# %% ../../nbs/61_viz.attention.ipynb #8ce8837b
 def _rolled_out(model, asked, layers):
     "Rollout of the answer's rows; (1, 1, r, t)"
     with torch.no_grad(), attention_calls(model.language_model) as calls:
@@ -172,6 +174,7 @@ def _with_gradients(model, asked):
     log_probs = token_log_probs(logits, asked.inputs['input_ids'], asked.rows)[0]
     return calls, ((row, output_gradients(y, calls)) for row,y in zip(asked.rows, log_probs))
 
+# %% ../../nbs/61_viz.attention.ipynb #9f3e073e
 def _times_gradient(model, asked, layers):
     "Weights times gradients of the answer's rows; (layers, h, r, t), and the layers"
     calls, rows = _with_gradients(model, asked)
@@ -181,6 +184,7 @@ def _times_gradient(model, asked, layers):
         products.append(torch.stack([attention_weights(c, [row])[0]*weight_gradients(c, g, [row])[0] for c,g in pairs]))
     return torch.cat(products, 2), list(range(len(calls)))
 
+# %% ../../nbs/61_viz.attention.ipynb #159338d2
 def _relevant(model, asked, layers):
     "Relevance of the answer's rows; (1, 1, r, t)"
     calls, rows = _with_gradients(model, asked)
@@ -196,6 +200,7 @@ def _asked_patches(model, pixel_values):
     if hasattr(model.connector, 'queries'):
         return query_patches(model.connector, tower_features(model, pixel_values))[0].cpu()
 
+# %% ../../nbs/61_viz.attention.ipynb #913e1bbb
 def explain_answer(
     model,                    # A `VLMForConditionalGeneration`
     processor,                # Its processor
@@ -259,6 +264,7 @@ def _panels(n, columns, size):
         ax.axis('off')
     return fig, axes.flat
 
+# %% ../../nbs/61_viz.attention.ipynb #d122f5f3
 def show_attention(
     att:AnswerAttention, # From `answer_attention`
     layer='mean',        # A layer's number, or the mean of all

@@ -83,6 +83,7 @@ def _case(seed):
         if len(scene.objs) > 1 and once:
             return ColorCase(scene, rng.choice(once), seed)
 
+# %% ../../nbs/60_viz.micro.ipynb #e599c74e
 def color_cases(
     n:int,        # How many
     seed:int=0,   # Same seed, same cases
@@ -100,6 +101,7 @@ def unused_color(
     there = {obj.color for obj in case.scene.objs}
     return next(name for name in names[start:] + names[:start] if name not in there)
 
+# %% ../../nbs/60_viz.micro.ipynb #eb0f04d7
 def recolored(
     case:ColorCase, # To be drawn again
     obj:Obj,        # One of its objects

@@ -28,6 +28,7 @@ def _middle(box, size, kept):
     x = left + (size[1]-kept[1])//2*scale_x
     return x, y, x + kept[1]*scale_x, y + kept[0]*scale_y
 
+# %% ../../nbs/60_viz.places.ipynb #725298dc
 def _processor_crop(box, size, processor):
     "What a processor leaves of an image that shows `box` and is `size` large"
     if not getattr(processor, 'do_center_crop', False):
@@ -99,6 +100,7 @@ def _feature_cells(tower, select, drop_first_patch):
     first = n - rows*cols    # 1 after a CLS token, -1 without the first patch
     return torch.arange(rows*cols).unflatten(0, (rows, cols)) + first
 
+# %% ../../nbs/60_viz.places.ipynb #68d12911
 def _tower_cells(config):
     "Which feature lies in each cell: a pair of name and index for each map"
     vision = config.vision_config
@@ -123,6 +125,7 @@ def _keeps_places(model):
     patches = patch_grid(vision)
     return model.connector.token_grid(patches) == patches
 
+# %% ../../nbs/60_viz.places.ipynb #c7ec474d
 def _cells(model):
     "Which token, or for connectors that ask which feature, lies in each cell"
     config = model.config
@@ -201,6 +204,7 @@ def _cells_at(edges, n, at):
     cell = np.floor((at-low)/(high-low)*n).astype(int)
     return np.where((cell >= 0) & (cell < n), cell, -1)
 
+# %% ../../nbs/60_viz.places.ipynb #28325e09
 def _density(one, x_rc, y, x):
     "Values per square pixel at some coordinates"
     left, top, right, bottom = one.box

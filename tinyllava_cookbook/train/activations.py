@@ -60,6 +60,7 @@ def _forget_annotations(model):
         module.__dict__.pop('adapter', None)
         module.__dict__.pop('four_bit', None)
 
+# %% ../../nbs/37_train.activations.ipynb #37ed2fcd
 def annotate(
     model:nn.Module,  # From `recipe_model`; changed in place
     stage:Stage,      # Whose `tune` counts
@@ -91,6 +92,7 @@ def n_trainable(
     "How many parameters of a module are trainable"
     return n_direct(module.parameters()) + sum(map(adapter_size, module.modules()))
 
+# %% ../../nbs/37_train.activations.ipynb #35be429d
 def with_mode(
     stage:Stage,  # Stays as it is
     mode:str,     # One of `MODES`, for the LLM
@@ -113,15 +115,17 @@ class MicroBatch:
         "Rows times length"
         return self.rows*self.length
 
+# %% ../../nbs/37_train.activations.ipynb #b5266374
 def micro_batch(
-    batch:dict,    # From a collator
-) -> MicroBatch:   # Its shape
+    batch:dict,          # From a collator
+    by_sample:bool=False,# Is the attention of packed rows computed sample by sample, without a mask?
+) -> MicroBatch:         # Its shape
     "The shape of a batch"
     pixels = batch.get('pixel_values')
     attended = batch.get('attention_mask')
     rows,length = batch['input_ids'].shape
     supervised = int((batch['labels'][:, 1:] >= 0).sum())
-    full = attended is not None and bool(attended.all())
+    full = by_sample if attended is None else bool(attended.all())
     return MicroBatch(rows, length, supervised, 0 if pixels is None else len(pixels), not full)
 
 # %% ../../nbs/37_train.activations.ipynb #08a0406a
@@ -141,6 +145,7 @@ class ElementBytes:
 _OUTWARD = re.compile(r'(out|o_proj|dense|down|fc2|c_proj)\w*$')   # Names of layers at the end of attention or MLP
 _OF_MLP = re.compile(r'mlp|ffn|feed_forward')
 
+# %% ../../nbs/37_train.activations.ipynb #2139b015
 @dataclass
 class BlockLinears:
     "The linear layers of one transformer block, by their place"
@@ -177,6 +182,7 @@ def _norm_bytes(norm, each):
     copies = 2 if is_trainable(norm) else 1
     return each.stream*width*copies + 4
 
+# %% ../../nbs/37_train.activations.ipynb #611d3c83
 def _input_bytes(linears, width, each):
     "Saved of one input that several linear layers read, per position"
     with_dropout = [o for o in linears if getattr(o, 'adapter', None) and o.adapter.dropout]
@@ -192,6 +198,7 @@ def _eager_bytes(config, length, each):
     per_score = 4 + each.compute*half + each.compute*capped
     return config.num_attention_heads*length*per_score
 
+# %% ../../nbs/37_train.activations.ipynb #072520ac
 def _attention_bytes(block, config, linears, each, mask, length):
     "Queries, keys, values, output, and what norms of queries and keys or a fused projection add"
     query = sum(o.in_features for o in linears.write)
@@ -219,6 +226,7 @@ def _mlp_bytes(config, linears, each):
     tensors += any(map(is_trainable, linears.down))
     return each.compute*width*tensors
 
+# %% ../../nbs/37_train.activations.ipynb #f8655344
 def _adapter_bytes(linears, each):
     "The low-rank middle of each adapter; DoRA scales both results"
     total = 0
@@ -241,6 +249,7 @@ def _norms(block, width):
     weighted = [o for o in named if getattr(o, 'weight', None) is not None]
     return [o for o in weighted if o.weight.numel() == width]
 
+# %% ../../nbs/37_train.activations.ipynb #fe83aa9d
 def block_bytes(
     block:nn.Module,    # A transformer block, after `annotate`
     config,             # Of its half of the model
@@ -276,6 +285,7 @@ def stack(
     "The transformer blocks of a model"
     return list(module.get_submodule(layer_list(module)[0]))
 
+# %% ../../nbs/37_train.activations.ipynb #4e7c7120
 def _cast_bytes(block, each):
     "Copies of a block's weights in the precision of matrix products, kept until the backward pass"
     if each.compute == each.stream: return 0
@@ -292,6 +302,7 @@ class _Flow:
     mask:int = 0      # Elements of the attention mask
     length:int = 0    # Positions of a row
 
+# %% ../../nbs/37_train.activations.ipynb #a91cdf77
 def _block_segments(part, blocks, config, each, flow):
     "Segments of one stack of blocks"
     segments,known = [],{}
@@ -320,6 +331,7 @@ def each_tower(
     towers = [model.vision_tower.get_submodule(name) for name in tower_names(model.vision_tower)]
     return list(zip(towers, getattr(config, 'both', (config,))))
 
+# %% ../../nbs/37_train.activations.ipynb #44ebd3b3
 def connector_bytes(
     model:nn.Module,    # On the meta device, after `annotate`
     each:ElementBytes,  # Bytes per element
@@ -351,6 +363,7 @@ def _vision_segments(model, batch, each, checkpoint):
         segments += _block_segments('vision', used, config, each, flow)
     return segments
 
+# %% ../../nbs/37_train.activations.ipynb #2a4f3a7b
 def _llm_segments(model, batch, each, checkpoint, gradient):
     "Segments of the language model: embedding, blocks, last norm, output layer"
     hidden = model.config.text_config.hidden_size

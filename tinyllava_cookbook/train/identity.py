@@ -25,9 +25,9 @@ LOOKED_AT = 256   # Images, and rows that are no Arrow table, that are read for 
 
 def _spread(n, most):
     "Indices of at most so many of `n`, evenly spread"
-    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int)).tolist()
+    even = np.linspace(0, n - 1, min(n, most))
+    return np.unique(even.round().astype(int)).tolist()
 
-# %% ../../nbs/35_train.identity.ipynb #01b4f418
 def _image_files(row):
     "The images of a row, however they are given"
     if isinstance(row, Sample): return row.images
@@ -35,7 +35,7 @@ def _image_files(row):
     if found is None: return []
     return found if isinstance(found, (list, tuple)) else [found]
 
-# %% ../../nbs/35_train.identity.ipynb #b512a2fb
+# %% ../../nbs/35_train.identity.ipynb #01b4f418
 def _image_key(image):
     "What an image is, without the folder that it lies in"
     if isinstance(image, dict): image = image.get('bytes') or image.get('path')
@@ -53,39 +53,56 @@ def _plain(value):
     if isinstance(value, np.ndarray): return xxh3_128(np.ascontiguousarray(value)).hexdigest()
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else repr(value)
 
-# %% ../../nbs/35_train.identity.ipynb #ac617d1d
 def _text_of(row):
     "A row without its images"
-    row = dict(vars(row)) if isinstance(row, Sample) else row
-    left = {k:v for k,v in row.items() if k not in ('image', 'images')} if isinstance(row, dict) else row
-    return json.dumps(left, default=_plain, sort_keys=True).encode()
+    if isinstance(row, Sample): row = dict(vars(row))
+    if isinstance(row, dict):
+        row = {name: value for name,value in row.items() if name not in ('image', 'images')}
+    return json.dumps(row, default=_plain, sort_keys=True).encode()
 
-# %% ../../nbs/35_train.identity.ipynb #2592f34d
-def _texts(rows):
-    "The text of all rows, in pieces; of what is no Arrow table, that of some rows"
-    for name,source in getattr(rows, 'sources', {}).items():   # a `Mixture`
-        yield f'{name} {rows.weights[name]}'.encode() + rows.kept[name].tobytes()
-        yield from _texts(source)
-    if hasattr(rows, 'sources'): return
-    table = getattr(rows, 'ds', rows)
-    if isinstance(table, datasets.Dataset):
-        words = [o for o in table.column_names if o not in ('image', 'images')]
-        for some in table.with_format('arrow').iter(4096):
-            for batch in some.select(words).combine_chunks().to_batches(): yield batch.serialize()
-    else:
-        for i in _spread(len(rows), 16*LOOKED_AT if isinstance(rows, (list, tuple)) else 16): yield _text_of(rows[i])
+# %% ../../nbs/35_train.identity.ipynb #ac617d1d
+def _table_texts(table):
+    "The text columns of an Arrow table, in pieces"
+    columns = [name for name in table.column_names if name not in ('image', 'images')]
+    for some in table.with_format('arrow').iter(4096):
+        for batch in some.select(columns).combine_chunks().to_batches():
+            yield batch.serialize()
 
 # %% ../../nbs/35_train.identity.ipynb #c28b7661
+def _mixture_texts(mixture):
+    "The text of each source, after its weight and the rows that are kept"
+    for name,source in mixture.sources.items():
+        yield f'{name} {mixture.weights[name]}'.encode() + mixture.kept[name].tobytes()
+        yield from _texts(source)
+
+def _texts(rows):
+    "The text of all rows, in pieces; of what is no Arrow table, that of some rows"
+    table = getattr(rows, 'ds', rows)
+    if hasattr(rows, 'sources'): yield from _mixture_texts(rows)
+    elif isinstance(table, datasets.Dataset): yield from _table_texts(table)
+    else:
+        most = 16*LOOKED_AT if isinstance(rows, (list, tuple)) else 16
+        for i in _spread(len(rows), most): yield _text_of(rows[i])
+
+# %% ../../nbs/35_train.identity.ipynb #4f506a8f
+def _some_images(rows):
+    "The images of rows that are evenly spread"
+    found = []
+    for i in _spread(len(rows), LOOKED_AT): found += _image_files(rows[i])
+    return found
+
 def data_identity(
     rows,      # From `stage_rows`, or an encoded dataset
 ) -> dict:     # `data` and `images`, each with an `id` that is the same wherever the data lies, and `about` for people
     "What a stage is trained on, to be recognised"
-    text,pixels,n = xxh3_128(), xxh3_128(), len(rows)
+    text = xxh3_128()
     for piece in _texts(rows): text.update(piece)
-    images = [o for i in _spread(n, LOOKED_AT) for o in _image_files(rows[i])]
-    for o in images: pixels.update(_image_key(o).encode())
-    where = next((str(Path(o).parent) for o in images if isinstance(o, (str, Path))), 'no folder')
-    return dict(data=dict(id=text.hexdigest(), about=f'{n:,} samples'), images=dict(id=pixels.hexdigest(), about=where))
+    pixels = xxh3_128()
+    images = _some_images(rows)
+    for image in images: pixels.update(_image_key(image).encode())
+    folders = [str(Path(image).parent) for image in images if isinstance(image, (str, Path))]
+    return dict(data=dict(id=text.hexdigest(), about=f'{len(rows):,} samples'),
+                images=dict(id=pixels.hexdigest(), about=folders[0] if folders else 'no folder'))
 
 # %% ../../nbs/35_train.identity.ipynb #f624cb4a
 def _rows_of(tensor, shape):
@@ -94,60 +111,69 @@ def _rows_of(tensor, shape):
     return [tensor[i:i + 1] for i in (0, shape[0]//2, shape[0] - 1)]
 
 def _update(digest, name, shape, rows):
+    "Add name, shape and some rows of a tensor"
     digest.update(f'{name} {list(shape)}'.encode())
-    for o in rows: digest.update(o.detach().contiguous().flatten().view(torch.uint8).numpy(force=True))
+    for row in rows:
+        data = row.detach().contiguous().flatten().view(torch.uint8)
+        digest.update(data.numpy(force=True))
 
-# %% ../../nbs/35_train.identity.ipynb #8513fcf8
+# %% ../../nbs/35_train.identity.ipynb #67d3b621
 def model_identity(
     model,   # A `VLMForConditionalGeneration`
 ) -> dict:   # `id` and `about`
     "What a stage starts from, as it is in memory"
     digest = xxh3_128()
-    for name,p in sorted(model.named_parameters()): _update(digest, name, p.shape, _rows_of(p, p.shape))
-    own = {k: getattr(model.config, k, None) for k in VLMConfig.__annotations__ if not k.endswith('_config')}
+    for name,parameter in sorted(model.named_parameters()):
+        _update(digest, name, parameter.shape, _rows_of(parameter, parameter.shape))
+    fields = [name for name in VLMConfig.__annotations__ if not name.endswith('_config')]
+    own = {name: getattr(model.config, name, None) for name in fields}
     digest.update(json.dumps(own, default=str, sort_keys=True).encode())
-    return dict(id=digest.hexdigest(), about=f"{sum(p.numel() for p in model.parameters()):,} weights")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return dict(id=digest.hexdigest(), about=f"{count:,} weights")
 
 # %% ../../nbs/35_train.identity.ipynb #b1645101
-_SETTINGS = ('config.json', 'preprocessor_config.json', 'processor_config.json', 'tokenizer.json',
-             'tokenizer_config.json', 'chat_template.jinja', 'adapter_config.json')   # shape what a model computes
+_SETTINGS = (   # Files that shape what a model computes
+    'config.json', 'preprocessor_config.json', 'processor_config.json', 'tokenizer.json',
+    'tokenizer_config.json', 'chat_template.jinja', 'adapter_config.json')
 
-def _tensors_of_file(file):
+def _tensors_of_file(path):
     "Name, shape and some rows of each tensor of a file"
-    with safe_open(file, 'pt') as f:
-        for name in sorted(f.keys()):
-            part = f.get_slice(name)
+    with safe_open(path, 'pt') as file:
+        for name in sorted(file.keys()):
+            part = file.get_slice(name)
             shape = part.get_shape()
-            yield name, shape, _rows_of(part, shape) if shape else [f.get_tensor(name)[None]]
+            yield name, shape, _rows_of(part, shape) if shape else [file.get_tensor(name)[None]]
+
+def _blocks_of(path, n=64, size=2**16):
+    "Blocks of a file, evenly spread"
+    with open(path, 'rb') as file:
+        for at in _spread(max(1, path.stat().st_size - size), n):
+            file.seek(at)
+            yield file.read(size)
 
 # %% ../../nbs/35_train.identity.ipynb #10b15c58
-def _blocks_of(file, n=64, size=2**16):
-    "Blocks of a file, evenly spread"
-    with open(file, 'rb') as f:
-        for at in _spread(max(1, file.stat().st_size - size), n):
-            f.seek(at)
-            yield f.read(size)
-
-# %% ../../nbs/35_train.identity.ipynb #860f650e
-def _update_file(digest, file):
-    if file.suffix == '.safetensors':
+def _update_file(digest, path):
+    "Add what a file of a model holds, as far as it matters"
+    if path.suffix == '.safetensors':
         try:
-            for o in _tensors_of_file(file): _update(digest, *o)
-        except SafetensorError as e: raise ValueError(f"{str(file)!r} is damaged: {e}") from e
-    elif file.name in _SETTINGS: digest.update(checksum(file).encode())
-    elif file.suffix in ('.bin', '.pt', '.pth'):
-        digest.update(str(file.stat().st_size).encode())
-        for o in _blocks_of(file): digest.update(o)
+            for tensor in _tensors_of_file(path): _update(digest, *tensor)
+        except SafetensorError as error: raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+    elif path.name in _SETTINGS: digest.update(checksum(path).encode())
+    elif path.suffix in ('.bin', '.pt', '.pth'):
+        digest.update(str(path.stat().st_size).encode())
+        for block in _blocks_of(path): digest.update(block)
 
-# %% ../../nbs/35_train.identity.ipynb #1e67ea7f
+# %% ../../nbs/35_train.identity.ipynb #fe944d41
 def folder_identity(
     path,          # Of a model, in any layout; or its name on the Hub
 ) -> dict|None:    # `id` and `about`; `None` where the folder is gone
     "What a stage starts from, as it lies on the disk"
     folder = Path(path)
-    if not folder.is_dir(): return None if folder.is_absolute() else dict(id=str(path), about=str(path))
+    if not folder.is_dir():
+        return None if folder.is_absolute() else dict(id=str(path), about=str(path))
     digest = xxh3_128()
-    for o in sorted(folder.rglob('*')):
-        beside = any(p.startswith(('checkpoint-', '.')) for p in o.relative_to(folder).parts)   # of a stage's run
-        if o.is_file() and not beside: _update_file(digest, o)
+    for file in sorted(folder.rglob('*')):
+        parts = file.relative_to(folder).parts
+        of_a_run = any(part.startswith(('checkpoint-', '.')) for part in parts)
+        if file.is_file() and not of_a_run: _update_file(digest, file)
     return dict(id=digest.hexdigest(), about=str(path))

@@ -49,71 +49,107 @@ class StageResult:
     table:list       # Parameters per part, and how many are trainable
     evals:list = dataclasses.field(default_factory=list)   # Per evaluation: `step`, `loss`
     bad:list = dataclasses.field(default_factory=list)     # Ids of the samples that others took the place of
+
     def __repr__(self) -> str:
         last = f", last loss {self.log[-1]['loss']:.4f}" if self.log else ''
         return f"StageResult({self.steps} steps in {self.seconds:.1f} s{last})"
 
-_names = dict(step='step', epoch='epoch', loss='loss', lr='learning_rate', grad_norm='grad_norm',
-              samples_s='samples_per_second', tokens_s='tokens_per_second', data_wait='data_wait', padding='padding',
-              tflops='tflops', mfu='mfu')
+# %% ../../nbs/36_train.stages.ipynb #dbfbf35d
+_LOGGED = dict(   # Name in the log of a stage, and in that of the trainer
+    step='step', epoch='epoch', loss='loss', lr='learning_rate', grad_norm='grad_norm',
+    samples_s='samples_per_second', tokens_s='tokens_per_second', data_wait='data_wait',
+    padding='padding', tflops='tflops', mfu='mfu')
+
+def _log_row(row): return {name: row.get(theirs) for name,theirs in _LOGGED.items()}
 
 def _result(trainer, seconds, table):
+    "What the trainer's history says of a stage"
     history = trainer.state.log_history
-    log = [{k: o.get(v) for k,v in _names.items()} for o in history if 'loss' in o]
-    evals = [dict(step=o['step'], loss=o['eval_loss']) for o in history if 'eval_loss' in o]
-    return StageResult(log, seconds, trainer.state.global_step, table, evals, replaced_samples(trainer.train_dataset))
+    log = [_log_row(row) for row in history if 'loss' in row]
+    evals = [dict(step=row['step'], loss=row['eval_loss']) for row in history if 'eval_loss' in row]
+    bad = replaced_samples(trainer.train_dataset)
+    return StageResult(log, seconds, trainer.state.global_step, table, evals, bad)
 
 # %% ../../nbs/36_train.stages.ipynb #40544e3e
 def float_weights(
     model,      # Changed in place
-    cuda:bool,  # Under bf16 autocast
+    cuda:bool,  # Under autocast to 16 bits
 ):
     "Trainable weights in float32; without a GPU, all"
     if not cuda: return model.float()
-    for p in model.parameters():
-        if p.requires_grad: p.data = p.data.float()
+    for parameter in model.parameters():
+        if parameter.requires_grad: parameter.data = parameter.data.float()
 
 # %% ../../nbs/36_train.stages.ipynb #bebe2897
 def _sharded(trainer): return trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
 
+def _write_adapters(trainer, staging, state):
+    "Adapters in peft's format, with the parts that are trained in full"
+    tunes = trainer.stage.tune.items()
+    also = []
+    for part,tune in tunes:
+        if tune.mode in ('full', 'partial'): also += PART_MODULES[part]
+    save_adapters(trainer.model, staging/'adapter', also, state)
+
+# %% ../../nbs/36_train.stages.ipynb #80ba1f15
 def _write_finished(trainer, staging, state, recipe):
     "The model, and its adapters both merged and beside it"
-    if trainer.args.should_save and adapted(trainer.model):
-        whole = [p for p,o in trainer.stage.tune.items() if o.mode in ('full', 'partial')]
-        also = [n for p in whole for n in PART_MODULES[p]]
-        save_adapters(trainer.model, staging/'adapter', also, state)
-        if state: state = merged_state(trainer.model, state)
-    if _sharded(trainer): trainer.model.save_pretrained = partial(trainer.model.save_pretrained, state_dict=state)
-    else: merge_adapters(trainer.model)
-    if trainer.args.should_save: save(trainer.model, trainer.processor, staging, recipe=recipe)
+    model = trainer.model
+    if trainer.args.should_save and adapted(model):
+        _write_adapters(trainer, staging, state)
+        if state: state = merged_state(model, state)
+    if _sharded(trainer): model.save_pretrained = partial(model.save_pretrained, state_dict=state)
+    else: merge_adapters(model)
+    if trainer.args.should_save: save(model, trainer.processor, staging, recipe=recipe)
 
+# %% ../../nbs/36_train.stages.ipynb #0475b72e
+def _consolidated(trainer):
+    "Weights of all processes, tied ones once; `None` where they are not sharded"
+    if not _sharded(trainer): return None
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not state: return state
+    tied = trainer.model.all_tied_weights_keys   # copies by now
+    return {name: tensor for name,tensor in state.items() if name not in tied}
+
+# %% ../../nbs/36_train.stages.ipynb #e2eece17
 def save_finished(
     trainer,      # After its last step
     path,         # The folder to be
     recipe=None,  # To keep in it
 ):
     "Save the finished model in one folder, consolidated from all processes, in one step"
-    path,state = Path(path), None
+    path = Path(path)
     staging = path.with_name(f'.{path.name}.saving')
-    if trainer.args.should_save: shutil.rmtree(staging, ignore_errors=True)
-    if _sharded(trainer): state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if state: state = {k:v for k,v in state.items() if k not in trainer.model.all_tied_weights_keys}   # copies by now
+    first = trainer.args.should_save
+    if first: shutil.rmtree(staging, ignore_errors=True)
+    state = _consolidated(trainer)
     try:
         _write_finished(trainer, staging, state, recipe)
-        if trainer.args.should_save: publish(mark_complete(staging), path)
-    except (OSError, RuntimeError, SafetensorError) as e:
+        if first: publish(mark_complete(staging), path)
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise OSError(f"could not save the finished model as {str(path)!r}: {e}; what was there before is as it was; "
-                      "make room, then resume") from e
+        raise OSError(f"could not save the finished model as {str(path)!r}: {error}; "
+                      "what was there before is as it was; make room, then resume") from error
 
 # %% ../../nbs/36_train.stages.ipynb #1f4c700b
 def _stopped(trainer, out):
     "End the process where a signal stopped the training before its last step"
-    state,found = trainer.state, [o for o in trainer.callback_handler.callbacks if isinstance(o, StopSignal)]
-    if not found[0].stopped or state.global_step >= state.max_steps: return
+    state = trainer.state
+    callbacks = trainer.callback_handler.callbacks
+    watch = next(callback for callback in callbacks if isinstance(callback, StopSignal))
+    if not watch.stopped or state.global_step >= state.max_steps: return
     at = f"step {state.global_step} of {state.max_steps}"
     raise Stopped(f"asked to stop: saved in {str(out)!r} at {at}; resume='auto' goes on")
 
+def _record(trainer, result, out, final, origin):
+    "The log, and last that the stage is over"
+    write_json(out/'log.json', dataclasses.asdict(result))
+    if not final: return
+    more = {name: trainer.identity[name] for name in ('data', 'images')}
+    if origin: more['start'] = origin
+    write_json(out/DONE, run_plan(trainer.stage, seed=trainer.args.seed, **more))
+
+# %% ../../nbs/36_train.stages.ipynb #cd2b72b9
 def _finish(trainer, result, out, final, recipe, origin):
     "Save the model, the log, and last that the stage is over"
     trainer.model.eval()
@@ -121,30 +157,16 @@ def _finish(trainer, result, out, final, recipe, origin):
     if trainer.lock is not None: trainer.lock.check()
     if final: save_finished(trainer, final, recipe)
     elif not _sharded(trainer): merge_adapters(trainer.model)
-    if trainer.args.should_save:
-        write_json(out/'log.json', dataclasses.asdict(result))
-        more = {k: trainer.identity[k] for k in ('data', 'images')} | (dict(start=origin) if origin else {})
-        if final: write_json(out/DONE, run_plan(trainer.stage, seed=trainer.args.seed, **more))
+    if trainer.args.should_save: _record(trainer, result, out, final, origin)
     trainer.accelerator.wait_for_everyone()
 
 # %% ../../nbs/36_train.stages.ipynb #ff1775b3
-def _asking(processor, stage, dataset, out, every):
+def _sample_answers(processor, stage, dataset, out, every):
     "The callback for the first three samples"
-    ds = dataset.ds if isinstance(dataset, VLMDataset) else []
-    if not len(ds): raise ValueError("ask_every needs samples with messages, not encoded ones")
-    first = [dataset.sample(i) for i in range(min(3, len(ds)))]
+    count = len(dataset.ds) if isinstance(dataset, VLMDataset) else 0
+    if not count: raise ValueError("ask_every needs samples with messages, not encoded ones")
+    first = [dataset.sample(i) for i in range(min(3, count))]
     return SampleAnswers(processor, first, out/'samples.jsonl', every, stage.template)
-
-def fsdp_units(
-    model,         # A `VLMForConditionalGeneration`
-) -> list[str]:    # Names of classes
-    "Classes whose instances FSDP shards one by one: of those that the model names, those that it has"
-    return sorted({type(m).__name__ for m in model.modules()} & set(model._no_split_modules))
-
-def _arguments(model, stage, out, device, seed, parallel, sizes):
-    args = training_args(stage, out, device, seed, parallel, sizes)
-    if args.fsdp: args.fsdp_plugin_args['transformer_cls_names_to_wrap'] = ','.join(fsdp_units(model))
-    return args
 
 def _identities(model, dataset, parallel, packs):
     "What makes this run this one, beside the stage"
@@ -152,16 +174,40 @@ def _identities(model, dataset, parallel, packs):
     found = data_identity(rows) | dict(start=model_identity(model), parallel=parallel)
     if packs is None: return found
     about = f"{packs.samples:,} samples of {packs.tokens.sum():,} tokens"   # they decide which samples share a row
-    return found | dict(lengths=dict(id=xxh3_128(packs.tokens).hexdigest(), about=about))
+    digest = xxh3_128(packs.tokens).hexdigest()
+    return found | dict(lengths=dict(id=digest, about=about))
 
+# %% ../../nbs/36_train.stages.ipynb #d9aaf6f0
 @contextmanager
 def _locked(out):
     "One run per folder: the first process holds the lock for all"
-    if rank_and_world()[0]: yield None
+    rank,_ = rank_and_world()
+    if rank: yield None
     else:
         with FolderLock(out) as lock: yield lock
 
-# %% ../../nbs/36_train.stages.ipynb #c4897e9d
+# %% ../../nbs/36_train.stages.ipynb #9f6a118a
+def fsdp_units(
+    model,         # A `VLMForConditionalGeneration`
+) -> list[str]:    # Names of classes
+    "Classes whose instances FSDP shards one by one: of those that the model names, those that it has"
+    present = {type(module).__name__ for module in model.modules()}
+    return sorted(present & set(model._no_split_modules))
+
+def _arguments(model, stage, out, device, seed, parallel, sizes):
+    args = training_args(stage, out, device, seed, parallel, sizes)
+    if args.fsdp:
+        args.fsdp_plugin_args['transformer_cls_names_to_wrap'] = ','.join(fsdp_units(model))
+    return args
+
+# %% ../../nbs/36_train.stages.ipynb #3169b59e
+def _callbacks(processor, stage, dataset, out, table, callbacks, progress, ask_every):
+    "What is shown while a stage is trained"
+    shown = [progress_callback(stage.name, table)] if progress else []
+    if ask_every: shown.append(_sample_answers(processor, stage, dataset, out, ask_every))
+    return [*shown, *callbacks]
+
+# %% ../../nbs/36_train.stages.ipynb #d45ce2c9
 def _trainer(model, processor, stage, out, data=None, images=None, seed=0, callbacks=(), progress=True, device='auto',
              parallel='ddp', eval_data=None, ask_every=0, **kwargs):
     "The trainer of a stage, and the table of what is trainable"
@@ -169,18 +215,18 @@ def _trainer(model, processor, stage, out, data=None, images=None, seed=0, callb
         raise ValueError(f"eval_data would never be used: set {stage.name}.trainer.eval_steps")
     join_processes(device, stage.trainer.get('ddp_timeout', 1800))
     dataset = stage_dataset(processor, stage, data, images)
-    held = None if eval_data is None else stage_dataset(processor, stage, eval_data, images)
+    held_out = None if eval_data is None else stage_dataset(processor, stage, eval_data, images)
     packs = stage_packs(stage, dataset, device, seed)
-    args = _arguments(model, stage, out, device, seed, parallel, pack_sizes(stage, packs, packs and packs.samples))
+    sizes = pack_sizes(stage, packs, packs and packs.samples)
+    args = _arguments(model, stage, out, device, seed, parallel, sizes)
     identity = _identities(model, dataset, parallel, packs)
     seed_everything(seed)
     table = apply_tune(model, stage)
     float_weights(model, not args.use_cpu and not args.fsdp)
-    shown = [progress_callback(stage.name, table)] if progress else []
-    if ask_every: shown.append(_asking(processor, stage, dataset, out, ask_every))
+    callbacks = _callbacks(processor, stage, dataset, out, table, callbacks, progress, ask_every)
     if not args.dataloader_num_workers: dataset = CachedDataset(dataset)
-    callbacks = [*shown, *callbacks]
-    return VLMTrainer(model, processor, stage, args, dataset, callbacks, packs, held, identity, **kwargs), table
+    trainer = VLMTrainer(model, processor, stage, args, dataset, callbacks, packs, held_out, identity, **kwargs)
+    return trainer, table
 
 # %% ../../nbs/36_train.stages.ipynb #117882de
 def _rows_of(model, stage, progress):
@@ -188,6 +234,7 @@ def _rows_of(model, stage, progress):
     how = stage.pack_attention if stage.pack else None
     return row_attention(model.language_model, how, progress and not rank_and_world()[0])
 
+# %% ../../nbs/36_train.stages.ipynb #a8a24fbe
 def train_stage(
     model,               # A `VLMForConditionalGeneration`, changed in place; with ZeRO or FSDP, take the one in `final`
     processor,           # Its processor
@@ -221,6 +268,7 @@ def train_stage(
 
 # %% ../../nbs/36_train.stages.ipynb #cf1b4635
 def _checkpoint(name):
+    "A folder or a name on the Hub, or else a shipped ingredient"
     return name if Path(name).is_dir() or '/' in str(name) else ingredient(name)
 
 def stage_weights(
@@ -229,13 +277,17 @@ def stage_weights(
     name:str,       # Of a stage
 ) -> Path:          # `model` for the last one
     "Where a stage leaves its weights"
-    return Path(out)/('model' if name == recipe.stages[-1].name else name)
+    last = name == recipe.stages[-1].name
+    return Path(out)/('model' if last else name)
 
+# %% ../../nbs/36_train.stages.ipynb #2d14a8d8
 def _source(recipe, out, number, folder):
     "The folder that stage `number` starts from; `None` where the parts are joined"
     if folder is not None: return folder
-    return stage_weights(recipe, out, recipe.stages[number - 1].name) if number else recipe.start
+    if number: return stage_weights(recipe, out, recipe.stages[number - 1].name)
+    return recipe.start
 
+# %% ../../nbs/36_train.stages.ipynb #15aefff9
 def start_model(
     recipe:Recipe,  # Any recipe
     out,            # Folder of its run
@@ -247,20 +299,28 @@ def start_model(
     unset_hf_deepspeed_config()   # ZeRO-3 of a stage before would load slices only
     folder = _source(recipe, out, number, folder)
     more = vouched(recipe.model, trust_remote_code, f'recipe {recipe.name!r}')
-    if folder: return load(folder, device='cpu', dtype=torch.float32, trust_remote_code=trust_remote_code)
+    if folder:
+        return load(folder, device='cpu', dtype=torch.float32, trust_remote_code=trust_remote_code)
     return compose(_checkpoint(recipe.vision), _checkpoint(recipe.llm), connector=recipe.connector,
                    template=recipe.template, image_mode=recipe.image_mode, seed=recipe.seed,
                    trust_remote_code=trust_remote_code, **more)
 
-# %% ../../nbs/36_train.stages.ipynb #d5a4d455
+# %% ../../nbs/36_train.stages.ipynb #32ee46dc
+def _part_id(name):
+    "The identity of one component"
+    place = str(_checkpoint(name))
+    found = folder_identity(place) or dict(id=place)
+    return found['id']
+
 def _parts_identity(recipe):
     "What a model is joined from"
-    parts = [str(_checkpoint(o.strip())) for name in (recipe.vision, recipe.llm) for o in name.split(' + ')]
-    ids = [(folder_identity(o) or dict(id=o))['id'] for o in parts]
+    names = [*recipe.vision.split(' + '), *recipe.llm.split(' + ')]
+    ids = [_part_id(name.strip()) for name in names]
     how = [recipe.connector, recipe.template, recipe.image_mode, recipe.seed, recipe.model]
     text = json.dumps([ids, how], sort_keys=True, default=str)
     return dict(id=xxh3_128(text.encode()).hexdigest(), about=f'{recipe.vision} + {recipe.llm}')
 
+# %% ../../nbs/36_train.stages.ipynb #f6fc19f0
 def start_identity(
     recipe:Recipe,  # Any recipe
     out,            # Folder of its run
@@ -270,65 +330,81 @@ def start_identity(
     "What a stage starts from, looked at without loading it"
     source = _source(recipe, out, number, folder)
     if not source: return _parts_identity(recipe)
-    return folder_identity(source) if number == 0 or folder or Path(source).is_dir() else None
+    there = number == 0 or folder or Path(source).is_dir()
+    return folder_identity(source) if there else None
 
 # %% ../../nbs/36_train.stages.ipynb #6e58470d
+def _passed_over(folder, why=''):
+    print(f"passed over: {str(folder/DONE)!r} does not say what was trained{why}", file=sys.stderr)
+
 def _finished(folder, plan, accept):
     "The result of a stage that is over, `None` for one that is not"
     if not (folder/DONE).exists(): return None
-    try: was,log = read_json(folder/DONE), StageResult(**read_json(folder/'log.json'))
-    except (OSError, ValueError, TypeError, RecursionError) as e: was,why = None,e
+    try:
+        was = read_json(folder/DONE)
+        result = StageResult(**read_json(folder/'log.json'))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return _passed_over(folder, f": {error}")
     if not isinstance(was, dict) or 'seed' not in was:
-        print(f"passed over: {str(folder/DONE)!r} does not say what was trained" + (f": {why}" if was is None else ''),
-              file=sys.stderr)
-        return None
+        return _passed_over(folder)
     check_same_plan(was, plan, folder, accept)
-    return log
+    return result
 
-def _ready(r, todo, data, images, parallel, device='auto', eval_data=None, **kwargs):
-    "The data of each stage; what is missing or does not fit is found here, before weights are loaded"
-    names = [s.name for s in r.stages]
-    check_names([*todo, *data], names, f"stage in recipe {r.name!r}:")
-    check_tune(*map(r.stage, todo))
-    for o in todo: parallel_args(parallel, r.stage(o), pick_device(device).type == 'cuda')
-    if eval_data is not None: stage_rows(r.stage(todo[0]), eval_data, images)
-    return {o: stage_rows(r.stage(o), data.get(o), images) for o in todo}
-
-def _results(r, out, todo, rows, start, accept):
+# %% ../../nbs/36_train.stages.ipynb #69503d5c
+def _results(recipe, out, todo, rows, start, accept):
     "The results of the stages that are over; an error where one of them was another run"
-    names,found = [s.name for s in r.stages], {}
+    names = [stage.name for stage in recipe.stages]
+    found = {}
     for name in todo:
         if not (out/name/DONE).exists(): continue
-        origin = start_identity(r, out, names.index(name), start if name == todo[0] else None)
-        more = data_identity(rows[name]) | (dict(start=origin) if origin else {})
-        result = _finished(out/name, run_plan(r.stage(name), seed=r.seed, **more), accept)
+        folder = start if name == todo[0] else None
+        origin = start_identity(recipe, out, names.index(name), folder)
+        more = data_identity(rows[name])
+        if origin: more['start'] = origin
+        plan = run_plan(recipe.stage(name), seed=recipe.seed, **more)
+        result = _finished(out/name, plan, accept)
         if result: found[name] = result
     return found
 
 # %% ../../nbs/36_train.stages.ipynb #d2aa2028
+def _ready(recipe, todo, data, images, parallel, device='auto', eval_data=None, **kwargs):
+    "The data of each stage; what is missing or does not fit is found here, before weights are loaded"
+    names = [stage.name for stage in recipe.stages]
+    check_names([*todo, *data], names, f"stage in recipe {recipe.name!r}:")
+    stages = {name: recipe.stage(name) for name in todo}
+    check_tune(*stages.values())
+    cuda = pick_device(device).type == 'cuda'
+    for stage in stages.values(): parallel_args(parallel, stage, cuda)
+    if eval_data is not None: stage_rows(stages[todo[0]], eval_data, images)
+    return {name: stage_rows(stage, data.get(name), images) for name,stage in stages.items()}
+
+# %% ../../nbs/36_train.stages.ipynb #5ac15b41
 class _Run:
     "The stages of a recipe in one folder, one after the other"
     def __init__(self, recipe, out, start, first, trusted, options):
-        self.recipe,self.out,self.start,self.first = recipe, out, start, first
-        self.trusted,self.options = trusted, options
-        self.names = [s.name for s in recipe.stages]
+        self.recipe,self.out = recipe, out
+        self.start,self.first = start, first
+        self.trusted = trusted
+        self.options = options
+        self.names = [stage.name for stage in recipe.stages]
         self.model = self.processor = None
 
     def open(self, number, folder=None):
-        if self.model is not None: return
-        self.model,self.processor = start_model(self.recipe, self.out, number, folder, self.trusted)
+        if self.model is None:
+            self.model,self.processor = start_model(self.recipe, self.out, number, folder, self.trusted)
 
     def train(self, name, data, images, **kwargs):
-        number,folder = self.names.index(name), self.start if name == self.first else None
+        number = self.names.index(name)
+        folder = self.start if name == self.first else None
         stop_if_asked(f"stage {name!r}")
         self.open(number, folder)
         stop_if_asked(f"the first step of stage {name!r}")
         origin = start_identity(self.recipe, self.out, number, folder)
+        final = stage_weights(self.recipe, self.out, name)
         return train_stage(self.model, self.processor, self.recipe.stage(name), self.out/name, data, images,
-            self.recipe.seed, final=stage_weights(self.recipe, self.out, name), recipe=to_dict(self.recipe),
-            origin=origin, **self.options, **kwargs)
+            self.recipe.seed, final=final, recipe=to_dict(self.recipe), origin=origin, **self.options, **kwargs)
 
-# %% ../../nbs/36_train.stages.ipynb #5ac15b41
+# %% ../../nbs/36_train.stages.ipynb #19bbf070
 def train_recipe(
     recipe,               # A `Recipe`, or the name of one
     out,                  # Folder: `<stage>/` for each stage, `model/` for the finished one
@@ -343,15 +419,16 @@ def train_recipe(
     **kwargs,             # Passed to `train_stage`: `progress`, `callbacks`, `device`, `eval_data`, `ask_every`
 ) -> tuple:               # Model, processor and a dict of `StageResult`s
     "Run the stages of a recipe in order"
-    r,out = recipe if isinstance(recipe, Recipe) else find_recipe(recipe), Path(out)
-    todo = list(stages or [s.name for s in r.stages])
+    if not isinstance(recipe, Recipe): recipe = find_recipe(recipe)
+    out = Path(out)
+    todo = list(stages or [stage.name for stage in recipe.stages])
     with stop_on_signal():
-        rows = _ready(r, todo, data or {}, images, parallel, **kwargs)
+        rows = _ready(recipe, todo, data or {}, images, parallel, **kwargs)
         with _locked(out):
             join_processes(kwargs.get('device', 'auto'))
-            results = _results(r, out, todo, rows, start, accept) if resume else {}
+            results = _results(recipe, out, todo, rows, start, accept) if resume else {}
             options = dict(kwargs, resume=resume, parallel=parallel, accept=accept)
-            run = _Run(r, out, start, todo[0], trust_remote_code, options)
+            run = _Run(recipe, out, start, todo[0], trust_remote_code, options)
             for name in todo:
                 if name not in results: results[name] = run.train(name, rows[name], images)
                 if parallel != 'ddp': run.model = None   # wrapped, sharded: the next stage opens the folder

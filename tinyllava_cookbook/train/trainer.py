@@ -46,6 +46,7 @@ def _of_stage(stage):
         save_strategy='steps' if 'save_steps' in stage.trainer else 'no',
         eval_strategy='steps' if 'eval_steps' in stage.trainer else 'no')
 
+# %% ../../nbs/34_train.trainer.ipynb #7d8f74c8
 def _workers(stage):
     "Loader processes, as many as there are cores for: more only wait, and torch warns"
     asked = stage.trainer.get('dataloader_num_workers', 0)
@@ -324,9 +325,7 @@ class _Evaluated(Trainer):
 def _deepspeed_runs() -> bool:
     "A model can be DeepSpeed's only where DeepSpeed was imported; asking otherwise imports it, with its banner"
     return 'deepspeed' in sys.modules
-
 accelerate.utils.other.is_deepspeed_available = _deepspeed_runs
-
 _LOADER = 'num_workers', 'pin_memory', 'persistent_workers', 'prefetch_factor'
 
 def _collator(model, processor, packs):
@@ -336,6 +335,7 @@ def _collator(model, processor, packs):
     flash = 'flash' in model.config.text_config._attn_implementation
     return PackCollator(pad, seq_lens=flash)
 
+# %% ../../nbs/34_train.trainer.ipynb #7ce02058
 def _padded_batches(args, dataset):
     "Which samples make a micro-batch, in a fixed order"
     return EpochBatches(

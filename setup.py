@@ -11,11 +11,13 @@ cfg = config['DEFAULT']
 
 expected = '''lib_name version description keywords author author_email license status min_python git_url
     requirements dev_requirements docs_requirements api_requirements deepspeed_requirements qlora_requirements
-    lmms_requirements serve_requirements xlsx_requirements explore_requirements console_scripts lmms_eval_models'''.split()
+    lmms_requirements serve_requirements xlsx_requirements wandb_requirements trackio_requirements
+    tensorboard_requirements explore_requirements console_scripts lmms_eval_models'''.split()
 missing = [o for o in expected if o not in cfg]
 if missing: raise SystemExit(f'settings.ini lacks {missing}')
 
 lib = cfg['lib_name']
+extras = 'dev docs api deepspeed qlora lmms serve xlsx explore wandb trackio tensorboard'.split()
 licenses = dict(apache2='Apache-2.0')
 statuses = ('1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable', '6 - Mature', '7 - Inactive')
 readme = here/'README.md'
@@ -28,7 +30,7 @@ setuptools.setup(
     packages = setuptools.find_packages(include=[lib, f'{lib}.*'], exclude=[f'{lib}._data*']),
     package_data = {lib: ['_data/**/*']},
     install_requires = shlex.split(cfg['requirements']),
-    extras_require = {o: shlex.split(cfg[f'{o}_requirements']) for o in ('dev','docs','api','deepspeed','qlora','lmms','serve','xlsx','explore')},
+    extras_require = {o: shlex.split(cfg[f'{o}_requirements']) for o in extras},
     python_requires = '>=' + cfg['min_python'],
     long_description = readme.read_text(encoding='utf-8') if readme.exists() else cfg['description'],
     long_description_content_type = 'text/markdown',

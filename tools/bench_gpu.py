@@ -5,7 +5,8 @@ Usage: python tools/bench_gpu.py [--out nbs/results/gpu.json] [--only NAME ...] 
 
 Random weights of real shapes and drawn pictures: nothing is downloaded. Each row is one stage of a few steps, trained by
 `train_stage`: peak of PyTorch's allocator, forecast peak, TFLOP per second and share of the device's peak (MFU).
-`--tiny --device cpu` runs the same code in a minute anywhere. Exits 1 where a forecast misses by more than 10 %.
+`--tiny --device cpu` runs the same code in a minute anywhere. The file is written after each row; a run that is started
+again with it, on the same device and commit, goes on with the rows that it lacks. Exits 1 where a forecast misses by more than 10 %.
 """
 import argparse, copy, datetime, json, subprocess, sys, tempfile
 from pathlib import Path
@@ -21,6 +22,8 @@ CASES = {   # name -> family and shape of the LLM, and the stage
     'stage 2, 0.4 B': ('qwen2', SMALL, dict(tune=BOTH, pack=4096)),
     'stage 2, 0.4 B, padded': ('qwen2', SMALL, dict(tune=BOTH, device_batch_size=4)),
     'stage 2, 1.1 B': ('llama', TINYLLAMA, dict(tune=BOTH, pack=4096)),
+    'stage 2, 1.1 B, rows of 8192': ('llama', TINYLLAMA, dict(tune=BOTH, pack=8192)),
+    'stage 2, 1.1 B, dense mask': ('llama', TINYLLAMA, dict(tune=BOTH, pack=4096, pack_attention='sdpa')),
     'stage 2, 1.1 B, checkpointed': ('llama', TINYLLAMA, dict(tune=BOTH, pack=4096, trainer=CKPT)),
     'stage 2, 1.1 B, vision from 12': ('llama', TINYLLAMA, dict(pack=4096, trainer=CKPT,
         tune=dict(BOTH, vision=dict(mode='partial', from_layer=12)))),
@@ -69,6 +72,18 @@ def measure(name, root, data, a):
           f"{row['tflops']:.2f} TFLOP/s" + (f", MFU {row['mfu']:.0%}" if mfu else ''), flush=True)
     return row
 
+def written(path, head):
+    "The rows of an earlier run on this device and commit"
+    if not path or not Path(path).exists(): return []
+    found = json.loads(Path(path).read_text())
+    return found['rows'] if all(found.get(k) == head[k] for k in ('device', 'commit', 'torch', 'tiny')) else []
+
+def write(path, made):
+    "In one step: a run that is killed leaves the rows before"
+    part = Path(f'{path}.part')
+    part.write_text(json.dumps(made, indent=1) + '\n')
+    part.replace(path)
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--out', metavar='FILE', help='write the table as JSON, e.g. nbs/results/gpu.json')
@@ -82,12 +97,15 @@ def main():
     logging.disable_progress_bar()
     if a.device != 'cpu' and not torch.cuda.is_available(): sys.exit('no GPU here; try --tiny --device cpu')
     git = subprocess.run(['git', '-C', ROOT, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name() if a.device != 'cpu' else 'CPU'
+    made = dict(device=name, date=str(datetime.date.today()), commit=git, torch=torch.__version__, tiny=a.tiny)
+    made['rows'] = rows = written(a.out, made)
+    done = {r['name'] for r in rows}
     with tempfile.TemporaryDirectory() as tmp:
         data = write_data(Path(tmp))
-        rows = [measure(o, tmp, data, a) for o in a.only]
-    name = torch.cuda.get_device_name() if a.device != 'cpu' else 'CPU'
-    made = dict(device=name, date=str(datetime.date.today()), commit=git, torch=torch.__version__, rows=rows)
-    if a.out: Path(a.out).write_text(json.dumps(made, indent=1) + '\n')
-    return 0 if all(abs(r['error']) <= .1 for r in rows) else 1
+        for case in [o for o in a.only if o not in done]:
+            rows.append(measure(case, tmp, data, a))
+            if a.out: write(a.out, made)
+    return 0 if all(abs(r['error']) <= .1 for r in rows if r['name'] in a.only) else 1
 
 if __name__ == '__main__': sys.exit(main())

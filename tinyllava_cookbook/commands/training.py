@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/92_commands.training.ipynb #d0a3f277
 import json, os, shlex, sys
+from importlib.util import find_spec
 from pathlib import Path
 from ..core import rank_and_world
 from ..cli import Usage, command, hide_progress, pairs, positive, recipe_arguments, trust_argument
@@ -102,11 +103,21 @@ def _train_words(a, out):
 _usual = ('--parallel', 'ddp'), ('--device', 'auto')
 
 # %% ../../nbs/92_commands.training.ipynb #ab9080d8
+_TRACKERS = 'wandb', 'trackio', 'tensorboard'   # Each is an extra of this package
+
+def _check_trackers(names):
+    "A tracker that is not installed is found before the weights are loaded"
+    for name in names:
+        spec = find_spec(name) if name in _TRACKERS else True
+        if spec is None or spec is not True and spec.origin is None:   # a folder `wandb/` of runs is no package
+            raise Usage(f"--report-to {name} needs a package: pip install 'tinyllava-cookbook[{name}]'")
+
 def _plan(a):
     "The recipe with its changes, its stages to train, and where to"
     from tinyllava_cookbook.train.recipes import override, recipe
     r = override(recipe(a.recipe), a.changes)
     todo = [r.stage(name).name for name in a.stages or [s.name for s in r.stages]]
+    _check_trackers(a.report_to)
     if a.report_to: r = override(r, [f'{name}.trainer.report_to={json.dumps(a.report_to)}' for name in todo])
     if a.resume not in (None, 'auto') and len(todo) > 1: raise Usage("--resume DIR is of one stage: name that stage")
     return r, todo, a.out or f'runs/{r.name}'

@@ -117,14 +117,15 @@ class MicroBatch:
 
 # %% ../../nbs/37_train.activations.ipynb #b5266374
 def micro_batch(
-    batch:dict,    # From a collator
-) -> MicroBatch:   # Its shape
+    batch:dict,          # From a collator
+    by_sample:bool=False,# Is the attention of packed rows computed sample by sample, without a mask?
+) -> MicroBatch:         # Its shape
     "The shape of a batch"
     pixels = batch.get('pixel_values')
     attended = batch.get('attention_mask')
     rows,length = batch['input_ids'].shape
     supervised = int((batch['labels'][:, 1:] >= 0).sum())
-    full = attended is not None and bool(attended.all())
+    full = by_sample if attended is None else bool(attended.all())
     return MicroBatch(rows, length, supervised, 0 if pixels is None else len(pixels), not full)
 
 # %% ../../nbs/37_train.activations.ipynb #08a0406a

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..core import Registry, Table
 from ..data.records import read_sample
+from ..model.packed_attention import PACKED, choose_attention
 from .activations import (ElementBytes, MicroBatch, adapter_size, annotate, recipe_model,
                                                   with_mode)
 from .cards import GPU, gpus, parse_gpus, published_hours
@@ -91,7 +92,7 @@ TILES = 5   # Of an image in mode 'anyres': four and the complete one
 
 def _tiles(stage): return TILES if stage.image_mode == 'anyres' else 1
 
-def _packed_shape(stage, data, image_tokens, world):
+def _packed_shape(model, stage, data, image_tokens, world):
     "The shape of a pack, and how many of them a GPU takes each step"
     sample_tokens = data.text + data.images*image_tokens
     mean = min(sample_tokens, stage.max_length)
@@ -99,7 +100,8 @@ def _packed_shape(stage, data, image_tokens, world):
     images = max(1, min(room, math.ceil(data.images*stage.pack/mean)))*_tiles(stage)
     supervised = int(data.supervised/sample_tokens*stage.pack)
     accumulate = max(1, round(stage.global_batch_size*mean/stage.pack/world))
-    return MicroBatch(1, stage.pack, supervised, images), accumulate
+    mask = choose_attention(model.language_model.config, stage.pack_attention) != PACKED
+    return MicroBatch(1, stage.pack, supervised, images, mask), accumulate
 
 def step_shape(
     model:nn.Module,              # On the meta device
@@ -109,7 +111,7 @@ def step_shape(
 ) -> tuple[MicroBatch,int]:       # The largest micro-batch, and gradient accumulation steps
     "What one GPU takes at once, at most, and how often each step"
     image_tokens = model.config.image_seq_length*_tiles(stage)
-    if stage.pack: return _packed_shape(stage, data, image_tokens, world)
+    if stage.pack: return _packed_shape(model, stage, data, image_tokens, world)
     rows,accumulate = batch_sizes(stage, world)
     length = min(stage.max_length, math.ceil(image_tokens*max(1, data.images)) + data.longest)
     images = math.ceil(rows*data.images)*_tiles(stage)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..model.architecture import meta_vlm
+from ..model.packed_attention import PACKED
 from ..model.vision import input_size, n_patches
 from ..model.loss import LOGITS_AT_ONCE
 from .activations import (ElementBytes, MicroBatch, adapter_size, annotate, each_tower,
@@ -252,7 +253,9 @@ def measured_peak(
 ) -> dict:               # 'bytes', 'batches' (a `MicroBatch` each), 'result'
     "The most memory that training really held, and the shapes of its micro-batches"
     batches = []
-    def note(module, args, kwargs): batches.append(micro_batch(kwargs))
+    def note(module, args, kwargs):
+        by_sample = module.language_model.config._attn_implementation == PACKED
+        batches.append(micro_batch(kwargs, by_sample))
     hook = model.register_forward_pre_hook(note, with_kwargs=True)
     def run(): return train_stage(model, processor, stage, out, data, device=device, progress=False)
     try: result,peak = _run_measured(run, model, device)

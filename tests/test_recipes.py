@@ -39,7 +39,7 @@ def test_twin_trains_and_changes_exactly_what_it_means_to(name, tmp_path):
 
 def test_every_recipe_survives_json_and_names_its_source():
     assert {'micro', 'llava_v1', 'llava_v15', 'llava_next', 'tinyllava_base', 'tinyllava_share', 'tinyllava_share_factory', 'tinyllava_lora',
-            'tinyllava_qlora', 'tinyllava_mof', 'train_llava', 'scienceqa', 'custom'} == set(recipe_names())
+            'tinyllava_qlora', 'tinyllava_mof', 'train_llava', 'scienceqa', 'custom', 'llava_v15_details'} == set(recipe_names())
     for n in NAMES:
         r = recipe(n)
         assert from_dict(json.loads(json.dumps(to_dict(r)))) == r
@@ -58,7 +58,7 @@ def test_parts_are_found_by_what_modules_register():
     "No list names the modules; each registry knows all of its own in a fresh process, and a look-up of a known name imports nothing more"
     from tinyllava_cookbook.core import registering_modules
     assert [o for o in registering_modules('recipes')] == ['tinyllava_cookbook.' + o for o in
-        ('recipes.llava', 'recipes.lora', 'recipes.scienceqa', 'recipes.tinyllava', 'recipes.train_llava', 'train.recipes')]
+        ('recipes.llava', 'recipes.lora', 'recipes.mixtures', 'recipes.scienceqa', 'recipes.tinyllava', 'recipes.train_llava', 'train.recipes')]
     homes = dict(recipes='train.recipes', connectors='model.connectors', vision_families='model.vision', llm_families='model.llms', templates='data.templates',
         IMAGE_MODES='data.images', FORMATS='data.records', kinds='data.instruct', readers='model.foreign', BENCHES='eval.items', SCORERS='eval.scoring',
         SUBMISSIONS='eval.report', jobs='train.launch', gpus='train.cards', corpora='train.budget')

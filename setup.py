@@ -17,7 +17,7 @@ missing = [o for o in expected if o not in cfg]
 if missing: raise SystemExit(f'settings.ini lacks {missing}')
 
 lib = cfg['lib_name']
-extras = 'dev docs api deepspeed qlora lmms serve xlsx explore wandb trackio tensorboard'.split()
+extras = 'dev docs api deepspeed qlora lmms onnx serve xlsx explore wandb trackio tensorboard'.split()
 licenses = dict(apache2='Apache-2.0')
 statuses = ('1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable', '6 - Mature', '7 - Inactive')
 readme = here/'README.md'

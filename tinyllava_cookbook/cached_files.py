@@ -23,7 +23,8 @@ def cache_lock(
     "One process at a time, where the file system has locks"
     lock = FileLock(cache_dir('locks')/f'{key}.lock')
     try: lock.acquire()
-    except (NotImplementedError, OSError) as e: _log.info("no lock on %s: %s", lock.lock_file, e)
+    except (NotImplementedError, OSError) as e:
+        _log.info("no lock on %s: %s", lock.lock_file, e)
     try: yield
     finally: lock.release()
 
@@ -69,6 +70,7 @@ def known_checksum(
 # %% ../nbs/08_cached_files.ipynb #48b33d01
 _log = logging.getLogger(__name__)
 
+# %% ../nbs/08_cached_files.ipynb #4c820d68
 def write_cached(
     folder:str,  # Of the cache
     key:str,     # Of the content
@@ -94,9 +96,11 @@ def find_cached(
     "The file under a key, if it is what its name says; a damaged one is deleted"
     good = None
     for path in sorted(cache_dir(folder).glob(f'{key}-*-*')):
-        if path.stem.rpartition('-')[2] == known_checksum(path): good = path
+        if path.stem.rpartition('-')[2] == known_checksum(path):
+            good = path
         else:
-            _log.warning("the cached copy of %r is damaged (its checksum is another); it is made again", name)
+            _log.warning("the cached copy of %r is damaged (its checksum is another); it is made again",
+                         name)
             path.unlink(missing_ok=True)
     if good: _note_use(good)
     return good
@@ -104,7 +108,8 @@ def find_cached(
 # %% ../nbs/08_cached_files.ipynb #fd468027
 def _note_use(path):
     "Now is when it was read last; its other time stays"
-    with contextlib.suppress(OSError): os.utime(path, ns=(time.time_ns(), os.stat(path).st_mtime_ns))
+    with contextlib.suppress(OSError):
+        os.utime(path, ns=(time.time_ns(), os.stat(path).st_mtime_ns))
 
 # %% ../nbs/08_cached_files.ipynb #df868f8a
 class CachedFile(NamedTuple):
@@ -121,11 +126,13 @@ def cached_files() -> list[CachedFile]:
     found = []
     for path in root.rglob('*'):
         kind = path.relative_to(root).parts[0]
-        if kind == 'locks' or path.is_symlink() or not path.is_file(): continue
+        if kind == 'locks' or path.is_symlink() or not path.is_file():
+            continue
         facts = path.stat()
         used = max(facts.st_atime, facts.st_mtime)
         being_written = path.suffix == '.tmp' and used > time.time() - 86400
-        if not being_written: found.append(CachedFile(kind, path, facts.st_size, used))
+        if not being_written:
+            found.append(CachedFile(kind, path, facts.st_size, used))
     return sorted(found, key=lambda o: -o.used)
 
 # %% ../nbs/08_cached_files.ipynb #3a9b58aa

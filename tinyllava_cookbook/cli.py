@@ -59,7 +59,8 @@ def pairs(
     option:str,       # Whose words, for the error
 ) -> dict[str,str]:   # Name to value
     "A dict of NAME=VALUE words"
-    if odd := [o for o in texts if '=' not in o]: raise Usage(f"{option} {odd[0]!r} is not NAME=VALUE")
+    if odd := [o for o in texts if '=' not in o]:
+        raise Usage(f"{option} {odd[0]!r} is not NAME=VALUE")
     return dict(o.split('=', 1) for o in texts)
 
 # %% ../nbs/90_cli.ipynb #e70561bf
@@ -83,7 +84,8 @@ def recipe_arguments(
     p:argparse.ArgumentParser,  # Changed in place
 ):
     "Add RECIPE, and --set to change its fields"
-    p.add_argument('recipe', metavar='RECIPE', help='name of a recipe, or a JSON file')
+    p.add_argument('recipe', metavar='RECIPE',
+                   help='name of a recipe, or a JSON file')
     p.add_argument('--set', metavar='PATH=VALUE', action='append', default=[], dest='changes',
                    help='change a field, e.g. finetune.lr=1e-4 (repeatable)')
 
@@ -93,12 +95,16 @@ def model_arguments(
     required:bool=True,         # Must --model be given?
 ):
     "Add --model, --device, --dtype, --quantization and --template"
-    p.add_argument('--model', required=required, metavar='DIR', help='folder of a trained model')
-    p.add_argument('--device', default='auto', help='auto, cpu or cuda (default: %(default)s)')
+    p.add_argument('--model', required=required, metavar='DIR',
+                   help='folder of a trained model')
+    p.add_argument('--device', default='auto',
+                   help='auto, cpu or cuda (default: %(default)s)')
     p.add_argument('--dtype', default='auto', choices=['auto', 'float32', 'bfloat16', 'float16'],
                    help='precision (default: bfloat16 on a GPU that has it, else float16; float32 on a CPU)')
-    p.add_argument('--quantization', choices=['4bit', '8bit'], help='keep the language model in so many bits')
-    p.add_argument('--template', metavar='NAME', help="chat template (default: the model's own)")
+    p.add_argument('--quantization', choices=['4bit', '8bit'],
+                   help='keep the language model in so many bits')
+    p.add_argument('--template', metavar='NAME',
+                   help="chat template (default: the model's own)")
     trust_argument(p)
 
 # %% ../nbs/90_cli.ipynb #91084a4b
@@ -138,7 +144,8 @@ def endpoint_arguments(
                    help='requests at a time (default: %(default)s)')
     p.add_argument('--budget', type=float, metavar='USD',
                    help='most money, earlier replies included; needs a price')
-    p.add_argument('--estimate', action='store_true', help='say what it will cost, and stop')
+    p.add_argument('--estimate', action='store_true',
+                   help='say what it will cost, and stop')
 
 # %% ../nbs/90_cli.ipynb #a0d6bac6
 def endpoint_of(
@@ -192,13 +199,16 @@ def parser() -> argparse.ArgumentParser: # For `tinyllava` and all its commands
                         help='show the traceback of an error')
     import_argument(common)
     p = argparse.ArgumentParser(prog='tinyllava', description='Small vision-language models: train, ask, score.',
-                                parents=[common], epilog='tinyllava COMMAND --help tells more about a command.')
-    p.add_argument('--version', action='version', version=f'tinyllava-cookbook {tinyllava_cookbook.__version__}')
+                                parents=[common],
+                                epilog='tinyllava COMMAND --help tells more about a command.')
+    p.add_argument('--version', action='version',
+                   version=f'tinyllava-cookbook {tinyllava_cookbook.__version__}')
     sub = p.add_subparsers(metavar='COMMAND', dest='command', required=True)
     for name in _order():
         c = commands[name]
         about = c.help[0].upper()+c.help[1:]+'.'
-        c.arguments(sub.add_parser(name, help=c.help, description=about, parents=[common]))
+        c.arguments(sub.add_parser(name, help=c.help, description=about,
+                                   parents=[common]))
     return p
 
 # %% ../nbs/90_cli.ipynb #ab2724f0
@@ -207,7 +217,8 @@ def one_line(
 ) -> str:         # Without line breaks
     "What went wrong, in one line"
     text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
-    if isinstance(e, OSError) and e.strerror and e.filename: text = f"{e.strerror}: {str(e.filename)!r}"
+    if isinstance(e, OSError) and e.strerror and e.filename:
+        text = f"{e.strerror}: {str(e.filename)!r}"
     text = ' '.join(text.split())
     return text if text and isinstance(e, (ValueError, KeyError, OSError)) else f"{type(e).__name__}: {text}"
 
@@ -232,7 +243,8 @@ def _run(a):
     except BrokenPipeError:   # whoever read our output has gone, as in `| head`; nothing may be left to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as e: return _failed(e, f'tinyllava {a.command}', getattr(a, 'debug', False))
+    except Exception as e:
+        return _failed(e, f'tinyllava {a.command}', getattr(a, 'debug', False))
 
 # %% ../nbs/90_cli.ipynb #d25a6b1b
 def main(
@@ -243,7 +255,8 @@ def main(
     try:
         plugins = import_named(words)
         p = parser()
-    except Exception as e: return _failed(e, ' '.join(['tinyllava', *words[:1]]), '--debug' in words)
+    except Exception as e:
+        return _failed(e, ' '.join(['tinyllava', *words[:1]]), '--debug' in words)
     a = p.parse_args(words)
     a.plugins = plugins
     return _run(a)

@@ -26,7 +26,9 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 # %% ../nbs/00_core.ipynb #0b129b3e
 class UnknownName(KeyError):
     "A name that a registry does not hold; the message lists those that it does"
-    def __str__(self) -> str: return str(self.args[0])   # KeyError would show the repr, quotes and all
+    def __str__(self) -> str:
+        # KeyError would show the repr, quotes and all
+        return str(self.args[0])
 
 # %% ../nbs/00_core.ipynb #ca622d3b
 def registering_modules(
@@ -34,12 +36,14 @@ def registering_modules(
 ) -> list[str]:    # Names of modules, sorted
     "The exported modules of the package whose source registers something there; none is imported"
     from tinyllava_cookbook._modidx import d as index
-    pattern = re.compile(rf'^[ \t]*(@{variable}\(|@?{variable}\.register\()', re.MULTILINE)
+    pattern = re.compile(rf'^[ \t]*(@{variable}\(|@?{variable}\.register\()',
+                         re.MULTILINE)
     folder = Path(importlib.util.find_spec('tinyllava_cookbook').origin).parent
     found = []
     for name in sorted(index['syms']):
         file = folder.joinpath(*name.split('.')[1:]).with_suffix('.py')
-        if file.exists() and pattern.search(file.read_text(encoding='utf-8')): found.append(name)
+        if file.exists() and pattern.search(file.read_text(encoding='utf-8')):
+            found.append(name)
     return found
 
 # %% ../nbs/00_core.ipynb #6c017dca
@@ -65,7 +69,8 @@ def _find_parts(registry):
     if known and variable is None or importing(): return
     importlib.import_module('tinyllava_cookbook.plugins').load_plugins()
     registry._variable = None
-    for name in registering_modules(variable) if variable else []: importlib.import_module(name)
+    for name in registering_modules(variable) if variable else []:
+        importlib.import_module(name)
 
 # %% ../nbs/00_core.ipynb #80897de2
 def _unknown(kind:str, name, names:list[str]) -> UnknownName:
@@ -79,7 +84,8 @@ def _same_source(a, b) -> bool:
     "Are these one definition, run once more in a notebook? Of a dataclass: do they hold such a one?"
     if is_dataclass(a) and type(a) is type(b):
         return any(_same_source(getattr(a, o.name), getattr(b, o.name)) for o in fields(a))
-    def of(attribute): return [getattr(o, attribute, None) for o in (a, b)]
+    def of(attribute):
+        return [getattr(o, attribute, None) for o in (a, b)]
     first, second = of('__qualname__')
     named = first == second and first not in (None, '<lambda>')
     return named and '__main__' in of('__module__')
@@ -91,19 +97,23 @@ _IMPORT = 'importlib', '_frozen_importlib', '_frozen_importlib_external'
 
 def _caller(home:str|None) -> str:
     "The module that asks to register: of its line, not of the functions of `home` that it calls"
-    if '__main__' in (__name__, home): return '__main__'   # a registry of a notebook
+    if '__main__' in (__name__, home):
+        return '__main__'   # a registry of a notebook
     frame, seen = sys._getframe(1), __name__
-    while frame and (name := frame.f_globals.get('__name__', '')) in (__name__, home):
+    while frame and (name := frame.f_globals.get(
+        '__name__', '')) in (__name__, home):
         frame, seen = frame.f_back, name
     if frame is None or name.split('.')[0] in _IMPORT: return seen
-    if PLUGINS_BEING_IMPORTED and not own_module(name): return PLUGINS_BEING_IMPORTED[-1]
+    if PLUGINS_BEING_IMPORTED and not own_module(name):
+        return PLUGINS_BEING_IMPORTED[-1]
     return name
 
 def _check_new(registry, name:str, obj):
     "An error for a name that another part has"
     old = registry._parts.get(name, obj)
     if old is obj or _same_source(old, obj): return
-    raise ValueError(f"{registry.kind} {name!r} is registered already; take another name or `remove` the old one")
+    raise ValueError(
+        f"{registry.kind} {name!r} is registered already; take another name or `remove` the old one")
 
 
 
@@ -166,7 +176,8 @@ def seed_everything(
 def _devices() -> list[str]:
     "Kinds of devices on this machine, the best first"
     import torch
-    kinds = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    kinds = dict(cuda=torch.cuda.is_available(),
+                 mps=torch.backends.mps.is_available(), cpu=True)
     return [name for name, there in kinds.items() if there]
 
 # %% ../nbs/00_core.ipynb #40285a75
@@ -204,9 +215,11 @@ def pick_dtype(
     "The precision called `name`, or the usual one of `device`"
     import torch
     cuda = torch.device(device).type == 'cuda'
-    if name == 'auto': name = gpu_dtype(device) if cuda else 'float32'
+    if name == 'auto':
+        name = gpu_dtype(device) if cuda else 'float32'
     name = str(name).removeprefix('torch.')
-    if name not in _DTYPES: raise ValueError(f"no precision {name!r}; choose from {['auto', *_DTYPES]}")
+    if name not in _DTYPES:
+        raise ValueError(f"no precision {name!r}; choose from {['auto', *_DTYPES]}")
     return getattr(torch, name)
 
 # %% ../nbs/00_core.ipynb #0895b8b0
@@ -255,12 +268,15 @@ def read_json(
 ) -> Any:   # What it holds
     "Read a JSON file; errors name the file, line and column"
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"no file {str(path)!r}")
+    if not path.exists():
+        raise FileNotFoundError(f"no file {str(path)!r}")
     try: return json.loads(path.read_text(encoding='utf-8-sig'))
     except json.JSONDecodeError as e:
-        raise ValueError(f"{str(path)!r} is not JSON: {e.msg} at line {e.lineno}, column {e.colno}") from None
+        raise ValueError(
+            f"{str(path)!r} is not JSON: {e.msg} at line {e.lineno}, column {e.colno}") from None
     except UnicodeDecodeError as e:
-        raise ValueError(f"{str(path)!r} is not UTF-8: byte {e.start} is 0x{e.object[e.start]:02x}") from None
+        raise ValueError(
+            f"{str(path)!r} is not UTF-8: byte {e.start} is 0x{e.object[e.start]:02x}") from None
 
 # %% ../nbs/00_core.ipynb #468bd83d
 def to_json(
@@ -270,7 +286,8 @@ def to_json(
     "JSON as one reads it; escaped where a text holds half a character (a lone surrogate), which no file can hold"
     text = json.dumps(obj, indent=indent, ensure_ascii=False)
     try: text.encode()
-    except UnicodeEncodeError: return json.dumps(obj, indent=indent)
+    except UnicodeEncodeError:
+        return json.dumps(obj, indent=indent)
     return text
 
 # %% ../nbs/00_core.ipynb #e5a4f985
@@ -282,7 +299,8 @@ def write_json(
     "Write JSON in one step: the file is either the old one or all of the new one"
     path = Path(path)
     text = to_json(obj, indent)   # fails before anything is touched
-    with replacing(path) as part: part.write_text(text + '\n', encoding='utf-8')
+    with replacing(path) as part:
+        part.write_text(text + '\n', encoding='utf-8')
     return path
 
 # %% ../nbs/00_core.ipynb #ed071124
@@ -305,7 +323,8 @@ def cache_dir(
     path = Path(root).expanduser().joinpath(*parts).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path): pass   # asking the folder beats reading its mode bits
+        with tempfile.TemporaryFile(dir=path):
+            pass   # asking the folder beats reading its mode bits
     except OSError as e:
         raise PermissionError(f"cannot write to the cache folder {str(path)!r} ({e.strerror}); "
                               "set TINYLLAVA_CACHE to a folder you can write to") from None
@@ -321,7 +340,8 @@ def package_data(
     path = root/name
     if not path.exists():
         have = sorted(o.name for o in root.iterdir()) if root.exists() else []
-        raise FileNotFoundError(f"no package data {name!r} in {str(root)!r}; choose from {have}, or reinstall")
+        raise FileNotFoundError(
+            f"no package data {name!r} in {str(root)!r}; choose from {have}, or reinstall")
     return path
 
 # %% ../nbs/00_core.ipynb #f9d5f918
@@ -368,7 +388,8 @@ def quiet():
     finally: logging.set_verbosity(level)
 
 # %% ../nbs/00_core.ipynb #069e2367
-_PACKAGES = 'tinyllava_cookbook torch transformers tokenizers accelerate datasets numpy pillow'.split()
+_PACKAGES = 'tinyllava_cookbook torch transformers tokenizers accelerate datasets numpy pillow'.split(
+    )
 
 def versions() -> dict[str,str]:  # Package to version; absent ones are left out
     "Versions of Python and of the packages that shape a result"

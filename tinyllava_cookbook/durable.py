@@ -48,7 +48,8 @@ def mark_complete(
     "Write the marker that says: this is all"
     path = Path(path)
     found = [o for o in sorted(path.rglob('*')) if o.is_file() and o != path/MARKER]
-    with ThreadPoolExecutor(4) as pool: files = list(pool.map(_file_facts, found))
+    with ThreadPoolExecutor(4) as pool:
+        files = list(pool.map(_file_facts, found))
     names = [o.relative_to(path).as_posix() for o in found]
     write_json(path/MARKER, dict(facts, files=dict(zip(names, files))))
     for o in path/MARKER, path: _sync(o)
@@ -63,26 +64,32 @@ def _inside(name):
 def _is_marker(facts):
     files = facts.get('files') if isinstance(facts, dict) else None
     if not isinstance(files, dict): return False
-    return all(isinstance(v, dict) and {'size', 'xxh3'} <= v.keys() and _inside(k) for k,v in files.items())
+    return all(isinstance(v, dict) and {'size', 'xxh3'} <= v.keys() and _inside(k) for k,
+               v in files.items())
 
 def read_marker(
     path,    # A folder
 ) -> dict:   # `files` (name -> `size`, `xxh3`), and what else was kept
     "The marker of a folder, of whose files nothing is looked at yet"
     file = Path(path)/MARKER
-    if not Path(path).is_dir(): raise FileNotFoundError(f"no checkpoint folder {str(path)!r}")
-    if not file.is_file(): raise FileNotFoundError(f"{str(path)!r} is not complete: it lacks {[MARKER]}")
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"no checkpoint folder {str(path)!r}")
+    if not file.is_file():
+        raise FileNotFoundError(f"{str(path)!r} is not complete: it lacks {[MARKER]}")
     try: facts = read_json(file)
     except RecursionError: facts = None
-    if not _is_marker(facts): raise ValueError(f"{str(file)!r} is not a completeness marker; take another folder")
+    if not _is_marker(facts):
+        raise ValueError(f"{str(file)!r} is not a completeness marker; take another folder")
     return facts
 
 # %% ../nbs/05_durable.ipynb #822ddec1
 def _damage(file, want, checksums):
     "What is wrong with a file, in words; `None`: nothing"
     size = file.stat().st_size
-    if size != want['size']: return f"has {size} of {want['size']} bytes"
-    if checksums and checksum(file) != want['xxh3']: return "is damaged: its checksum is not that of the saved file"
+    if size != want['size']:
+        return f"has {size} of {want['size']} bytes"
+    if checksums and checksum(file) != want['xxh3']:
+        return "is damaged: its checksum is not that of the saved file"
     return None
 
 def check_complete(
@@ -94,11 +101,13 @@ def check_complete(
     facts = read_marker(path)
     files = facts['files']
     lacks = [o for o in files if not (path/o).is_file()]
-    if lacks: raise FileNotFoundError(f"{str(path)!r} is not complete: it lacks {lacks}; take another folder")
+    if lacks:
+        raise FileNotFoundError(f"{str(path)!r} is not complete: it lacks {lacks}; take another folder")
     with ThreadPoolExecutor(4) as pool:
         found = pool.map(lambda o: _damage(path/o, files[o], checksums), files)
     for name,words in zip(files, found):
-        if words: raise ValueError(f"{str(path)!r} is not complete: {name} {words}; take another folder")
+        if words:
+            raise ValueError(f"{str(path)!r} is not complete: {name} {words}; take another folder")
     return facts
 
 # %% ../nbs/05_durable.ipynb #4ce9bfa9
@@ -211,13 +220,15 @@ def _namespace():
 
 def _myself():
     began = psutil.Process().create_time()
-    return dict(host=socket.gethostname(), namespace=_namespace(), pid=os.getpid(), began=began)
+    return dict(host=socket.gethostname(), namespace=_namespace(), pid=os.getpid(),
+                began=began)
 
 def _holder(file):
     "Whom a lock names; an empty dict where that cannot be read (yet)"
     try: found = read_json(file)
     except (OSError, ValueError, RecursionError): return {}
-    whole = isinstance(found, dict) and isinstance(found.get('pid'), int)
+    whole = isinstance(found, dict) and isinstance(
+        found.get('pid'), int)
     return found if whole and isinstance(found.get('began'), (int, float)) else {}
 
 def _runs(holder):
@@ -226,16 +237,19 @@ def _runs(holder):
         process = psutil.Process(holder['pid'])
         if process.status() == psutil.STATUS_ZOMBIE: return False
         return abs(process.create_time() - holder['began']) < 3
-    except (psutil.NoSuchProcess, ValueError, OverflowError): return False
+    except (psutil.NoSuchProcess, ValueError, OverflowError):
+        return False
     except psutil.AccessDenied: return True
 
 # %% ../nbs/05_durable.ipynb #3d65e5e8
 def _create(file, me):
     "Make the lock, unless there is one"
-    try: descriptor = os.open(file, os.O_CREAT|os.O_EXCL|os.O_WRONLY, 0o644)
+    try:
+        descriptor = os.open(file, os.O_CREAT|os.O_EXCL|os.O_WRONLY, 0o644)
     except FileExistsError: return False
     try:
-        with os.fdopen(descriptor, 'w', encoding='utf-8') as f: json.dump(me, f)
+        with os.fdopen(descriptor, 'w', encoding='utf-8') as f:
+            json.dump(me, f)
     except OSError:
         file.unlink(missing_ok=True)
         raise
@@ -260,11 +274,13 @@ def _take_away(file, seen):
     except FileNotFoundError: return
     if _holder(aside) == seen: return aside.unlink()
     try: os.link(aside, file)
-    except FileExistsError: print(f"two processes took over {str(file)!r} at once", file=sys.stderr)
+    except FileExistsError:
+        print(f"two processes took over {str(file)!r} at once", file=sys.stderr)
     finally: aside.unlink()
 
 # %% ../nbs/05_durable.ipynb #8601c8f7
-def _describe(holder): return f"process {holder['pid']} on {holder['host']!r}" if holder else "an unknown process"
+def _describe(holder):
+    return f"process {holder['pid']} on {holder['host']!r}" if holder else "an unknown process"
 
 def _refuse(file, holder, why):
     raise RuntimeError(f"{str(file.parent)!r} is in use by {_describe(holder)} {why}; "
@@ -273,12 +289,17 @@ def _refuse(file, holder, why):
 def _acquire(file, me, patience):
     while not _create(file, me):
         holder = _holder(file)
-        local = all(holder.get(k) == me[k] for k in ('host', 'namespace'))
-        if local and _runs(holder): _refuse(file, holder, "(still running)")
+        local = all(holder.get(k) == me[k] for k in (
+            'host', 'namespace'))
+        if local and _runs(holder):
+            _refuse(file, holder, "(still running)")
         if not local:
-            print(f"{str(file)!r} names {_describe(holder)}: watching it for up to {patience:g} s", file=sys.stderr)
-            if not _silent(file, patience): _refuse(file, holder, "(it gives signs of life)")
-        print(f"took over {str(file)!r}: {_describe(holder)} is gone", file=sys.stderr)
+            print(f"{str(file)!r} names {_describe(holder)}: watching it for up to {patience:g} s",
+                  file=sys.stderr)
+            if not _silent(file, patience):
+                _refuse(file, holder, "(it gives signs of life)")
+        print(f"took over {str(file)!r}: {_describe(holder)} is gone",
+              file=sys.stderr)
         _take_away(file, holder)
 
 def _keep_touching(file, done):
@@ -299,13 +320,16 @@ class FolderLock:
     def __enter__(self):
         self.file.parent.mkdir(parents=True, exist_ok=True)
         _acquire(self.file, self.me, self.patience)
-        threading.Thread(target=_keep_touching, args=(self.file, self.done), daemon=True).start()
+        threading.Thread(target=_keep_touching, args=(self.file, self.done),
+                         daemon=True).start()
         return self
 
     def check(self):
         "An error where another process has taken the folder, because this one was suspended for long"
         holder = _holder(self.file)
-        if holder != self.me: _refuse(self.file, holder, "now: this process was suspended and saves nothing")
+        if holder != self.me:
+            _refuse(self.file, holder,
+                    "now: this process was suspended and saves nothing")
 
     def __exit__(self, *_):
         self.done.set()
@@ -335,10 +359,12 @@ def stop_if_asked(
     where:str,  # What has not begun yet, for the message
 ):
     "End the process where a signal came and there is nothing to save"
-    if asked_to_stop(): raise Stopped(f"stopped by a signal before {where}: nothing to save; resume='auto' resumes")
+    if asked_to_stop():
+        raise Stopped(f"stopped by a signal before {where}: nothing to save; resume='auto' resumes")
 
 # %% ../nbs/05_durable.ipynb #9919f02f
-def _interactive(): return 'ipykernel' in sys.modules or hasattr(sys, 'ps1')
+def _interactive():
+    return 'ipykernel' in sys.modules or hasattr(sys, 'ps1')
 
 def _grace():
     "Seconds within which a second signal is the first one, repeated by a launcher"
@@ -349,7 +375,8 @@ def _note(number, frame):
     "Handles a signal in the main thread"
     again = number in _asked
     _asked.add(number)
-    if again and number == signal.SIGINT and _interactive(): raise KeyboardInterrupt
+    if again and number == signal.SIGINT and _interactive():
+        raise KeyboardInterrupt
     if number == getattr(signal, 'SIGHUP', None):   # the terminal is gone: writing to it would be an error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for descriptor in _terminals: os.dup2(nowhere, descriptor)
@@ -362,7 +389,8 @@ def _end_on_second(pipe, numbers, grace):
     while number := pipe.recv(1):
         if number[0] not in numbers: continue
         if first is None: first = time.monotonic()
-        elif time.monotonic() - first > grace: os._exit(128 + number[0])
+        elif time.monotonic() - first > grace:
+            os._exit(128 + number[0])
 
 # %% ../nbs/05_durable.ipynb #80f74f4b
 def _handled():
@@ -412,5 +440,6 @@ def shield_worker(
     signal.set_wakeup_fd(-1)   # a forked worker shares the parent's
     for name in STOP_SIGNALS:
         number = getattr(signal, name, None)
-        if number is not None: signal.signal(number, signal.SIG_DFL if name == 'SIGTERM' else signal.SIG_IGN)
+        if number is not None:
+            signal.signal(number, signal.SIG_DFL if name == 'SIGTERM' else signal.SIG_IGN)
     if hasattr(os, 'setpgid'): os.setpgid(0, 0)

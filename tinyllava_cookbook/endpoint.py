@@ -55,11 +55,13 @@ def check_text(
         except UnicodeEncodeError as e:
             code = ord(m['content'][e.start])
             end = m['content'][-80:]
-            raise ValueError(f"{tag}: half a character (U+{code:04X}) in the text {end!r}; mend it") from None
+            raise ValueError(
+                f"{tag}: half a character (U+{code:04X}) in the text {end!r}; mend it") from None
 
 # %% ../nbs/06_endpoint.ipynb #828767a9
 KEY_LENGTH = 8   # A shorter text is no key, but a word that any answer may hold
 
+# %% ../nbs/06_endpoint.ipynb #fbd0d961
 @dataclass(frozen=True)
 class Endpoint:
     "Whom to ask, and how patiently"
@@ -94,7 +96,8 @@ def _check_endpoint(e:Endpoint):
     check_url(e.url)
     check_amount('timeout', e.timeout, above=True)
     check_amount('pause', e.pause)
-    if e.tries < 1: raise ValueError(f"tries is {e.tries!r}; an answer needs at least 1")
+    if e.tries < 1:
+        raise ValueError(f"tries is {e.tries!r}; an answer needs at least 1")
     if e.price is None: return
     if len(e.price) != 2:
         raise ValueError(f"price is {e.price!r}; give two: USD per million read, and written")
@@ -105,14 +108,18 @@ def _key(e:Endpoint) -> str:
     "The key; a machine of one's own needs none"
     key = os.environ.get(e.key_env, '').strip()
     if not key.isascii() or not key.isprintable():
-        raise EndpointError(f"the environment variable {e.key_env} holds what no header can carry; set it anew")
+        raise EndpointError(
+            f"the environment variable {e.key_env} holds what no header can carry; set it anew")
     if key: return key
-    if urlsplit(e.url).hostname in ('localhost', '127.0.0.1', '::1'): return 'none'
-    raise EndpointError(f"no key for {e.url}: set the environment variable {e.key_env}, or name another")
+    if urlsplit(e.url).hostname in ('localhost', '127.0.0.1', '::1'):
+        return 'none'
+    raise EndpointError(
+        f"no key for {e.url}: set the environment variable {e.key_env}, or name another")
 
 # %% ../nbs/06_endpoint.ipynb #615638f8
 MOST_BYTES = 8*2**20   # Of a reply; the longest answers of today have a hundredth of that
 
+# %% ../nbs/06_endpoint.ipynb #c75c1082
 def read_body(
     response,       # Of the HTTP client, not yet read
     seconds:float,  # How long it may take
@@ -123,7 +130,8 @@ def read_body(
     try:
         for part in response.iter_bytes():
             body += part
-            if len(body) > MOST_BYTES: raise ValueError(f"a reply of more than {MOST_BYTES:,} bytes")
+            if len(body) > MOST_BYTES:
+                raise ValueError(f"a reply of more than {MOST_BYTES:,} bytes")
             if time.monotonic() > end:
                 raise TimeoutError(f"a reply that was not complete after {seconds:g} s")
     except (ValueError, TimeoutError): raise
@@ -162,7 +170,8 @@ def _at(found, *path):
 def _tokens(found, name:str, least:int, default:int) -> int:
     "A number of tokens, if the usage has it and it can be one"
     n = _at(found, 'usage', name)
-    if not isinstance(n, int) or isinstance(n, bool): return default
+    if not isinstance(n, int) or isinstance(n, bool):
+        return default
     return n if least <= n <= MOST_TOKENS else default
 
 # %% ../nbs/06_endpoint.ipynb #fba84684
@@ -172,9 +181,11 @@ def read_reply(
 ) -> Reply:               # Text and usage
     "Read a response; a malformed one is a `ValueError`"
     try: found = json.loads(body)
-    except (ValueError, RecursionError): raise ValueError(f"no JSON, but {body[:80]!r}") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"no JSON, but {body[:80]!r}") from None
     text = _at(found, 'choices', 0, 'message', 'content')
-    if not isinstance(text, str): raise ValueError(f"no answer in {body[:80]!r}")
+    if not isinstance(text, str):
+        raise ValueError(f"no answer in {body[:80]!r}")
     read = _tokens(found, 'prompt_tokens', 1, most[0])
     made = _tokens(found, 'completion_tokens', bool(text), most[1])
     return Reply(text, read, made)
@@ -197,8 +208,10 @@ def final_error(
 ) -> type|None:  # `None`: try again
     "The error to raise where no further try can help: for everyone, or for this request"
     if not isinstance(error, Refused): return None
-    if error.status in (401, 403, 404) or error.no_money: return EndpointError
-    passes = error.status >= 500 or error.status in (408, 409, 429) or error.status < 400
+    if error.status in (401, 403, 404) or error.no_money:
+        return EndpointError
+    passes = error.status >= 500 or error.status in (
+        408, 409, 429) or error.status < 400
     return None if passes else ValueError
 
 # %% ../nbs/06_endpoint.ipynb #53c876ba
@@ -208,7 +221,8 @@ def pause_before(
     endpoint:Endpoint,  # Whom to ask
 ) -> float:             # Seconds
     "Seconds before the next try: what the endpoint asks for, else doubling and a little different for each"
-    try: asked = float(getattr(error, 'headers', {}).get('retry-after', ''))
+    try:
+        asked = float(getattr(error, 'headers', {}).get('retry-after', ''))
     except ValueError: asked = -1
     if asked >= 0: return min(asked, 120)     # not for a NaN
     return min(endpoint.pause * 2**n, 60) * random.uniform(.5, 1)
@@ -224,7 +238,8 @@ def open_client(
         raise ImportError(f'asking an endpoint needs the openai package: {how}') from None
     def refuse(response):
         if response.status_code < 400: return
-        raise Refused(response, read_body(response, endpoint.timeout).decode('utf-8', 'replace'))
+        raise Refused(response,
+                      read_body(response, endpoint.timeout).decode('utf-8', 'replace'))
     http = openai.DefaultHttpxClient(event_hooks=dict(response=[refuse]))
     return openai.OpenAI(api_key=endpoint.key(), base_url=endpoint.url, timeout=endpoint.timeout,
                          max_retries=0, http_client=http)
@@ -238,7 +253,8 @@ def _within(seconds:float, call:Callable):
         except BaseException as error: done.set_exception(error)
     threading.Thread(target=work, daemon=True).start()
     try: return done.result(seconds)
-    except TimeoutError: raise TimeoutError(f"no complete reply within {seconds:g} s") from None
+    except TimeoutError:
+        raise TimeoutError(f"no complete reply within {seconds:g} s") from None
 
 # %% ../nbs/06_endpoint.ipynb #4246bf3c
 def _one_try(client, body:dict, endpoint:Endpoint, most:tuple) -> Reply:
@@ -272,8 +288,10 @@ def complete(
     for n in range(endpoint.tries):
         if n: wait(pause_before(error, n - 1, endpoint))
         try: return _one_try(client, body, endpoint, most)
-        except (openai.APIError, Refused, ValueError, TimeoutError) as e: error = _reason(e)
-        if isinstance(error, (ValueError, TimeoutError, openai.APITimeoutError)): lost()
+        except (openai.APIError, Refused, ValueError, TimeoutError) as e:
+            error = _reason(e)
+        if isinstance(error, (ValueError, TimeoutError, openai.APITimeoutError)):
+            lost()
         said = endpoint.hide(f'{endpoint.url} with model {endpoint.model!r}: {error}')
         if kind := final_error(error): raise kind(said) from None
     raise EndpointError(f"{said} ({endpoint.tries} tries)") from None
@@ -285,6 +303,8 @@ def without_key(
 ):                      # The same, to be written
     "What an endpoint said, without its key"
     if isinstance(found, str): return endpoint.hide(found)
-    if isinstance(found, dict): return {k: without_key(v, endpoint) for k, v in found.items()}
-    if isinstance(found, (list, tuple)): return [without_key(o, endpoint) for o in found]
+    if isinstance(found, dict):
+        return {k: without_key(v, endpoint) for k, v in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [without_key(o, endpoint) for o in found]
     return found

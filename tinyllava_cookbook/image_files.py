@@ -31,7 +31,8 @@ def to_rgb(
     im:Image.Image,  # A picture of any mode
 ) -> Image.Image:    # Mode RGB
     "Any PIL mode to RGB, transparency over white"
-    if im.mode == 'RGB' and 'transparency' not in im.info: return im
+    if im.mode == 'RGB' and 'transparency' not in im.info:
+        return im
     if im.mode.startswith('I') or im.mode == 'F': im = _grey(im)
     clear = im.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in im.info
     if not clear: return im.convert('RGB')
@@ -50,7 +51,8 @@ def sample_aspect() -> float:
     try: limit = float(said)
     except ValueError: limit = math.nan
     if limit >= 1: return limit   # not for a NaN
-    raise ValueError(f"TINYLLAVA_MAX_ASPECT is {said!r}; give a number from 1 on, such as {SAMPLE_ASPECT}")
+    raise ValueError(
+        f"TINYLLAVA_MAX_ASPECT is {said!r}; give a number from 1 on, such as {SAMPLE_ASPECT}")
 
 # %% ../nbs/09_image_files.ipynb #2fe67ae6
 def check_size(
@@ -74,16 +76,19 @@ def open_image(
     max_aspect=None,   # As for `check_size`
 ) -> Image.Image:      # Nothing but its header is read
     "Open an image of a known format that is not too large to decode"
-    ImageFile.LOAD_TRUNCATED_IMAGES = False   # other libraries switch it on for the whole process
+    # other libraries switch it on for the whole process
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore', Image.DecompressionBombWarning)   # `check_size` has an error
+            # `check_size` has an error
+            warnings.simplefilter('ignore', Image.DecompressionBombWarning)
             im = Image.open(file, formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as e:   # of twice the limit, and without the size as numbers
         check_size(int(re.search(r'\d+', str(e))[0]), 1, math.inf)
         raise
     except Image.UnidentifiedImageError:
-        raise ValueError(f"not an image, or not in one of the formats {', '.join(IMAGE_FORMATS)}") from None
+        raise ValueError(
+            f"not an image, or not in one of the formats {', '.join(IMAGE_FORMATS)}") from None
     check_size(*im.size, max_aspect)
     return im
 
@@ -98,30 +103,40 @@ def decode_image(
         im = open_image(file, max_aspect)
         im.load()
         return to_rgb(_upright(im))
-    except MemoryError: raise ValueError(f"cannot read image {name!r}: not enough memory for its pixels") from None
-    except Exception as e: raise ValueError(f"cannot read image {name!r}: {e}") from e
+    except MemoryError:
+        raise ValueError(
+            f"cannot read image {name!r}: not enough memory for its pixels") from None
+    except Exception as e:
+        raise ValueError(f"cannot read image {name!r}: {e}") from e
 
 # %% ../nbs/09_image_files.ipynb #36b827e8
 def _upright(im:Image.Image) -> Image.Image:
     "Turned as its EXIF orientation says"
     try: return ImageOps.exif_transpose(im)
-    except Exception: return im   # broken metadata says nothing about the pixels, which are complete
+    except Exception:
+        # broken metadata says nothing about the pixels, which are complete
+        return im
 
 # %% ../nbs/09_image_files.ipynb #9d39fdaa
 def _read(src, use, timeout, remote):
     "What `use(file, name)` makes of the bytes of `src`"
-    if isinstance(src, (bytes, bytearray, memoryview)): return use(io.BytesIO(src), f'{len(src)} bytes')
-    if hasattr(src, 'read'): return use(src, str(getattr(src, 'name', 'open file')))
-    if is_remote(src): return use(io.BytesIO(read_remote(src, timeout, remote)), short(src)[1:-1])
+    if isinstance(src, (bytes, bytearray, memoryview)):
+        return use(io.BytesIO(src), f'{len(src)} bytes')
+    if hasattr(src, 'read'):
+        return use(src, str(getattr(src, 'name', 'open file')))
+    if is_remote(src):
+        return use(io.BytesIO(read_remote(src, timeout, remote)), short(src)[1:-1])
     if not isinstance(src, (str, Path)): raise TypeError(
         f"cannot load an image from {type(src).__name__}; give a path, URL, bytes, open file or PIL image")
-    with open_regular(src, 'image file') as file: return use(file, os.path.expanduser(src))
+    with open_regular(src, 'image file') as file:
+        return use(file, os.path.expanduser(src))
 
 # %% ../nbs/09_image_files.ipynb #b8284792
 def _check_opened(im:Image.Image, max_aspect):
     "The same rules for an image that somebody else opened, before its pixels are read"
     if isinstance(im, ImageFile.ImageFile) and im.format not in (*IMAGE_FORMATS, 'MPO'):   # MPO: a camera's JPEG
-        raise ValueError(f"a {im.format} image is not one of the formats {', '.join(IMAGE_FORMATS)}; convert it first")
+        raise ValueError(
+            f"a {im.format} image is not one of the formats {', '.join(IMAGE_FORMATS)}; convert it first")
     check_size(*im.size, max_aspect)
 
 # %% ../nbs/09_image_files.ipynb #dca9e9cb
@@ -133,7 +148,8 @@ def load_image(
 ) -> Image.Image:               # Upright, RGB, fully decoded
     "The image at `src`, whatever it is; errors name it"
     if not isinstance(src, Image.Image):
-        return _read(src, lambda file, name: decode_image(file, name, max_aspect), timeout, remote)
+        return _read(src, lambda file, name: decode_image(file, name, max_aspect),
+                     timeout, remote)
     _check_opened(src, max_aspect)
     src.load()
     return to_rgb(ImageOps.exif_transpose(src))
@@ -146,7 +162,8 @@ def _size(
 ) -> tuple[int, int]:   # Height and width, upright
     "The size that the header of an image tells"
     try: im = open_image(file, max_aspect)
-    except Exception as e: raise ValueError(f"cannot read image {name!r}: {e}") from e
+    except Exception as e:
+        raise ValueError(f"cannot read image {name!r}: {e}") from e
     return im.size if _turned(im) else im.size[::-1]
 
 # %% ../nbs/09_image_files.ipynb #c0cf30a0
@@ -164,5 +181,7 @@ def image_size(
     max_aspect:float|None=None, # As for `check_size`
 ) -> tuple[int, int]:           # Height and width of what `load_image` gives
     "The size of an image, without decoding it"
-    if isinstance(src, Image.Image): return load_image(src, max_aspect=max_aspect).size[::-1]
-    return _read(src, lambda file, name: _size(file, name, max_aspect), timeout, remote)
+    if isinstance(src, Image.Image):
+        return load_image(src, max_aspect=max_aspect).size[::-1]
+    return _read(src, lambda file, name: _size(file, name, max_aspect), timeout,
+                 remote)

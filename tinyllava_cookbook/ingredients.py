@@ -31,7 +31,8 @@ def tiny_text(
     shapes = 'circle square triangle star'.split()
     places = 'top left', 'top right', 'bottom left', 'bottom right', 'center'
     def one():
-        size,color,shape,place = (rng.choice(words) for words in (sizes, colors, shapes, places))
+        size,color,shape,place = (rng.choice(words) for words in (
+            sizes, colors, shapes, places))
         return rng.choice([f"A {size} {color} {shape} at the {place}.",
             f"USER: What color is the {shape}? Answer with one word. ASSISTANT: {color}",
             f"USER: Is there a {color} {shape} in the image? ASSISTANT: {rng.choice(['Yes', 'No'])}",
@@ -59,7 +60,8 @@ for _name,_tokens in dict(
         adds_bos=False, eos=_END, unk='<unk>', pad=_END),
     qwen2 = dict(last=_CHAT, eos=_END, pad=_END),
     qwen3 = dict(last=_CHAT, eos='<|im_end|>', pad=_END),
-    gemma = _GEMMA, gemma2 = dict(_GEMMA), gemma3_text = dict(_GEMMA, last=['<image_soft_token>']),
+    gemma = _GEMMA, gemma2 = dict(_GEMMA),
+    gemma3_text = dict(_GEMMA, last=['<image_soft_token>']),
     stablelm = dict(last=_CHAT, eos=_END, pad=_END),
     smollm2 = dict(first=_CHAT, bos='<|im_start|>', adds_bos=False, eos='<|im_end|>', unk=_END,
     pad='<|im_end|>'),
@@ -82,7 +84,8 @@ def tiny_tokenizer(
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     tok.train_from_iterator(texts
-        or tiny_text(), trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
+        or tiny_text(),
+        trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
         special_tokens=facts.get('first', []),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tok.add_special_tokens(facts.get('last', []))
@@ -90,7 +93,8 @@ def tiny_tokenizer(
         tok.post_processor = processors.TemplateProcessing(single=f'{bos} $A',
             pair=f'{bos} $A {bos} $B',
             special_tokens=[(bos, tok.token_to_id(bos))])
-    names = {f'{role}_token': facts[role] for role in ('bos', 'eos', 'unk', 'pad') if role in facts}
+    names = {f'{role}_token': facts[role] for role in (
+        'bos', 'eos', 'unk', 'pad') if role in facts}
     return PreTrainedTokenizerFast(tokenizer_object=tok, clean_up_tokenization_spaces=False,
         model_input_names=['input_ids', 'attention_mask'], **names)
 
@@ -119,6 +123,7 @@ for _name,_config in dict(
 ).items():
     tiny_llms.register(_name, _config)
 
+# %% ../nbs/03_ingredients.ipynb #6cede6a0
 def _tiny_llm(family, dir, **over):
     tok = tiny_tokenizer(family)
     kw = dict(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=None,
@@ -183,7 +188,8 @@ def _tiny_siglip(px, resample=3, **over):
 
 @tiny_visions.register('siglip2')
 def _tiny_siglip2(px, **over):
-    return _tiny_siglip(px, resample=2, **over)   # fixed resolution: a SigLIP, bilinear
+    # fixed resolution: a SigLIP, bilinear
+    return _tiny_siglip(px, resample=2, **over)
 
 # %% ../nbs/03_ingredients.ipynb #c8e3e67f
 @tiny_visions.register('dinov2')
@@ -202,7 +208,8 @@ def _tiny_vit(px, **over):
 
 # %% ../nbs/03_ingredients.ipynb #5e509875
 def _tiny_vision(family, dir, **over):
-    cfg,proc = tiny_visions[family](over.get('image_size', _VISION['image_size']), **over)
+    cfg,proc = tiny_visions[family](over.get('image_size', _VISION['image_size']),
+                                    **over)
     cfg = AutoConfig.for_model(cfg.pop('model', family), **cfg)
     AutoModel.from_config(cfg, dtype=torch.float32).save_pretrained(dir)
     proc.save_pretrained(dir)
@@ -216,7 +223,8 @@ def tiny_checkpoint(
 ) -> Path:       # The folder
     "Write a random checkpoint of the right shape, in the format of the real ones"
     dir = Path(dir)
-    kinds = {**dict.fromkeys(tiny_visions, _tiny_vision), **dict.fromkeys(tiny_llms, _tiny_llm)}
+    kinds = {**dict.fromkeys(tiny_visions, _tiny_vision),
+             **dict.fromkeys(tiny_llms, _tiny_llm)}
     kinds['openelm'] = _tiny_openelm
     if family not in kinds:
         raise KeyError(f"no tiny checkpoint {family!r}; choose from {sorted(kinds)}")

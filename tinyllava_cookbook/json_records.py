@@ -17,21 +17,26 @@ def _unique(pairs):
     found = dict(pairs)
     if len(found) == len(pairs): return found
     keys = [k for k, _ in pairs]
-    raise ValueError(f"two values under the key {next(k for k in keys if keys.count(k) > 1)!r}")
+    raise ValueError(
+        f"two values under the key {next(k for k in keys if keys.count(k) > 1)!r}")
 
 # %% ../nbs/08_json_records.ipynb #a1fd5023
 def _number(text, kind):
-    if len(text) > _DIGITS: raise ValueError(f"a number of {len(text):,} digits")
+    if len(text) > _DIGITS:
+        raise ValueError(f"a number of {len(text):,} digits")
     value = kind(text)
-    if value in (float('inf'), -float('inf')): raise ValueError(f"the number {text}, too large to be kept")
+    if value in (float('inf'), -float('inf')):
+        raise ValueError(f"the number {text}, too large to be kept")
     return value
 
 # %% ../nbs/08_json_records.ipynb #7fa17183
 def _constant(text):
-    if text == 'NaN': raise ValueError(f"{text}, which is no number")
+    if text == 'NaN':
+        raise ValueError(f"{text}, which is no number")
     return float(text)   # Infinity and -Infinity, which stay what they are
 _strict = json.JSONDecoder(object_pairs_hook=_unique, parse_int=lambda o: _number(o, int),
-                           parse_float=lambda o: _number(o, float), parse_constant=_constant)
+                           parse_float=lambda o: _number(o, float),
+                           parse_constant=_constant)
 
 # %% ../nbs/08_json_records.ipynb #5b096893
 _BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.S)
@@ -46,7 +51,8 @@ def _depth(text) -> int:
 
 # %% ../nbs/08_json_records.ipynb #19ea9152
 def _too_deep(text, start=0, end=None) -> bool:
-    if text.count('[', start, end) + text.count('{', start, end) <= _DEPTH: return False
+    if text.count('[', start, end) + text.count('{', start, end) <= _DEPTH:
+        return False
     return _depth(text[start:end]) > _DEPTH
 
 # %% ../nbs/08_json_records.ipynb #b3053c35
@@ -54,7 +60,8 @@ def parse_json(
     text:str,  # One JSON value
 ):             # What it says
     "Strict JSON; a `ValueError` where Python's own reader would guess"
-    if _too_deep(text): raise ValueError(f"more than {_DEPTH} lists and objects within each other")
+    if _too_deep(text):
+        raise ValueError(f"more than {_DEPTH} lists and objects within each other")
     return _strict.decode(text)
 
 # %% ../nbs/08_json_records.ipynb #e6fe317b
@@ -76,7 +83,8 @@ class _Window:
 
     def byte(self, at) -> int:
         "Where a character of the window is in the file"
-        return self.offset + len(self.text[:at].encode('utf-8', 'surrogateescape'))
+        return self.offset + len(self.text[:at].encode(
+            'utf-8', 'surrogateescape'))
 
     def place(self, at) -> tuple[int, int]:
         "Its line and column"
@@ -96,12 +104,14 @@ def _peek(window) -> str:
     "The next character that is not white; empty at the end"
     while True:
         window.at = _WHITE.match(window.text, window.at).end()
-        if window.at < len(window.text) or not window.more(): return window.text[window.at:window.at + 1]
+        if window.at < len(window.text) or not window.more():
+            return window.text[window.at:window.at + 1]
 
 # %% ../nbs/08_json_records.ipynb #701e8eef
 def _take(window, *allowed):
     "Go past one of the characters"
-    if _peek(window) not in allowed: _fail(window, f"Expecting {' or '.join(map(repr, allowed))}", window.at)
+    if _peek(window) not in allowed:
+        _fail(window, f"Expecting {' or '.join(map(repr, allowed))}", window.at)
     window.at += 1
 
 def _fail(window, message, at):
@@ -113,13 +123,16 @@ _PIECE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{}]', re.S)   # a string, t
 _WORD = re.compile(r'[^\s,\[\]{}"]*')
 _CLOSES = {'[': ']', '{': '}'}
 
+# %% ../nbs/08_json_records.ipynb #262983fb
 def _close(text, at, brackets) -> tuple[int, bool]:
     "How far the text shows the value that begins here, and whether it ends there"
     for piece in _PIECE.finditer(text, at):
         found = piece[0]
-        if found == '"': return piece.start(), False   # its end is not in the window
+        if found == '"':
+            return piece.start(), False   # its end is not in the window
         if found in _CLOSES: brackets.append(_CLOSES[found])
-        elif found in (']', '}') and found != brackets.pop(): raise ValueError   # nobody can say where it ends
+        elif found in (']', '}') and found != brackets.pop():
+            raise ValueError   # nobody can say where it ends
         at = piece.end()
         if not brackets: return at, True
     return at, False
@@ -175,16 +188,22 @@ def _not_utf8(window, start, end):
         return f"is not UTF-8: byte {window.byte(start + e.start)} is {_raw_byte(e)}"
 
 # %% ../nbs/08_json_records.ipynb #da9aa6ae
-def _raw_byte(error) -> str: return f'0x{ord(error.object[error.start]) - 0xdc00:02x}'
+def _raw_byte(error) -> str:
+    return f'0x{ord(error.object[error.start]) - 0xdc00:02x}'
 
 # %% ../nbs/08_json_records.ipynb #2655166b
 def _value(window):
     "The value that begins here"
     start = window.at
     try: found, end = _strict.raw_decode(window.text, start)
-    except (ValueError, RecursionError): return _set_apart(window)   # wrong, or cut off by the end of the window
-    if end == len(window.text) or not isinstance(found, (dict, list)): return _set_apart(window)
-    if _too_deep(window.text, start, end) or _not_utf8(window, start, end): return _set_apart(window)
+    except (ValueError, RecursionError):
+        # wrong, or cut off by the end of the window
+        return _set_apart(window)
+    if end == len(window.text) or not isinstance(
+        found, (dict, list)):
+        return _set_apart(window)
+    if _too_deep(window.text, start, end) or _not_utf8(window, start, end):
+        return _set_apart(window)
     window.at = end
     return found
 
@@ -196,10 +215,13 @@ def _set_apart(window):
     start, text = window.at, window.text[window.at:end]
     window.at += len(text)
     lost = end is None or _swallows(text)   # whoever comes next
-    if (why := _not_utf8(window, start, end)): raise (ValueError if lost else _BadRecord)(why)
+    if (why := _not_utf8(window, start, end)):
+        raise (ValueError if lost else _BadRecord)(why)
     try: return parse_json(text)
-    except json.JSONDecodeError as e: kind, why = _NoJSON, _explain(window, e, start)
-    except ValueError as e: kind, why = _BadRecord, _explain(window, e, start)
+    except json.JSONDecodeError as e:
+        kind, why = _NoJSON, _explain(window, e, start)
+    except ValueError as e:
+        kind, why = _BadRecord, _explain(window, e, start)
     raise (ValueError if lost else kind)(why)
 
 # %% ../nbs/08_json_records.ipynb #bd6d324c
@@ -210,7 +232,8 @@ def _items(file, block):
     window = _Window(file, block)
     if _peek(window) != '[':
         kind = type(_value(window)).__name__ if _peek(window) else 'nothing'
-        raise ValueError(f"holds {kind}, not a list of samples; a file with one object per line is called .jsonl")
+        raise ValueError(
+            f"holds {kind}, not a list of samples; a file with one object per line is called .jsonl")
     window.at += 1
     if _peek(window) != ']': yield from _values(window)
     _take(window, ']')
@@ -219,7 +242,8 @@ def _items(file, block):
 # %% ../nbs/08_json_records.ipynb #b11bf302
 def _values(window):
     while True:
-        if not _peek(window): _fail(window, 'Expecting value', window.at)
+        if not _peek(window):
+            _fail(window, 'Expecting value', window.at)
         try: yield _value(window)
         except _BadRecord as e: yield e
         if _peek(window) == ']': return
@@ -231,8 +255,10 @@ def _line(text, i):
     try:
         text.encode()
         return parse_json(text)
-    except UnicodeEncodeError as e: why = f" is not UTF-8: character {e.start + 1} is {_raw_byte(e)}"
-    except json.JSONDecodeError as e: return _NoJSON(f"line {i}: {e.msg} at column {e.colno}")
+    except UnicodeEncodeError as e:
+        why = f" is not UTF-8: character {e.start + 1} is {_raw_byte(e)}"
+    except json.JSONDecodeError as e:
+        return _NoJSON(f"line {i}: {e.msg} at column {e.colno}")
     except ValueError as e: why = f" holds {e}"
     return _BadRecord(f"line {i}{why}")
 
@@ -256,7 +282,8 @@ def read_records(
                 bad = isinstance(found, _BadRecord)
                 if bad and on_bad_record == 'raise': raise found
                 yield ValueError(f'{str(path)!r} {found}') if bad else found
-        except ValueError as e: raise ValueError(f'{str(path)!r} {e}') from None
+        except ValueError as e:
+            raise ValueError(f'{str(path)!r} {e}') from None
 
 # %% ../nbs/08_json_records.ipynb #b178ee84
 def _after_a_good_one(found):

@@ -68,12 +68,15 @@ _SCIENCE = dict(color=('natural science', 'physics', 'Light and color', 'Identif
                 read=('language science', 'vocabulary', 'Words', 'Read a word'))
 _PID_SPLITS = 'train', 'val', 'test', 'trainval', 'minival', 'minitest'
 
+# %% ../nbs/19_microbench.ipynb #e1eb62b7
 def _science_problem(view:View, c:Choice, hint:str) -> dict:
     "A problem, with the image where there is no hint"
     subject, topic, category, skill = _SCIENCE[c.kind]
     return dict(question=c.question, choices=c.options, answer=c.answer, hint=hint, image=None if hint else 'image.png',
-                task='closed choice', grade=f'grade{3*len(view.scene.objs)}', subject=subject, topic=topic,
-                category=category, skill=skill, lecture='', solution=sentence(describe(view.scene)), split=view.split)
+                task='closed choice', grade=f'grade{3*len(view.scene.objs)}',
+                subject=subject, topic=topic,
+                category=category, skill=skill, lecture='',
+                solution=sentence(describe(view.scene)), split=view.split)
 
 # %% ../nbs/19_microbench.ipynb #bad7e161
 @BENCHMARKS.register('scienceqa')
@@ -89,7 +92,8 @@ def write_scienceqa(
         seen, told = str(2*view.i + 1), str(2*view.i + 2)
         problems[seen] = _science_problem(view, choice(view.scene, rng), '')
         about = choice(view.scene, rng)
-        problems[told] = _science_problem(view, about, sentence(scene_text(view.scene, rng)))
+        problems[told] = _science_problem(view, about,
+                                          sentence(scene_text(view.scene, rng)))
         save_view(view, out/'images'/view.split/seen/'image.png')
     # A split's name is in those of the splits it is part of: 'test' in 'minitest'.
     part = lambda name: [pid for pid,o in problems.items() if o['split'] in name]
@@ -143,7 +147,8 @@ def mme_pairs(
     wrong = rng.choice([k for k in range(1, 6) if k != count])
     colors = [o.color, rng.choice([color for color in COLORS if color != o.color])]
     words = []
-    if scene.word: words = [scene.word, rng.choice([word for word in WORDS if word != scene.word])]
+    if scene.word:
+        words = [scene.word, rng.choice([word for word in WORDS if word != scene.word])]
     names = [o.name, rng.choice(absent(scene))]
     return dict(
         existence=[f'Is there {an(name)} in this image?' for name in names],
@@ -167,12 +172,15 @@ def write_mme(
         for subtask, pair in mme_pairs(view.scene, rng).items():
             if not pair: continue
             lines = [f'{text} Please answer yes or no.\t{answer}\n' for text,answer in zip(pair, ('Yes','No'))]
-            path = save_view(view, out/'MME_Benchmark_release_version'/subtask/f'{name}.jpg')
-            path.with_suffix('.txt').write_text(''.join(lines), encoding='utf-8')
+            path = save_view(view,
+                             out/'MME_Benchmark_release_version'/subtask/f'{name}.jpg')
+            path.with_suffix('.txt').write_text(
+                ''.join(lines), encoding='utf-8')
             tables.setdefault(subtask, []).extend(f'{name}.jpg\t{line}' for line in lines)
     results = out/'eval_tool'/'Your_Results'
     results.mkdir(parents=True, exist_ok=True)
-    for subtask, lines in tables.items(): (results/f'{subtask}.txt').write_text(''.join(lines), encoding='utf-8')
+    for subtask, lines in tables.items():
+        (results/f'{subtask}.txt').write_text(''.join(lines), encoding='utf-8')
     return out
 
 # %% ../nbs/19_microbench.ipynb #7e121d9c
@@ -212,12 +220,14 @@ def write_mmvet(
         name = save_view(view, out/'images'/f'v1_{len(items)}.png').name # the first question's id, as in the real set
         for question, answer, capability in mmvet_items(view.scene, rng):
             items[f'v1_{len(items)}'] = dict(imagename=name, question=question, answer=answer,
-                                             capability=capability, imagesource='microworld')
+                                             capability=capability,
+                                             imagesource='microworld')
     write_json(out/'mm-vet.json', items)
     return out
 
 # %% ../nbs/19_microbench.ipynb #417c48ed
-_SUBJECTS = dict(color='Art', shape='Design', count='Math', place='Geography', read='Literature')
+_SUBJECTS = dict(color='Art', shape='Design', count='Math', place='Geography',
+                 read='Literature')
 
 # %% ../nbs/19_microbench.ipynb #795a0c45
 def mmmu_record(
@@ -232,11 +242,13 @@ def mmmu_record(
     truth = c.options[c.answer]
     accepted = [truth, SYNONYMS[truth]] if truth in SYNONYMS else truth
     record = dict(id=f'validation_{_SUBJECTS[kind]}_{n}', question=f'<image 1> {c.question}',
-                  options=str([] if is_open else c.options), explanation=sentence(describe(view.scene)),
+                  options=str([] if is_open else c.options),
+                  explanation=sentence(describe(view.scene)),
                   image_1=view.image)
     record |= {f'image_{k}': None for k in range(2, 8)}
     return record | dict(img_type="['Diagrams']", answer=str(accepted) if is_open else c.letter,
-        topic_difficulty='Easy', question_type='open' if is_open else 'multiple-choice', subfield=kind)
+        topic_difficulty='Easy',
+        question_type='open' if is_open else 'multiple-choice', subfield=kind)
 
 # %% ../nbs/19_microbench.ipynb #ae22ed94
 def _quoted(text:str) -> list[str]:
@@ -249,17 +261,20 @@ def _mmmu_eval(record:dict) -> dict:
     index2ans = dict(zip('ABCD', _quoted(record['options'])))
     prompt = record['question']
     if index2ans:
-        listed = ''.join(f'({letter}) {option}\n' for letter,option in index2ans.items())
+        listed = ''.join(f'({letter}) {option}\n' for letter,
+                         option in index2ans.items())
         prompt += f"\n{listed}\nAnswer with the option's letter from the given choices directly."
     else: prompt += '\nAnswer the question using a single word or phrase.'
     return dict(id=record['id'], image=f"{record['id']}_1.png", prompt=prompt, question_type=record['question_type'],
-                answer=record['answer'], all_choices=list(index2ans), index2ans=index2ans)
+                answer=record['answer'], all_choices=list(index2ans),
+                index2ans=index2ans)
 
 # %% ../nbs/19_microbench.ipynb #0b7695c7
 def _mmmu_truth(record:dict) -> dict:
     "The scorer's form of an answer"
     answer = record['answer']
-    if record['question_type'] == 'multiple-choice': return dict(question_type='multiple-choice', ground_truth=answer)
+    if record['question_type'] == 'multiple-choice':
+        return dict(question_type='multiple-choice', ground_truth=answer)
     return dict(question_type='short-answer', ground_truth=_quoted(answer) or answer)
 
 # %% ../nbs/19_microbench.ipynb #68b09caa
@@ -270,7 +285,8 @@ def _mmmu_parquet(path:Path, records:list[dict]) -> None:
     is_image = lambda name: re.fullmatch(r'image_\d', name)
     columns = {name: Picture() if is_image(name) else Value('string') for name in records[0]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_table(Dataset.from_list(records, features=Features(columns)).data.table, path)
+    write_table(Dataset.from_list(records, features=Features(columns)).data.table,
+                path)
 
 # %% ../nbs/19_microbench.ipynb #215baf2d
 def _mmmu_records(views:list[View], rng:random.Random, images:Path) -> dict[str,list[dict]]:
@@ -297,8 +313,10 @@ def write_mmmu(
     rows = []
     for subject in sorted(by_subject):
         rows += by_subject[subject]
-        _mmmu_parquet(out/subject/'validation-00000-of-00001.parquet', by_subject[subject])
-    write_json(out/'answer_dict_val.json', {row['id']: _mmmu_truth(row) for row in rows})
+        _mmmu_parquet(out/subject/'validation-00000-of-00001.parquet',
+                      by_subject[subject])
+    write_json(out/'answer_dict_val.json',
+               {row['id']: _mmmu_truth(row) for row in rows})
     write_json(out/'anns_for_eval.json', [_mmmu_eval(row) for row in rows])
     return out
 
@@ -323,16 +341,19 @@ def circular(
 # %% ../nbs/19_microbench.ipynb #d04a9d71
 _FINE = 'finegrained_perception (instance-level)'
 _MMB = dict(color=('attribute_recognition', _FINE), shape=('attribute_recognition', _FINE),
-            count=('object_localization', _FINE), place=('object_localization', _FINE), read=('ocr', _FINE),
+            count=('object_localization', _FINE),
+            place=('object_localization', _FINE), read=('ocr', _FINE),
             relation=('spatial_relationship', 'finegrained_perception (cross-instance)')) # Category and its parent
 
+# %% ../nbs/19_microbench.ipynb #151cccc2
 def _mmb_choices(scene:Scene, rng:random.Random) -> list[Choice]:
     "One question with four options and, where the scene allows it, one with two"
     qa = ASK['relation'](scene, rng)
     if not qa: return [choice(scene, rng)]
     others = [o.name for o in scene.objs if o.name != qa.answer]
     options = rng.sample([qa.answer, rng.choice(others)], 2)
-    return [choice(scene, rng), Choice('relation', sentence(qa.question), options, options.index(qa.answer))]
+    return [choice(scene, rng),
+            Choice('relation', sentence(qa.question), options, options.index(qa.answer))]
 
 # %% ../nbs/19_microbench.ipynb #ff73da2a
 def _mmb_rows(view:View, c:Choice, index:int) -> list[dict]:
@@ -342,7 +363,8 @@ def _mmb_rows(view:View, c:Choice, index:int) -> list[dict]:
     category, parent = _MMB[c.kind]
     hint = 'Places are the cells of a 3 x 3 grid.' if c.kind == 'place' else ''
     same = dict(hint=hint, question=c.question, category=category, image=base64.b64encode(buffer.getvalue()).decode(),
-                source='microworld', comment='', split='dev') | {'l2-category': parent}
+                source='microworld', comment='',
+                split='dev') | {'l2-category': parent}
     passes = enumerate(circular(c.options, c.answer))
     return [dict(same, index=index + k*10**6, answer=letter, **options) for k,(options,letter) in passes]
 
@@ -363,7 +385,8 @@ def write_mmbench(
             rows += _mmb_rows(view, c, index)
             index += 1
     with open(out/'mmbench_dev_20230712.tsv', 'w', encoding='utf-8', newline='') as f:
-        table = csv.DictWriter(f, MMBENCH_COLUMNS, delimiter='\t', lineterminator='\n')
+        table = csv.DictWriter(f, MMBENCH_COLUMNS, delimiter='\t',
+                               lineterminator='\n')
         table.writeheader()
         table.writerows(sorted(rows, key=lambda row: row['index']))
     return out
@@ -396,7 +419,8 @@ def write_llavabench(
     questions, context, answers = [], [], []
     for view in views:
         name = save_view(view, out/'images'/f'{view.i+1:03d}.jpg').name
-        context.append(dict(id=name[:-4], image=name, caption=sentence(describe(view.scene))))
+        context.append(dict(id=name[:-4], image=name,
+                            caption=sentence(describe(view.scene))))
         for category, question, answer in llavabench_qas(view.scene, rng):
             ids = dict(question_id=len(questions))
             questions.append(ids | dict(image=name, text=question, category=category))

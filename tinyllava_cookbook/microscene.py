@@ -20,8 +20,10 @@ SHAPES = ['circle', 'square', 'triangle', 'cross']
 COLORS = dict(red=(214,40,40), green=(46,160,67), blue=(38,84,214),
               yellow=(244,201,20), purple=(140,60,180), orange=(245,130,30))
 SIZES = dict(small=5, large=9) # Radius in pixels
-PLACES = ['top left', 'top', 'top right', 'left', 'center', 'right', 'bottom left', 'bottom', 'bottom right']
-WORDS = ['cat', 'dog', 'sun', 'map', 'key', 'box', 'cup', 'hat', 'pen', 'bus', 'fox', 'jam']
+PLACES = ['top left', 'top', 'top right', 'left', 'center', 'right', 'bottom left',
+          'bottom', 'bottom right']
+WORDS = ['cat', 'dog', 'sun', 'map', 'key', 'box', 'cup', 'hat', 'pen', 'bus',
+         'fox', 'jam']
 SPLITS = 'train', 'test'
 
 # %% ../nbs/01_microscene.ipynb #0a100170
@@ -35,7 +37,8 @@ class Obj:
     @property
     def name(self) -> str: return f'{self.color} {self.shape}'
     @property
-    def cell(self) -> tuple[int,int]: return divmod(PLACES.index(self.place), 3)
+    def cell(self) -> tuple[int,int]:
+        return divmod(PLACES.index(self.place), 3)
 
 # %% ../nbs/01_microscene.ipynb #3c44c26b
 @dataclass(frozen=True)
@@ -68,12 +71,14 @@ def _objects(split:str, place:str) -> list[tuple[str,str]]:
     "The (shape, colour) pairs that `split` may put at `place`"
     wanted = split == 'test'
     pairs = [(shape, color) for shape in SHAPES for color in COLORS]
-    return [pair for pair in pairs if held_out(*pair, place) == wanted]
+    return [pair for pair in pairs if held_out(
+        *pair, place) == wanted]
 
 def _words(split:str, place:str) -> list[str]:
     "The words that `split` may write at `place`"
     wanted = split == 'test'
-    return [word for word in WORDS if word_held_out(word, place) == wanted]
+    return [word for word in WORDS if word_held_out(
+        word, place) == wanted]
 _WHERE = [(split, place) for split in SPLITS for place in PLACES]
 _OBJECTS = {where: _objects(*where) for where in _WHERE}
 _WORDS = {where: _words(*where) for where in _WHERE}
@@ -84,7 +89,8 @@ def sample_scene(
     split:str = 'train', # `train` or `test`: scenes of the one share no triple with the other
 ) -> Scene:
     "A random scene of one to four objects, every second one with a word"
-    if split not in SPLITS: raise ValueError(f"split {split!r} is not one of {SPLITS}")
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is not one of {SPLITS}")
     count = rng.randint(1, 4)
     has_word = rng.random() < .5
     places = rng.sample(PLACES, count + has_word)
@@ -113,9 +119,12 @@ def _paint_object(d:ImageDraw.ImageDraw, o:Obj, rng:random.Random, scale:int) ->
     x, y = _centre(o.place, rng, scale)
     r = (SIZES[o.size] + rng.uniform(-.5,.5))*scale
     fill = tuple(max(0, min(255, value + rng.randint(-12,12))) for value in COLORS[o.color])
-    if o.shape == 'circle': d.ellipse([x-r, y-r, x+r, y+r], fill=fill)
-    elif o.shape == 'square': d.rectangle([x-.88*r, y-.88*r, x+.88*r, y+.88*r], fill=fill)
-    elif o.shape == 'triangle': d.polygon([(x, y-r), (x+r, y+.8*r), (x-r, y+.8*r)], fill=fill)
+    if o.shape == 'circle':
+        d.ellipse([x-r, y-r, x+r, y+r], fill=fill)
+    elif o.shape == 'square':
+        d.rectangle([x-.88*r, y-.88*r, x+.88*r, y+.88*r], fill=fill)
+    elif o.shape == 'triangle':
+        d.polygon([(x, y-r), (x+r, y+.8*r), (x-r, y+.8*r)], fill=fill)
     else:
         d.rectangle([x-r, y-.34*r, x+r, y+.34*r], fill=fill)
         d.rectangle([x-.34*r, y-r, x+.34*r, y+r], fill=fill)
@@ -148,12 +157,14 @@ def draw(
     tint = tuple(rng.randint(215,250) for _ in range(3))
     img = Image.new('RGB', (SIDE*scale,SIDE*scale), tint)
     canvas = ImageDraw.Draw(img)
-    for _ in range(rng.randint(0,3)): _paint_stroke(canvas, rng, scale)
+    for _ in range(rng.randint(0,3)):
+        _paint_stroke(canvas, rng, scale)
     for o in scene.objs: _paint_object(canvas, o, rng, scale)
     if scene.word: _paint_word(canvas, scene, rng, scale)
     small = img.resize((SIDE,SIDE), Image.Resampling.BOX)
     pixels = np.asarray(small, dtype=np.int16)
-    noise = np.random.default_rng(rng.getrandbits(32)).integers(-6, 7, pixels.shape, dtype=np.int16)
+    noise = np.random.default_rng(rng.getrandbits(32)).integers(
+        -6, 7, pixels.shape, dtype=np.int16)
     return Image.fromarray((pixels+noise).clip(0,255).astype(np.uint8))
 
 # %% ../nbs/01_microscene.ipynb #71895eca
@@ -183,7 +194,8 @@ def caption(
 ) -> str:
     "Everything in the scene, in one line"
     parts = [phrase(o) for o in objs or scene.objs]
-    if scene.word: parts.append(f'the word {scene.word} {at(scene.word_place)}')
+    if scene.word:
+        parts.append(f'the word {scene.word} {at(scene.word_place)}')
     return ', '.join(parts) + '.'
 
 # %% ../nbs/01_microscene.ipynb #a90654a3
@@ -194,7 +206,8 @@ def describe(
     count = len(scene.objs)
     there = 'is one object' if count == 1 else f'are {count} objects'
     parts = [f'there {there}.'] + [f'{phrase(o)}.' for o in scene.objs]
-    if scene.word: parts.append(f'the word {scene.word} is written {at(scene.word_place)}.')
+    if scene.word:
+        parts.append(f'the word {scene.word} is written {at(scene.word_place)}.')
     return ' '.join(parts)
 
 # %% ../nbs/01_microscene.ipynb #44ed7dc5
@@ -203,8 +216,11 @@ def scene_text(
     rng:random.Random, # Chooses the order
 ) -> str:
     "The scene in brief, in a random order"
-    parts = [f'{o.size} {o.name} {o.place}' for o in rng.sample(scene.objs, len(scene.objs))]
-    if scene.word: parts.insert(rng.randint(0, len(parts)), f'word {scene.word} {scene.word_place}')
+    parts = [f'{o.size} {o.name} {o.place}' for o in rng.sample(
+        scene.objs, len(scene.objs))]
+    if scene.word:
+        parts.insert(rng.randint(0, len(parts)),
+                     f'word {scene.word} {scene.word_place}')
     return ', '.join(parts) + '.'
 
 # %% ../nbs/01_microscene.ipynb #b1578fc2
@@ -215,11 +231,14 @@ def scene_nats(
     "Information in `scene_text` of a random scene: the floor for a language model's loss"
     count = len(scene.objs)
     has_word = bool(scene.word)
-    ways = 4 * 2 * math.comb(9 - has_word, count) * 2**count # how many objects, a word or none, where, how large
+    # how many objects, a word or none, where, how large
+    ways = 4 * 2 * math.comb(9 - has_word, count) * 2**count
     used = set()
     for o in scene.objs:                                     # which, given those before
-        ways *= sum(pair not in used for pair in _OBJECTS[split,o.place])
+        ways *= sum(pair not in used for pair in _OBJECTS[
+            split, o.place])
         used.add((o.shape, o.color))
     if has_word:                                             # its place, which, and where in the text
         ways *= 9 * len(_WORDS[split,scene.word_place]) * (count+1)
-    return math.log(ways * math.factorial(count))            # in which order
+    # in which order
+    return math.log(ways * math.factorial(count))

@@ -34,7 +34,8 @@ def _view(i:int, seed:int, split:str) -> View:
     "The view with index `i`"
     rng = random.Random(f'{seed}-{split}-{i}')
     scene = sample_scene(rng, split)
-    while i == 0 and (not scene.word or len(scene.objs) < 2): scene = sample_scene(rng, split)
+    while i == 0 and (not scene.word or len(scene.objs) < 2):
+        scene = sample_scene(rng, split)
     return View(i, scene, draw(scene, rng), split)
 
 # %% ../nbs/04_microvqa.ipynb #765cb2d1
@@ -44,7 +45,8 @@ def views(
     split:str = 'test', # `test`: combinations that training never shows; or `train`
 ) -> list[View]:
     "The first `n` views of a seed"
-    if n < 1: raise ValueError(f"n is {n!r}; a benchmark needs at least 1 scene")
+    if n < 1:
+        raise ValueError(f"n is {n!r}; a benchmark needs at least 1 scene")
     return [_view(i, seed, split) for i in range(n)]
 
 # %% ../nbs/04_microvqa.ipynb #fe2f985e
@@ -125,10 +127,14 @@ def _vqa_items(views:list[View], rng:random.Random) -> tuple[list[dict],list[dic
         qas = [qa for qa in questions(view.scene, rng) if qa.kind != 'choice']
         for k,qa in enumerate(qas):
             ids = dict(image_id=view.i+1, question_id=(view.i+1)*1000 + k)
-            asked.append(dict(image_id=ids['image_id'], question=sentence(qa.question), question_id=ids['question_id']))
-            question_type, answer_type = vqa_types(qa.question, qa.answer)
+            asked.append(dict(image_id=ids['image_id'],
+                              question=sentence(qa.question),
+                              question_id=ids['question_id']))
+            question_type, answer_type = vqa_types(
+                qa.question, qa.answer)
             annotated.append(dict(question_type=question_type, multiple_choice_answer=qa.answer,
-                answers=ten_answers(qa.answer, rng), image_id=ids['image_id'], answer_type=answer_type,
+                answers=ten_answers(qa.answer, rng), image_id=ids['image_id'],
+                answer_type=answer_type,
                 question_id=ids['question_id']))
     return asked, annotated
 
@@ -142,12 +148,16 @@ def write_vqav2(
     "VQA v2.0: questions and annotations; images in `../val2014`"
     out = Path(folder)/'vqav2'
     asked, annotated = _vqa_items(views, rng)
-    info = dict(info=dict(description='Microworld in the layout of VQA v2.0', version='2.0'))
+    info = dict(info=dict(description='Microworld in the layout of VQA v2.0',
+                          version='2.0'))
     coco = dict(data_type='mscoco', data_subtype='val2014')
-    free = dict(license=dict(name='CC0 1.0', url='https://creativecommons.org/publicdomain/zero/1.0/'))
+    free = dict(license=dict(name='CC0 1.0',
+                             url='https://creativecommons.org/publicdomain/zero/1.0/'))
     head = info | dict(task_type='Open-Ended') | coco | free
-    write_json(out/'v2_OpenEnded_mscoco_val2014_questions.json', head | dict(questions=asked))
-    write_json(out/'v2_mscoco_val2014_annotations.json', info | coco | free | dict(annotations=annotated))
+    write_json(out/'v2_OpenEnded_mscoco_val2014_questions.json',
+               head | dict(questions=asked))
+    write_json(out/'v2_mscoco_val2014_annotations.json',
+               info | coco | free | dict(annotations=annotated))
     save_coco(folder, views)
     return out
 
@@ -160,8 +170,10 @@ def gqa_program(
     for step in text.split('->'):
         operation, rest = step.split(': ', 1)
         argument, wanted = re.fullmatch(r'(.*?)(?: \[([\d, ]+)\])?', rest).groups()
-        dependencies = [int(d) for d in re.findall(r'\d+', wanted or '')]
-        steps.append(dict(operation=operation, dependencies=dependencies, argument=argument))
+        dependencies = [int(d) for d in re.findall(
+            r'\d+', wanted or '')]
+        steps.append(dict(operation=operation, dependencies=dependencies,
+                          argument=argument))
     return steps
 
 # %% ../nbs/04_microvqa.ipynb #c58cc73b
@@ -176,7 +188,8 @@ def gqa_spans(
         parts = name.split()
         k = len(parts)
         for j in range(len(words)-k+1):
-            if words[j:j+k] == parts: spans[f'{j}:{j+k}' if k > 1 else f'{j}'] = object_id
+            if words[j:j+k] == parts:
+                spans[f'{j}:{j+k}' if k > 1 else f'{j}'] = object_id
     return spans
 
 # %% ../nbs/04_microvqa.ipynb #a2fcb0a7
@@ -227,7 +240,8 @@ def _gqa_color(o:Obj, rng:random.Random, ids:dict) -> dict[str,GQARow]:
     verify = GQARow(f'Is the {o.shape} {asked}?', yes, f'{yes.title()}, t{full}', f'{pick}->verify color: {asked} [0]',
         'verify attr verifyAttr', None, ('exist0',) if yes == 'yes' else ())
     choose = GQARow(f'Is the {o.shape} {first} or {second}?', o.color, 'T' + full,
-        f'{pick}->choose color: {first}|{second} [0]', 'choose attr chooseAttr', 'color', ('exist0',))
+        f'{pick}->choose color: {first}|{second} [0]', 'choose attr chooseAttr',
+        'color', ('exist0',))
     query = GQARow(f'What color is the {o.shape}?', o.color, 'T' + full, f'{pick}->query: color [0]',
         'query attr directOf', 'color', ('choose', 'verify', 'exist0'))
     return dict(verify=verify, choose=choose, query=query)
@@ -252,7 +266,8 @@ def _gqa_relation(a:Obj, b:Obj, rng:random.Random, ids:dict) -> GQARow:
     yes = 'yes' if asked == true else 'no'
     return GQARow(f'Is the {a.name} {asked} the {b.name}?', yes,
         f'{yes.title()}, the {a.name} is {true} the {b.name}.',
-        f'{_gqa_find(b, ids)}->verify rel: {a.shape},{asked},s ({ids[a.name]}) [1]', 'verify rel relVerify')
+        f'{_gqa_find(b, ids)}->verify rel: {a.shape},{asked},s ({ids[a.name]}) [1]',
+        'verify rel relVerify')
 
 # %% ../nbs/04_microvqa.ipynb #f37595c9
 def _gqa_logical(a:Obj, b:Obj, scene:Scene, rng:random.Random, ids:dict) -> GQARow:
@@ -273,7 +288,8 @@ def _gqa_compare(a:Obj, b:Obj, ids:dict) -> GQARow:
     says = 'the same size' if same == 'yes' else 'different sizes'
     return GQARow(f'Are the {a.name} and the {b.name} the same size?', same,
         f'{same.title()}, they are of {says}.',
-        f'{_gqa_find(a, ids)}->{_gqa_find(b, ids, 2)}->same size:  [1, 3]', 'compare attr twoSame')
+        f'{_gqa_find(a, ids)}->{_gqa_find(b, ids, 2)}->same size:  [1, 3]',
+        'compare attr twoSame')
 
 # %% ../nbs/04_microvqa.ipynb #6ae6cc93
 def _gqa_two(view:View, rng:random.Random) -> dict[str,GQARow]:
@@ -289,20 +305,25 @@ def _gqa_two(view:View, rng:random.Random) -> dict[str,GQARow]:
 # %% ../nbs/04_microvqa.ipynb #fcf6824e
 def _gqa_record(view:View, key:str, row:GQARow, keys:list[str]) -> dict:
     "A question as the files have it, its ids made from the view and its place among `keys`"
-    def question_id(name): return f'{view.i+1:05d}{keys.index(name):03d}'
+    def question_id(name):
+        return f'{view.i+1:05d}{keys.index(name):03d}'
     ids = _gqa_ids(view)
     names = dict(ids)
     for o in _only(view.scene):
-        if o.name not in row.question: names[o.shape] = ids[o.name]
+        if o.name not in row.question:
+            names[o.shape] = ids[o.name]
     structural, semantic, detailed = row.types.split()
     local = '_'.join(re.findall('|'.join(SHAPES), row.program))
-    spans = {'answer': {}, 'question': gqa_spans(row.question, names), 'fullAnswer': gqa_spans(row.full, names)}
-    entailed = [question_id(name) for name in (key, *row.entailed)]
+    spans = {'answer': {}, 'question': gqa_spans(row.question, names),
+             'fullAnswer': gqa_spans(row.full, names)}
+    entailed = [question_id(name) for name in (
+        key, *row.entailed)]
     return dict(semantic=gqa_program(row.program), entailed=entailed, equivalent=[question_id(key)],
                 question=row.question, imageId=f'n{view.i+1}', isBalanced=True,
                 groups={'global': row.group, 'local': f'{keys.index(key)}-{local}'},
                 answer=row.answer, semanticStr=row.program, annotations=spans,
-                types=dict(detailed=detailed, semantic=semantic, structural=structural), fullAnswer=row.full)
+                types=dict(detailed=detailed, semantic=semantic, structural=structural),
+                fullAnswer=row.full)
 
 # %% ../nbs/04_microvqa.ipynb #4426feb4
 def _balance(records:dict[str,dict], yesno:dict[str,dict]) -> None:
@@ -323,7 +344,8 @@ def gqa_questions(
         rows = _gqa_one(view, rng) | _gqa_two(view, rng)
         for k,(key,row) in enumerate(rows.items()):
             question_id = f'{view.i+1:05d}{k:03d}'
-            records[question_id] = _gqa_record(view, key, row, list(rows))
+            records[question_id] = _gqa_record(
+                view, key, row, list(rows))
             if row.answer not in ('yes','no'): continue
             by_answer = yesno.setdefault(key.rstrip('01'), {'yes': [], 'no': []})
             by_answer[row.answer].append(question_id)
@@ -333,8 +355,10 @@ def gqa_questions(
 # %% ../nbs/04_microvqa.ipynb #17f5ea9f
 def _gqa_choices(view:View, record:dict) -> dict:
     "Valid and plausible answers to a question"
-    if record['answer'] in ('yes','no'): return dict(valid=['yes','no'], plausible=['yes','no'])
-    return dict(valid=list(COLORS), plausible=sorted({o.color for o in view.scene.objs}))
+    if record['answer'] in ('yes','no'):
+        return dict(valid=['yes','no'], plausible=['yes','no'])
+    return dict(valid=list(COLORS),
+                plausible=sorted({o.color for o in view.scene.objs}))
 
 # %% ../nbs/04_microvqa.ipynb #32ef236e
 @BENCHMARKS.register('gqa')
@@ -352,7 +376,8 @@ def write_gqa(
     write_json(out/'val_questions.json', records)
     write_json(out/'val_choices.json', choices)
     write_json(out/'testdev_balanced_questions.json', balanced)
-    for name,view in by_id.items(): save_view(view, out/'images'/f'{name}.jpg')
+    for name,view in by_id.items():
+        save_view(view, out/'images'/f'{name}.jpg')
     return out
 
 # %% ../nbs/04_microvqa.ipynb #97b5d906
@@ -362,15 +387,19 @@ def _textvqa_record(view:View, image_id:str, question:str, question_id:int) -> d
     urls = dict(flickr_original_url='', flickr_300k_url='')
     classes = sorted({o.shape.title() for o in view.scene.objs})
     return dict(question=question, image_id=image_id, image_classes=classes,
-                **urls, image_width=width, image_height=height, answers=[view.scene.word]*10,
-                question_tokens=re.findall(r'\w+', question), question_id=question_id, set_name='val')
+                **urls, image_width=width, image_height=height,
+                answers=[view.scene.word]*10,
+                question_tokens=re.findall(r'\w+', question),
+                question_id=question_id, set_name='val')
 
 # %% ../nbs/04_microvqa.ipynb #d2b136ed
 def _textvqa_ocr(scene:Scene, image_id:str) -> dict:
     "What an OCR system would have seen"
     row, col = divmod(PLACES.index(scene.word_place), 3)
-    box = dict(width=1/3, height=1/3, rotation=0, roll=0, pitch=0, yaw=0, top_left_x=col/3, top_left_y=row/3)
-    return dict(image_id=image_id, ocr_tokens=[scene.word], ocr_info=[dict(word=scene.word, bounding_box=box)])
+    box = dict(width=1/3, height=1/3, rotation=0, roll=0, pitch=0, yaw=0,
+               top_left_x=col/3, top_left_y=row/3)
+    return dict(image_id=image_id, ocr_tokens=[scene.word],
+                ocr_info=[dict(word=scene.word, bounding_box=box)])
 
 # %% ../nbs/04_microvqa.ipynb #52f47a6c
 def _textvqa_prompt(record:dict, ocr:dict) -> dict:
@@ -379,7 +408,8 @@ def _textvqa_prompt(record:dict, ocr:dict) -> dict:
     text = (f"{sentence(record['question'])}\nReference OCR token: {tokens}\n"
             "Answer the question using a single word or phrase.")
     image = record['image_id']
-    return dict(question_id=image, image=f'{image}.jpg', text=text, category='default')
+    return dict(question_id=image, image=f'{image}.jpg', text=text,
+                category='default')
 
 # %% ../nbs/04_microvqa.ipynb #ec38c4f2
 @BENCHMARKS.register('textvqa')
@@ -394,12 +424,16 @@ def write_textvqa(
     for view in [view for view in views if view.scene.word]:
         image_id = f'{rng.getrandbits(64):016x}'
         ocr.append(_textvqa_ocr(view.scene, image_id))
-        for text in ('what word is written in the image?', f'what does the text {at(view.scene.word_place)} say?'):
-            rows.append(_textvqa_record(view, image_id, text, 34602 + len(rows))) # the first id of the real file
+        for text in ('what word is written in the image?',
+                     f'what does the text {at(view.scene.word_place)} say?'):
+            # the first id of the real file
+            rows.append(_textvqa_record(view, image_id, text, 34602 + len(rows)))
         save_view(view, out/'train_images'/f'{image_id}.jpg')
     head = dict(dataset_type='val', dataset_name='textvqa')
-    write_json(out/'TextVQA_0.5.1_val.json', head | dict(dataset_version='0.5.1', data=rows))
-    write_json(out/'TextVQA_Rosetta_OCR_v0.2_val.json', head | dict(dataset_version='0.2', data=ocr))
+    write_json(out/'TextVQA_0.5.1_val.json',
+               head | dict(dataset_version='0.5.1', data=rows))
+    write_json(out/'TextVQA_Rosetta_OCR_v0.2_val.json',
+               head | dict(dataset_version='0.2', data=ocr))
     prompts = [_textvqa_prompt(row, ocr[k//2]) for k,row in enumerate(rows)]
     write_lines(out/'llava_textvqa_val_v051_ocr.jsonl', prompts)
     return out

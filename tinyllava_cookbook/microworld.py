@@ -16,8 +16,9 @@ from pathlib import Path
 
 from .core import IMAGE_TOKEN, LETTER, SHORT, write_json, write_lines
 # All names of a scene, so that one import gives the world
-from .microscene import (COLORS, PLACES, SHAPES, SIDE, SIZES, SPLITS, WORDS, Obj, Scene, an, at, caption,
-    describe, draw, held_out, phrase, sample_scene, scene_nats, scene_text, word_held_out)
+from tinyllava_cookbook.microscene import (COLORS, PLACES, SHAPES, SIDE, SIZES, SPLITS, WORDS, Obj, Scene, an, at, caption,
+    describe, draw, held_out, phrase, sample_scene, scene_nats, scene_text,
+    word_held_out)
 
 # %% ../nbs/02_microworld.ipynb #99929bf5
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def plural(
 def ask_count(scene:Scene, rng:random.Random) -> QA:
     "How many red objects are there?"
     what = rng.choice(['all', 'shape', 'color'])
-    if what == 'all': return QA('count', 'how many objects are there?', str(len(scene.objs)))
+    if what == 'all':
+        return QA('count', 'how many objects are there?', str(len(scene.objs)))
     there = [getattr(o, what) for o in scene.objs]
     known = SHAPES if what == 'shape' else list(COLORS)
     one = rng.choice(known if rng.random() < .3 else there)
@@ -115,7 +117,8 @@ def refer(
 ) -> str:
     "A name that fits `o` alone: colour and shape, or the shape where it is the only one"
     names = [o.name]
-    if o in alone(scene.objs, lambda p: p.shape): names.append(o.shape)
+    if o in alone(scene.objs, lambda p: p.shape):
+        names.append(o.shape)
     return rng.choice(names)
 
 # %% ../nbs/02_microworld.ipynb #1ec88362
@@ -129,13 +132,15 @@ def ask_place(scene:Scene, rng:random.Random) -> QA:
 SIDES = dict(leftmost=lambda o: o.cell[1], rightmost=lambda o: -o.cell[1],
              highest=lambda o: o.cell[0], lowest=lambda o: -o.cell[0]) # Of several objects, the one with the least
 
+# %% ../nbs/02_microworld.ipynb #b9bf7a36
 @asks
 def ask_relation(scene:Scene, rng:random.Random) -> QA|None:
     "What is the leftmost object?  (of several, where no other is as far left)"
     ways = []
     for word, key in SIDES.items():
         first, *others = sorted(scene.objs, key=key)
-        if others and key(first) < key(others[0]): ways.append((word, first))
+        if others and key(first) < key(others[0]):
+            ways.append((word, first))
     if not ways: return None
     word, o = rng.choice(ways)
     return QA('relation', f'what is the {word} object?', o.name)
@@ -158,12 +163,14 @@ def ask_choice(scene:Scene, rng:random.Random) -> QA:
     qa = ask_color(scene, rng) if rng.random() < .5 else None
     pool = list(COLORS)
     if not qa:
-        qa = QA('object', 'which of these is in the image?', rng.choice(scene.objs).name)
+        qa = QA('object', 'which of these is in the image?',
+                rng.choice(scene.objs).name)
         pool = absent(scene)
     options = rng.sample([o for o in pool if o != qa.answer], 3) + [qa.answer]
     rng.shuffle(options)
     lines = ''.join(f'\n{letter}. {o}' for letter,o in zip('ABCD', options))
-    return QA('choice', qa.question + lines + LETTER, 'ABCD'[options.index(qa.answer)])
+    return QA('choice', qa.question + lines + LETTER,
+              'ABCD'[options.index(qa.answer)])
 
 # %% ../nbs/02_microworld.ipynb #a06aff1a
 @asks
@@ -209,7 +216,8 @@ def _pope_negatives(scenes:list[Scene]) -> dict[str,Callable]:
     "Candidates for no-questions: any absent name, the absent names most frequent in this world, near misses"
     counts = Counter(o.name for scene in scenes for o in scene.objs)
     popular = lambda scene: sorted(absent(scene), key=lambda name: -counts[name])[:6]
-    return dict(random=absent, popular=popular, adversarial=lambda scene: absent(scene, near=True))
+    return dict(random=absent, popular=popular,
+                adversarial=lambda scene: absent(scene, near=True))
 
 # %% ../nbs/02_microworld.ipynb #022f56ff
 def _pope_pairs(scene:Scene, candidates:list[str], rng:random.Random) -> list[tuple[str,str]]:
@@ -233,7 +241,8 @@ def pope_questions(
         for i,scene in enumerate(scenes):
             for name,label in _pope_pairs(scene, candidates(scene), rng):
                 text = f'Is there {an(name)} in the image?'
-                rows.append(dict(question_id=len(rows)+1, image=image_name(i), text=text, label=label))
+                rows.append(dict(question_id=len(rows)+1, image=image_name(i),
+                                 text=text, label=label))
     return files
 
 # %% ../nbs/02_microworld.ipynb #548e4d18
@@ -261,8 +270,10 @@ def chat_record(
 ) -> dict:             # A sample of stage 2 in LLaVA's format
     "All questions about a scene, with its image or with the scene as text"
     turns = conversation(scene, IMAGE_TOKEN, rng)
-    if i % 10 != 9: return dict(id=f'chat-{i}', image=image_name(i), conversations=turns)
-    return dict(id=f'chat-{i}', conversations=conversation(scene, scene_text(scene, rng), rng))
+    if i % 10 != 9:
+        return dict(id=f'chat-{i}', image=image_name(i), conversations=turns)
+    return dict(id=f'chat-{i}',
+                conversations=conversation(scene, scene_text(scene, rng), rng))
 
 # %% ../nbs/02_microworld.ipynb #33dee8db
 def _records(scenes:list[Scene], rng:random.Random) -> tuple[list,list,list]:
@@ -273,7 +284,8 @@ def _records(scenes:list[Scene], rng:random.Random) -> tuple[list,list,list]:
         instruct.append(chat_record(i, scene, rng))
         for qa in questions(scene, rng):
             asked = dict(text=qa.question, category=qa.kind, answer=qa.answer)
-            single.append(dict(question_id=f'{i}-{qa.kind}', image=image_name(i), **asked))
+            single.append(dict(question_id=f'{i}-{qa.kind}', image=image_name(i),
+                               **asked))
     return pretrain, instruct, single
 
 # %% ../nbs/02_microworld.ipynb #7855243f
@@ -286,7 +298,8 @@ def write_world(
     "Write images, `pretrain.json`, `instruct.json`, `questions.jsonl` and `pope/` under `folder`"
     rng = random.Random(f'{seed}-{split}')
     folder = Path(folder)
-    for name in ('images', 'pope'): (folder/name).mkdir(parents=True, exist_ok=True)
+    for name in ('images', 'pope'):
+        (folder/name).mkdir(parents=True, exist_ok=True)
     scenes = [sample_scene(rng, split) for _ in range(n)]
     for i,scene in enumerate(scenes):
         draw(scene, rng).save(folder/'images'/image_name(i), compress_level=1)

@@ -13,7 +13,8 @@ from markupsafe import Markup
 from .core import replacing
 
 # %% ../nbs/07_pages.ipynb #f25037a0
-_ENVIRONMENT = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+_ENVIRONMENT = Environment(autoescape=True, undefined=StrictUndefined,
+                           trim_blocks=True, lstrip_blocks=True)
 
 def render(
     template:str,  # In jinja2's language
@@ -56,7 +57,6 @@ pre{background:#8882;padding:.7rem;overflow:auto;font-size:12px}
 summary{cursor:pointer}
 @media(prefers-color-scheme:dark){body{background:#111;color:#ddd} td,th{border-color:#333}}
 """)
-
 _PAGE = """<!doctype html>
 <html lang=en>
 <head>

@@ -15,8 +15,9 @@ from typing import Callable, NamedTuple
 
 from tqdm.auto import tqdm
 from .core import to_json
-from .endpoint import (
-    Endpoint, EndpointError, Reply, check_amount, check_text, complete, most_tokens, open_client)
+from tinyllava_cookbook.endpoint import (
+    Endpoint, EndpointError, Reply, check_amount, check_text, complete, most_tokens,
+    open_client)
 
 # %% ../nbs/08_paid_requests.ipynb #1a81eb24
 class Request(NamedTuple):
@@ -39,16 +40,20 @@ class Request(NamedTuple):
 # %% ../nbs/08_paid_requests.ipynb #6a7049a5
 _log = logging.getLogger('tinyllava_cookbook')
 
+# %% ../nbs/08_paid_requests.ipynb #72e66008
 def cache_row(
     line:bytes,  # Of a cache file
 ) -> dict:       # key, tag, text, read, made
     "A line of a cache; one that is not complete is a `ValueError`"
     row = json.loads(line)
-    if not isinstance(row, dict): raise ValueError('not an object')
+    if not isinstance(row, dict):
+        raise ValueError('not an object')
     texts = [row.get('key'), row.get('text')]
-    if not all(isinstance(o, str) for o in texts): raise ValueError('no key or text')
+    if not all(isinstance(o, str) for o in texts):
+        raise ValueError('no key or text')
     tokens = [row.get('read'), row.get('made')]
-    if any(not isinstance(n, int) or n < 0 for n in tokens): raise ValueError('no numbers of tokens')
+    if any(not isinstance(n, int) or n < 0 for n in tokens):
+        raise ValueError('no numbers of tokens')
     return row
 
 # %% ../nbs/08_paid_requests.ipynb #1635ea8a
@@ -125,7 +130,8 @@ def estimate(
     messages = [m for r in new for m in r.messages]
     read = sum(len(m['content'].encode()) for m in messages) // 3
     made = sum(r.max_tokens for r in new)
-    return Estimate(len(requests), len(requests) - len(new), read, made, endpoint.usd(read, made))
+    return Estimate(len(requests), len(requests) - len(new), read, made,
+                    endpoint.usd(read, made))
 
 # %% ../nbs/08_paid_requests.ipynb #45fff046
 def _take(purse:'Purse', usd:float):
@@ -163,7 +169,8 @@ class Purse:
         self.lost = 0.         # USD of tries that gave no answer
         self.reserved = 0.     # USD of requests under way
         self.under_way = 0     # Requests
-        self.dearer = None     # How much more than reserved a request has cost at most; `None` before the first
+        # How much more than reserved a request has cost at most; `None` before the first
+        self.dearer = None
 
     def fits(self,
         usd:float,  # The most that a request can cost
@@ -182,7 +189,8 @@ class Purse:
     def empty(self, usd:float) -> EndpointError:
         "What to raise where nothing more fits"
         a = self.asker
-        return EndpointError(f'the budget of {a.budget:g} USD is spent ({a.spent():.4f}; the next may cost {usd:.4f})')
+        return EndpointError(
+            f'the budget of {a.budget:g} USD is spent ({a.spent():.4f}; the next may cost {usd:.4f})')
 
 # %% ../nbs/08_paid_requests.ipynb #89d9f441
 @dataclass
@@ -196,7 +204,8 @@ class Reservation:
         if self.purse is None: return
         with self.purse.turn:
             self.purse.lost += self.usd
-            if self.purse.asker.spent() + self.usd > self.purse.asker.budget: raise self.purse.empty(self.usd)
+            if self.purse.asker.spent() + self.usd > self.purse.asker.budget:
+                raise self.purse.empty(self.usd)
 
     def bill(self,
         usd:float|None,  # What the answer cost
@@ -204,7 +213,8 @@ class Reservation:
         "Remember how much dearer than its most a request can be"
         if self.purse is None: return
         times = usd/self.usd if self.usd else 1.
-        with self.purse.turn: self.purse.dearer = max(1., self.purse.dearer or 1., times)
+        with self.purse.turn:
+            self.purse.dearer = max(1., self.purse.dearer or 1., times)
 
 # %% ../nbs/08_paid_requests.ipynb #b0e81230
 class Asker:
@@ -253,12 +263,14 @@ class Asker:
 def _pay(asker:Asker, key:str, r:Request) -> str:
     "Ask the endpoint, and keep the answer"
     asker.wait(0)
-    with asker._lock: asker.client = asker.client or open_client(asker.endpoint)
+    with asker._lock:
+        asker.client = asker.client or open_client(asker.endpoint)
     endpoint = asker.endpoint
     to = replace(endpoint, options=endpoint.options | r.options)
     most = endpoint.usd(*most_tokens(r.messages, r.max_tokens))
     with asker.purse.reserve(most) as taken:
-        reply = complete(to, r.messages, r.max_tokens, asker.client, asker.wait, taken.lose)
+        reply = complete(to, r.messages, r.max_tokens, asker.client, asker.wait,
+                         taken.lose)
         taken.bill(endpoint.usd(reply.read, reply.made))
         return asker.cache.put(key, r.tag, reply, endpoint.hide).text
 
@@ -273,7 +285,8 @@ def _collect(waiting:dict, bad:dict|None, bar) -> dict:
             so_far = f'{len(done)} of {len(waiting)} are done and kept: run again to go on'
             raise EndpointError(f'{e}; {so_far}') from None
         except ValueError as e:
-            if bad is None: raise ValueError(f'{tag}: {e}') from None
+            if bad is None:
+                raise ValueError(f'{tag}: {e}') from None
             bad[tag] = str(e)
         bar.update()
     return done
@@ -308,7 +321,8 @@ def _ask(r:Request, asker:Asker, read:Callable, repairs:int):
         try: return read(r.tag, text)
         except ValueError as e: why = e
         more = f'That cannot be used: {why}. Answer again, in the form asked for.'
-        said = [dict(role='assistant', content=text), dict(role='user', content=more)]
+        said = [dict(role='assistant', content=text),
+                dict(role='user', content=more)]
         r = r._replace(messages=[*r.messages, *said])
     raise ValueError(f"{why} (asked {repairs + 1} times)")
 

@@ -33,7 +33,8 @@ class Plugin:
     @property
     def is_file(self) -> bool: return os.path.isabs(self.source)
     @property
-    def label(self) -> str: return Path(self.source).name if self.is_file else self.source
+    def label(self) -> str:
+        return Path(self.source).name if self.is_file else self.source
 
 # %% ../nbs/08_plugins.ipynb #e82202e1
 def _plugin_file(path:Path, given:str) -> Plugin:
@@ -44,14 +45,16 @@ def _plugin_file(path:Path, given:str) -> Plugin:
             f"no plugin {given!r}: there is no file {str(code)!r}; give the path of a .py file, of a "
             "folder with __init__.py, or the name of an installed package")
     if code.suffix != '.py':
-        raise PluginError(f"no plugin {given!r}: a plugin is Python, in a .py file or a folder with __init__.py")
+        raise PluginError(
+            f"no plugin {given!r}: a plugin is Python, in a .py file or a folder with __init__.py")
     name = path.name if path.is_dir() else path.stem
     return Plugin(name, str(path), PLUGIN_PREFIX + re.sub(r'\W', '_', name))
 
 # %% ../nbs/08_plugins.ipynb #280460f0
 def _importable(name:str) -> bool:
     "Would Python find a module of this name?"
-    if not all(word.isidentifier() for word in name.split('.')): return False
+    if not all(word.isidentifier() for word in name.split('.')):
+        return False
     try: return importlib.util.find_spec(name) is not None
     except (ModuleNotFoundError, ValueError): return False
 
@@ -63,10 +66,13 @@ def find_plugin(
     given = os.fspath(given)
     path = Path(given).expanduser().resolve()
     if path.suffix == '.ipynb':
-        raise PluginError(f"{given!r} is a notebook; export it (nbdev_export) and give the .py file that it writes")
-    if given.endswith('.py') or set(given) & set('/\\~'): return _plugin_file(path, given)
+        raise PluginError(
+            f"{given!r} is a notebook; export it (nbdev_export) and give the .py file that it writes")
+    if given.endswith('.py') or set(given) & set('/\\~'):
+        return _plugin_file(path, given)
     if _importable(given): return Plugin(given, given, given)
-    if (path/'__init__.py').is_file(): return _plugin_file(path, given)
+    if (path/'__init__.py').is_file():
+        return _plugin_file(path, given)
     near = f"{given}.py" if path.with_name(f'{path.name}.py').is_file() else f"./{given}.py"
     raise PluginError(
         f"no plugin {given!r}: no package of this name is installed; for a file write its path, "
@@ -85,25 +91,32 @@ class _PluginFinder:
     "Finds the files that the variable names"
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if not name.startswith(PLUGIN_PREFIX) or '.' in name[len(PLUGIN_PREFIX):]: return None
+        if not name.startswith(PLUGIN_PREFIX) or '.' in name[len(PLUGIN_PREFIX):]:
+            return None
         files = [o for o in _named_plugins() if os.path.isabs(o)]
         found = [o for o in map(find_plugin, files) if o.module == name]
         if not found: return None
         path = Path(found[0].source)
-        if not path.is_dir(): return importlib.util.spec_from_file_location(name, path)
-        return importlib.util.spec_from_file_location(name, path/'__init__.py', submodule_search_locations=[str(path)])
-
-if not any(getattr(o, '__name__', '') == '_PluginFinder' for o in sys.meta_path): sys.meta_path.append(_PluginFinder)
+        if not path.is_dir():
+            return importlib.util.spec_from_file_location(
+                name, path)
+        return importlib.util.spec_from_file_location(
+            name, path/'__init__.py', submodule_search_locations=[str(path)])
+if not any(getattr(o, '__name__', '') == '_PluginFinder' for o in sys.meta_path):
+    sys.meta_path.append(_PluginFinder)
 
 # %% ../nbs/08_plugins.ipynb #e301ab16
-def _belongs(module:str, to:str) -> bool: return module == to or module.startswith(f'{to}.')
+def _belongs(module:str, to:str) -> bool:
+    return module == to or module.startswith(f'{to}.')
 
 def _forget(plugin:Plugin):
     "Take out what a plugin has left"
     for registry in registries:
         names = [name for name,module in registry.origins.items() if _belongs(module, plugin.module)]
         for name in names: registry.remove(name)
-    for name in [o for o in sys.modules if _belongs(o, plugin.module)]: del sys.modules[name]
+    for name in [o for o in sys.modules if _belongs(
+        o, plugin.module)]:
+        del sys.modules[name]
     _loaded.pop(plugin.module, None)
 
 # %% ../nbs/08_plugins.ipynb #c6e0dcf6
@@ -112,7 +125,8 @@ def _line_of(error:BaseException, source:str) -> str:
     lines, step = [], error.__traceback__
     while step:
         file = step.tb_frame.f_code.co_filename
-        if file.startswith(source): lines.append(f"{Path(file).name}, line {step.tb_lineno}: ")
+        if file.startswith(source):
+            lines.append(f"{Path(file).name}, line {step.tb_lineno}: ")
         step = step.tb_next
     return lines[-1] if lines else ''
 
@@ -121,7 +135,9 @@ def _same_file(source:str) -> ModuleType|None:
     "The module that was imported from this very file, under whatever name"
     for module in list(sys.modules.values()):
         file = getattr(module, '__file__', None)
-        if file and os.path.realpath(file) in (source, f'{source}/__init__.py'): return module
+        if file and os.path.realpath(file) in (
+            source, f'{source}/__init__.py'):
+            return module
 
 # %% ../nbs/08_plugins.ipynb #425f0f43
 def _run(plugin:Plugin, after=None) -> ModuleType:
@@ -172,7 +188,8 @@ def import_plugin(
     _name_plugin(plugin, True)
     if plugin.module in _loaded: return sys.modules[plugin.module]
     if module := _same_file(plugin.source):
-        _loaded[module.__name__] = Plugin(plugin.name, plugin.source, module.__name__)
+        _loaded[module.__name__] = Plugin(plugin.name, plugin.source,
+                                          module.__name__)
         return module
     try: return _run(plugin)
     except PluginError:
@@ -197,16 +214,17 @@ def load_plugins():
     "Import every plugin that is named or installed; those that are here stay as they are"
     global _seen
     if not plugins_waiting(): return
-    first, _seen = _seen is None, os.environ.get(PLUGIN_VARIABLE, '')   # what is imported may ask again
+    # what is imported may ask again
+    first, _seen = _seen is None, os.environ.get(PLUGIN_VARIABLE, '')
     try:
         for given in _named_plugins(): import_plugin(given)
         if first:
-            for entry in entry_points(group=PLUGIN_GROUP): _load_installed(entry)
+            for entry in entry_points(group=PLUGIN_GROUP):
+                _load_installed(entry)
         _seen = os.environ.get(PLUGIN_VARIABLE, '')
     except BaseException:
         _seen = None
         raise
-
 _searched = False   # were this package's modules looked through for models of `transformers`?
 
 # %% ../nbs/08_plugins.ipynb #8bb4a113
@@ -216,7 +234,8 @@ def load_model_types():
     load_plugins()
     if _searched or importing(): return
     _searched = True
-    for name in registering_modules('AutoConfig'): importlib.import_module(name)
+    for name in registering_modules('AutoConfig'):
+        importlib.import_module(name)
 
 # %% ../nbs/08_plugins.ipynb #b2577763
 def plugin_of(
@@ -227,7 +246,8 @@ def plugin_of(
         if _belongs(module, plugin.module): return plugin
     if own_module(module): return None
     root = module.split('.')[0]
-    if root == '__main__': return Plugin('__main__', 'a script or notebook', '__main__')
+    if root == '__main__':
+        return Plugin('__main__', 'a script or notebook', '__main__')
     file = getattr(sys.modules.get(root), '__file__', None)
     single = file and not file.endswith('__init__.py')
     return Plugin(root, os.path.realpath(file) if single else root, root)
@@ -238,7 +258,8 @@ def plugins() -> Table:  # Name, source and parts
     rows = []
     for plugin in dict.fromkeys(_loaded.values()):
         parts = [f'{r.kind} {name}' for r in registries for name,o in r.origins.items() if _belongs(o, plugin.module)]
-        rows.append(dict(plugin=plugin.name, source=plugin.label, parts=', '.join(parts)))
+        rows.append(dict(plugin=plugin.name, source=plugin.label,
+                         parts=', '.join(parts)))
     return Table(rows)
 
 # %% ../nbs/08_plugins.ipynb #9e7be46f
@@ -250,8 +271,11 @@ def _part_plugin(kind:str, name:str) -> Plugin|None:
     "The plugin of a registered part"
     for registry in registries:
         origin = registry.origins.get(name)
-        if registry.kind != kind or origin in (None, registry.home): continue
-        return plugin_of(origin) or Plugin(origin, origin, origin)   # a module that was added to this package
+        if registry.kind != kind or origin in (
+            None, registry.home):
+            continue
+        # a module that was added to this package
+        return plugin_of(origin) or Plugin(origin, origin, origin)
 
 # %% ../nbs/08_plugins.ipynb #4e6e5e7e
 def held_plugins(
@@ -276,7 +300,8 @@ def _read_held(file:Path) -> dict:
     rows = held.values() if isinstance(held, dict) else [held]
     for row in rows:
         parts = row.get('parts') if isinstance(row, dict) else None
-        lists = isinstance(parts, dict) and all(isinstance(o, list) for o in parts.values())
+        lists = isinstance(parts, dict) and all(isinstance(
+            o, list) for o in parts.values())
         words = [row.get('from'), *(name for o in parts.values() for name in o)] if lists else [None]
         if not all(isinstance(o, str) for o in words):
             raise ValueError(
@@ -302,7 +327,8 @@ def check_plugins(
     for plugin,row in _read_held(file).items():
         parts = [(kind, name) for kind,names in row['parts'].items() for name in names]
         lost = [f'{kind} {name!r}' for kind,name in parts if not _is_here(kind, name, model_types)]
-        if lost: raise PluginError(_not_here(folder, plugin, row['from'], lost))
+        if lost:
+            raise PluginError(_not_here(folder, plugin, row['from'], lost))
 
 # %% ../nbs/08_plugins.ipynb #1ba67d15
 def _not_here(folder, plugin:str, source:str, lost:list[str]) -> str:

@@ -66,7 +66,8 @@ def returned(
 ) -> list:      # One `Parameter`, or none
     "What a function says about its return value"
     if node.returns is None: return []
-    return [Parameter('', type_as_written(node.returns), '', said.get(node.returns.end_lineno, ''))]
+    return [Parameter('', type_as_written(node.returns), '',
+                      said.get(node.returns.end_lineno, ''))]
 
 # %% ../nbs/91_site.ipynb #7d7b7cef
 def arguments(
@@ -86,7 +87,8 @@ def arguments(
     for stars,arg,default in found:
         if arg.arg in ('self', 'cls'): continue
         kind = type_as_written(arg.annotation)
-        rows.append(Parameter(stars + arg.arg, kind, as_written(default), meaning(arg.lineno, said, own)))
+        rows.append(Parameter(stars + arg.arg, kind, as_written(default),
+                              meaning(arg.lineno, said, own)))
     return rows + returned(node, said)
 
 # %% ../nbs/91_site.ipynb #d166daa7
@@ -101,7 +103,8 @@ def fields(
         name = ast.unparse(o.target) if isinstance(o, ast.AnnAssign) else '_'
         if name.startswith('_'): continue
         about = meaning(o.lineno, said, own)
-        rows.append(Parameter(name, type_as_written(o.annotation), as_written(o.value), about))
+        rows.append(Parameter(name, type_as_written(o.annotation),
+                              as_written(o.value), about))
     return rows
 
 # %% ../nbs/91_site.ipynb #ae16d934
@@ -111,7 +114,8 @@ def parameters(
     "What the signature in `source` says"
     said = comments(source)
     node = ast.parse(source).body[0]
-    if not isinstance(node, ast.ClassDef): return arguments(node, said)
+    if not isinstance(node, ast.ClassDef):
+        return arguments(node, said)
     own = [o for o in node.body if getattr(o, 'name', '') == '__init__']
     return arguments(own[0], said) if own else fields(node, said)
 
@@ -159,7 +163,8 @@ def table(
     link=lambda name: None,  # Name → address of its documentation, or `None`
 ) -> str:                    # HTML; `''` where nothing is said beyond the names
     "Parameters as a table; a column that would be empty is left out"
-    if not any(o.type or o.default or o.meaning for o in rows): return ''
+    if not any(o.type or o.default or o.meaning for o in rows):
+        return ''
     columns = dict(
         parameter=[code_html(o.name) or '<em>returns</em>' for o in rows],
         type=[code_html(o.type) for o in rows],
@@ -204,7 +209,8 @@ def exported_source(
     for module in modules:
         source = source_in(importlib.util.find_spec(module).origin, name)
         said = ast.get_docstring(ast.parse(source).body[0]) if source else None
-        if source and (said == doc or len(modules) == 1): return module, source
+        if source and (said == doc or len(modules) == 1):
+            return module, source
     return None, source_of(sym)
 
 # %% ../nbs/91_site.ipynb #88384e0a
@@ -219,10 +225,13 @@ def entry(
     "What the page shows for one exported name"
     rows = parameters(source) if source else []
     fence = '````' if '```' in source else '```'
-    parts = ['#'*level + f' {name}', f'```python\n{call(name, rows)}\n```', doc, table(rows, link)]
+    parts = ['#'*level + f' {name}', f'```python\n{call(name, rows)}\n```', doc,
+             table(rows, link)]
     at = f' <a href="{url}">in its file</a>' if url else ''
     summary = f'<details class="source">\n<summary>Source{at}</summary>'
-    if source: parts += [summary, f'{fence}python\n{source.rstrip()}\n{fence}', '</details>']
+    if source:
+        parts += [summary, f'{fence}python\n{source.rstrip()}\n{fence}',
+                  '</details>']
     return '\n\n'.join(o for o in parts if o)
 
 # %% ../nbs/91_site.ipynb #a0b1c2d2
@@ -251,10 +260,12 @@ class Entry:
         index = look.entries.get(library, dict(syms={}))['syms']
         called = getattr(getattr(sym, 'fget', None) or sym, '__qualname__', '')
         modules = [module for module,names in index.items() if f'{module}.{called}' in names]
-        module, source = exported_source(getattr(sym, 'fget', None) or sym, called, modules)
+        module, source = exported_source(getattr(sym, 'fget', None) or sym, called,
+                                         modules)
         self.name = name or called or str(sym)
         url = look.code(f'{module}.{called}') if module else None
-        self.text = entry(self.name, source, inspect.getdoc(sym) or '', url, title_level, address(look))
+        self.text = entry(self.name, source, inspect.getdoc(sym) or '', url,
+                          title_level, address(look))
 
     def _repr_markdown_(self): return self.text
     def __repr__(self): return self.text
@@ -278,7 +289,8 @@ def link_names(
     lines, fence = text.split('\n'), ''
     for i,line in enumerate(lines):
         mark = re.match(r'\s*(`{3,}|~{3,})', line)
-        if mark and (not fence or mark[1].startswith(fence)): fence = '' if fence else mark[1]
+        if mark and (not fence or mark[1].startswith(fence)):
+            fence = '' if fence else mark[1]
         elif not fence and not line.startswith('    '):
             pieces = LINK.split(line)
             lines[i] = ''.join(o if i%2 else NAME.sub(one, o) for i,o in enumerate(pieces))
@@ -294,8 +306,10 @@ def page_names(
     for source in sources:
         try: tree = ast.parse(source)
         except SyntaxError: continue   # a cell with a magic command
-        found |= {o.name for o in ast.walk(tree) if isinstance(o, (ast.FunctionDef, ast.ClassDef))}
-        taken = [o for o in ast.walk(tree) if isinstance(o, ast.ImportFrom) and (o.module or '').split('.')[0] == lib]
+        found |= {o.name for o in ast.walk(tree) if isinstance(
+            o, (ast.FunctionDef, ast.ClassDef))}
+        taken = [o for o in ast.walk(tree) if isinstance(
+            o, ast.ImportFrom) and (o.module or '').split('.')[0] == lib]
         found |= {name.asname or name.name for o in taken for name in o.names}
     return found
 
@@ -308,16 +322,20 @@ class AddLinks:
         from nbdev.config import get_config
         from nbdev.doclinks import NbdevLookup
         self.link = address(NbdevLookup())
-        self.known = page_names([o.source for o in nb.cells if o.cell_type == 'code'], get_config().lib_name)
+        self.known = page_names([o.source for o in nb.cells if o.cell_type == 'code'],
+                                get_config().lib_name)
 
     def __call__(self,
         cell,  # Changed in place
     ):
         "Link the names in one cell"
-        if cell.cell_type == 'markdown': cell.source = link_names(cell.source, self.link, self.known)
+        if cell.cell_type == 'markdown':
+            cell.source = link_names(cell.source, self.link, self.known)
         for out in cell.get('outputs', []):
             text = out.get('data', {}).get('text/markdown')
-            if text: out['data']['text/markdown'] = link_names(''.join(text), self.link, self.known).splitlines(True)
+            if text:
+                out['data']['text/markdown'] = link_names(
+                    ''.join(text), self.link, self.known).splitlines(True)
 
 # %% ../nbs/91_site.ipynb #a0b1c3d2
 def skip_flagged(
@@ -363,7 +381,8 @@ class AddColab:
     ):
         "Put the link before the first text of a numbered notebook"
         name = Path(getattr(self.nb, 'path_', '')).name
-        first = next((o for o in self.nb.cells if o.cell_type == 'markdown' and not o.source.startswith('<!--')), None)
+        first = next((o for o in self.nb.cells if o.cell_type == 'markdown' and not o.source.startswith('<!--')),
+                     None)
         if cell is not first or not re.match(r'\d', name): return
         url = colab_url(f'{self.cfg.nbs_path.name}/{name}', self.cfg)
         cell.source = f'<a class="colab" href="{url}">Open in Colab</a>\n\n{cell.source}'

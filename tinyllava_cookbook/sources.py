@@ -21,6 +21,7 @@ _KINDS = {
     stat.S_IFSOCK: 'a socket',
 }
 
+# %% ../nbs/08_sources.ipynb #e819e4bd
 def _check_regular(mode:int, path:str, what:str):
     "An error that says what `path` is, if it is no regular file"
     if stat.S_ISREG(mode): return
@@ -59,12 +60,14 @@ def open_regular(
 # %% ../nbs/08_sources.ipynb #12a723cf
 _NAT64 = ipaddress.ip_network('64:ff9b::/96')
 _RESERVED = [ipaddress.ip_network(o) for o in (   # blocks that some Pythons take for public; the last is Azure's host
-    '192.0.0.0/24', '192.88.99.0/24', '64:ff9b:1::/48', '2001::/23', '3fff::/20', '5f00::/16', '168.63.129.16/32')]
+    '192.0.0.0/24', '192.88.99.0/24', '64:ff9b:1::/48', '2001::/23', '3fff::/20',
+    '5f00::/16', '168.63.129.16/32')]
 
 def _carried(ip):
     "The IPv4 address inside an IPv6 address; `None` if there is none"
     if ip.version == 4: return None
-    if ip in _NAT64: return ipaddress.ip_address(int(ip) & 0xffffffff)
+    if ip in _NAT64:
+        return ipaddress.ip_address(int(ip) & 0xffffffff)
     return ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
 
 # %% ../nbs/08_sources.ipynb #490202a5
@@ -73,8 +76,10 @@ def is_public(
 ) -> bool:         # False for private, loopback, link-local, multicast and reserved ones
     "Does an IP address belong to the public internet?"
     ip = ipaddress.ip_address(address.partition('%')[0])
-    if (inner := _carried(ip)) is not None: return is_public(str(inner))
-    special = ip.is_multicast or ip.is_reserved or getattr(ip, 'is_site_local', False)
+    if (inner := _carried(ip)) is not None:
+        return is_public(str(inner))
+    special = ip.is_multicast or ip.is_reserved or getattr(
+        ip, 'is_site_local', False)
     special = special or any(ip in block for block in _RESERVED)
     return ip.is_global and not special
 
@@ -87,12 +92,14 @@ def resolve_host(
     "What `getaddrinfo` says, within a time limit, which it has not itself"
     found = []
     def look():
-        try: found.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        try:
+            found.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
         except Exception as e: found.append(e)
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
     thread.join(max(seconds, 0))
-    if not found: raise TimeoutError(f"timed out while resolving {host!r}")
+    if not found:
+        raise TimeoutError(f"timed out while resolving {host!r}")
     if isinstance(found[0], Exception): raise found[0]
     return found[0]
 
@@ -106,7 +113,8 @@ def connect_checked(
     "A socket connected to one of the allowed addresses of `host`"
     known = resolve_host(host, port, end - time.monotonic())
     refused = [where[0] for *_, where in known if not allowed(where[0])]
-    if refused: raise PermissionError(f"{host!r} is {refused[0]}, which is not a public address")
+    if refused:
+        raise PermissionError(f"{host!r} is {refused[0]}, which is not a public address")
     error = None
     for family, kind, protocol, _, where in known:
         sock = socket.socket(family, kind, protocol)
@@ -125,7 +133,8 @@ def _until(end:float):
     sockets = []
     def shut():
         for sock in list(sockets):
-            with suppress(OSError): sock.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
     timer = threading.Timer(max(end - time.monotonic(), 0), shut)
     timer.daemon = True
     timer.start()
@@ -141,12 +150,14 @@ def _open_connection(url:str, end:float, allowed:Callable, sockets:list):
     encrypted = parts.scheme.lower() == 'https'
     if not encrypted and parts.scheme.lower() != 'http' or not parts.hostname:
         raise ValueError("not an http or https address")
-    if '@' in parts.netloc: raise ValueError("a name or password in an address is not sent")
+    if '@' in parts.netloc:
+        raise ValueError("a name or password in an address is not sent")
     port = parts.port or (443 if encrypted else 80)
     sockets.append(connect_checked(parts.hostname, port, end, allowed))
     if encrypted:
         context = ssl.create_default_context()
-        sockets.append(context.wrap_socket(sockets.pop(), server_hostname=parts.hostname))
+        sockets.append(context.wrap_socket(sockets.pop(),
+                                           server_hostname=parts.hostname))
     kind = http.client.HTTPSConnection if encrypted else http.client.HTTPConnection
     connection = kind(parts.hostname, port)
     connection.sock = sockets[-1]
@@ -156,16 +167,19 @@ def _open_connection(url:str, end:float, allowed:Callable, sockets:list):
 MAX_BYTES = 200_000_000   # Of one remote file
 _MAX_REDIRECTS = 5
 
+# %% ../nbs/08_sources.ipynb #fe64d5f8
 def _body(response, url:str, end:float) -> bytes:
     "Read a response within limits of size and time"
     parts, size = [], 0
     while block := response.read1(1 << 16):
         parts.append(block)
         size += len(block)
-        if size > MAX_BYTES: raise ValueError(f"{url!r} sends more than {MAX_BYTES} bytes; is it an image?")
+        if size > MAX_BYTES:
+            raise ValueError(f"{url!r} sends more than {MAX_BYTES} bytes; is it an image?")
         if time.monotonic() > end: break
     if time.monotonic() > end: raise TimeoutError('timed out')
-    if response.length: raise ConnectionError(f"broke off after {size} bytes, {response.length} are missing")
+    if response.length:
+        raise ConnectionError(f"broke off after {size} bytes, {response.length} are missing")
     return b''.join(parts)
 
 # %% ../nbs/08_sources.ipynb #01ea34c4
@@ -173,11 +187,14 @@ def _get(url:str, end:float, allowed:Callable) -> tuple[str, bytes]:
     "One request: the address that it redirects to, or '' and the body"
     with _until(end) as sockets:
         connection, path = _open_connection(url, end, allowed, sockets)
-        connection.request('GET', path, headers={'User-Agent': 'tinyllava_cookbook', 'Accept-Encoding': 'identity'})
+        connection.request('GET', path,
+                           headers={'User-Agent': 'tinyllava_cookbook', 'Accept-Encoding': 'identity'})
         response = connection.getresponse()
         goal = response.headers.get('Location')
-        if response.status in (301, 302, 303, 307, 308) and goal: return urljoin(url, goal), b''
-        if response.status == 200: return '', _body(response, url, end)
+        if response.status in (301, 302, 303, 307, 308) and goal:
+            return urljoin(url, goal), b''
+        if response.status == 200:
+            return '', _body(response, url, end)
         kind = FileNotFoundError if response.status in (404, 410) else ConnectionError
         raise kind(f"HTTP {response.status} {response.reason}")
 
@@ -205,12 +222,17 @@ def fetch(
     "Get `url` from a public address; errors name it"
     end = time.monotonic() + timeout
     try: return _follow(url, end, allowed)
-    except (FileNotFoundError, PermissionError) as e: raise type(e)(f"cannot fetch {short(url)}: {e}") from None
+    except (FileNotFoundError, PermissionError) as e:
+        raise type(e)(f"cannot fetch {short(url)}: {e}") from None
     except (OSError, http.client.HTTPException) as e:
-        late = time.monotonic() >= end or isinstance(e, TimeoutError)
-        if late: raise TimeoutError(f"cannot fetch {short(url)}: no complete answer within {timeout} s") from None
+        late = time.monotonic() >= end or isinstance(
+            e, TimeoutError)
+        if late:
+            raise TimeoutError(
+                f"cannot fetch {short(url)}: no complete answer within {timeout} s") from None
         raise ConnectionError(f"cannot fetch {short(url)}: {e}") from None
-    except ValueError as e: raise ValueError(f"cannot fetch {short(url)}: {e}") from None
+    except ValueError as e:
+        raise ValueError(f"cannot fetch {short(url)}: {e}") from None
 
 # %% ../nbs/08_sources.ipynb #ebc846bb
 def read_data_url(
@@ -218,17 +240,22 @@ def read_data_url(
 ) -> bytes:     # What it carries
     "The bytes of a data URL"
     head, comma, body = url.partition(',')
-    if not comma: raise ValueError(f"{short(url)} is no data URL: it has no comma")
-    if not head.lower().endswith(';base64'): return unquote_to_bytes(body)
-    try: return base64.b64decode(unquote_to_bytes(body), validate=True)
-    except binascii.Error as e: raise ValueError(f"{short(url)} is no data URL: {e}") from None
+    if not comma:
+        raise ValueError(f"{short(url)} is no data URL: it has no comma")
+    if not head.lower().endswith(';base64'):
+        return unquote_to_bytes(body)
+    try:
+        return base64.b64decode(unquote_to_bytes(body), validate=True)
+    except binascii.Error as e:
+        raise ValueError(f"{short(url)} is no data URL: {e}") from None
 
 # %% ../nbs/08_sources.ipynb #ab7ee461
 def is_remote(
     src,       # Anything
 ) -> bool:     # True for http and https addresses and for data URLs
     "Does this text name something other than a file?"
-    return isinstance(src, str) and bool(re.match('(https?://|data:)', src, re.IGNORECASE))
+    return isinstance(src, str) and bool(re.match(
+        '(https?://|data:)', src, re.IGNORECASE))
 
 # %% ../nbs/08_sources.ipynb #df4f31b6
 def remote_allowed(

@@ -79,7 +79,8 @@ def checkpoint_path(
     "Check that `path` can be a checkpoint, before a long error says so less clearly"
     folder = Path(path)
     if not folder.is_dir():
-        if folder.exists() or not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', str(path)):
+        if folder.exists() or not re.fullmatch(
+            r'[\w-][\w.-]*/[\w-][\w.-]*', str(path)):
             raise FileNotFoundError(
                 f"no checkpoint folder {str(path)!r}; give a folder or 'owner/name' of the Hub")
     elif not (folder/need).exists():
@@ -94,12 +95,14 @@ CONFIGS = tuple(f'{name}.json'
     video_preprocessor_config tokenizer_config adapter_config'''.split())
 _BOM = b'\xef\xbb\xbf'   # a byte order mark, which `transformers` cannot read
 
+# %% ../nbs/09_trust.ipynb #ce3fc647
 def read_object(
     file,   # A JSON file
 ) -> dict:  # What it holds
     "Read a JSON file that must hold an object"
     if Path(file).is_file() and Path(file).read_bytes()[:3] == _BOM:
-        raise ValueError(f"{str(file)!r} begins with a byte order mark; save it as plain UTF-8")
+        raise ValueError(
+            f"{str(file)!r} begins with a byte order mark; save it as plain UTF-8")
     try:
         found = read_json(file)
     except RecursionError:
@@ -133,7 +136,8 @@ _PIXELS = '''image_size patch_size input_size shortest_edge longest_edge height 
     image_grid_pinpoints'''.split()
 _HEADS = '''num_attention_heads num_key_value_heads num_query_heads num_kv_heads heads n_head
     num_channels'''.split()
-_WIDTHS = 'hidden_size intermediate_size model_dim head_dim d_head d_ff n_embd n_queries'.split()
+_WIDTHS = 'hidden_size intermediate_size model_dim head_dim d_head d_ff n_embd n_queries'.split(
+    )
 # More than any published model has
 LARGEST = dict(vocab_size=2**24, max_position_embeddings=2**30)
 LARGEST |= dict.fromkeys(LAYER_COUNTS, 2**10)
@@ -184,7 +188,8 @@ def check_values(
 def _check_paths(config, file):
     "An error for a setting that would have another file of this machine read"
     if config.get('init_inputs'):
-        raise ValueError(f"{str(file)!r}: init_inputs = {config['init_inputs']!r} is not allowed")
+        raise ValueError(
+            f"{str(file)!r}: init_inputs = {config['init_inputs']!r} is not allowed")
     for names,value in settings(config):
         if not (names and str(names[-1]).endswith(('_file', '_path')) and isinstance(value, str)):
             continue

@@ -68,7 +68,8 @@ def read_bin(
         text = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ValueError(f"{str(file)!r} is damaged: {text}") from None
     odd = [str(name) for name,tensor in found.items()
-        if not isinstance(tensor, Tensor)] if isinstance(found, dict) else ['all of it']
+        if not isinstance(tensor, Tensor)] if isinstance(found,
+        dict) else ['all of it']
     if odd:
         raise ValueError(f"{str(file)!r} holds more than tensors by name: {listed(odd)}")
     return found
@@ -102,8 +103,10 @@ def _header(file):
 # %% ../nbs/19_weights.ipynb #136b06bb
 _DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
     I64=torch.int64,
-    I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
+    I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8,
+    BOOL=torch.bool)
 
+# %% ../nbs/19_weights.ipynb #2906b1e2
 def weight_shapes(
     folder,         # A checkpoint folder
     names=WEIGHTS,  # What its file may be called, the best first
@@ -117,7 +120,8 @@ def weight_shapes(
             raise ValueError(
                 f"{str(file)!r} holds tensors that another shard holds, too: {listed(twice)}")
         found |= header
-    index = next((o for o in (Path(folder)/f'{n}.index.json' for n in names) if o.exists()), None)
+    index = next((o for o in (Path(folder)/f'{n}.index.json' for n in names) if o.exists()),
+                 None)
     lost = set(read_object(index)['weight_map']) - set(found) if index and files[
         0].name not in names else ()
     if lost:
@@ -131,7 +135,8 @@ def is_finite(
     "Whether a tensor holds no NaN and no infinity"
     if not x.is_floating_point() or x.is_meta or not x.numel():
         return True
-    low,high = torch.aminmax(x if x.element_size() > 1 else x.float())   # a NaN comes through both
+    # a NaN comes through both
+    low,high = torch.aminmax(x if x.element_size() > 1 else x.float())
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 # %% ../nbs/19_weights.ipynb #bfb1f369
@@ -197,7 +202,8 @@ def _check_fit(model, shapes, path, named, current=str):
         if list(tensor.shape) != list(shape):
             wrong.append(
                 f'{named(name)} is {list(shape)} in the file, {list(tensor.shape)} in the model')
-        elif tensor.is_floating_point() != getattr(dtype, 'is_floating_point', False):
+        elif tensor.is_floating_point() != getattr(
+            dtype, 'is_floating_point', False):
             odd.append(f'{named(name)} ({dtype})')
     if wrong:
         raise ValueError(f"{str(path)!r}: tensors do not fit its config.json: {listed(wrong)}")
@@ -266,7 +272,8 @@ def _check_report(info, name, path, extra, named):
     if lacks:
         raise ValueError(f"{str(path)!r} lacks tensors of {name}: {listed(lacks)}")
     if left:
-        raise ValueError(f"{str(path)!r} holds tensors that {name} does not have: {listed(left)}")
+        raise ValueError(
+            f"{str(path)!r} holds tensors that {name} does not have: {listed(left)}")
 
 # %% ../nbs/19_weights.ipynb #21ed527c
 def load_strict(
@@ -305,6 +312,7 @@ def read_weights(
 # %% ../nbs/19_weights.ipynb #11f961ea
 _NO_LORA = 'use_dora', 'modules_to_save', 'rank_pattern', 'alpha_pattern', 'fan_in_fan_out'
 
+# %% ../nbs/19_weights.ipynb #c96b7bc6
 def _scale(cfg, path):
     "Rank and factor of an adapter"
     if odd := [o for o in _NO_LORA if cfg.get(o)]:
@@ -315,7 +323,8 @@ def _scale(cfg, path):
     if type(r) is not int or r < 1:
         raise ValueError(f"{str(path)!r}: r is {r!r}; it must be a whole number above 0")
     if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-        raise ValueError(f"{str(path)!r}: lora_alpha is {alpha!r}; it must be a number above 0")
+        raise ValueError(
+            f"{str(path)!r}: lora_alpha is {alpha!r}; it must be a number above 0")
     return r, alpha/(math.sqrt(r) if cfg.get('use_rslora') else r)
 
 # %% ../nbs/19_weights.ipynb #854264df
@@ -369,7 +378,8 @@ def merge_lora(
     pairs = _low_rank(lora, r, path)
     for name,(down,up) in pairs.items():
         if name not in state:
-            raise ValueError(f"{str(path)!r}: the adapter changes {name}, which the weights lack")
+            raise ValueError(
+                f"{str(path)!r}: the adapter changes {name}, which the weights lack")
         if (want := list(state[name].shape)) != [len(up), down.shape[1]]:
             raise ValueError(
                 f"{str(path)!r}: the adapter is for {name} of [{len(up)}, {down.shape[1]}], "

@@ -13,7 +13,7 @@ from figures import GOALS, LIB, MAX_LINES, WHAT, beyond, figures, long_modules, 
 # What is counted now and fails the lint once every notebook has been brought to it: move a name to ENFORCED, never back.
 # alt: each figure says in words what it shows; colab: the hidden cell of tools/colab.py is there; privates: no private name of a module elsewhere; lines: modules of at most
 # MAX_LINES lines; the others are those of figures.py.
-ENFORCED = {'alt','colab','shown','packing','nested','single','privates','lines','private','long_modules','cell_p50','cell_p90'}
+ENFORCED = {'alt','colab','shown','packing','nested','single','privates','lines','private','long_modules','cell_p50','cell_p90','chars'}
 COUNTED = {'alt','colab','privates','lines',*GOALS}   # all of it; `tell` names what is left
 MAX_CELLS,MAX_EXPORT,MAX_FN,MAX_NB_KB,MAX_REC_KB,MAX_WIDTH,DEMO_WITHIN = 80,40,30,300,600,120,3
 DIRECTIVE = re.compile(r'^\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*)$')

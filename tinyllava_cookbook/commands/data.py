@@ -12,7 +12,8 @@ from ..cli import Usage, command, hide_progress, positive, trust_argument
 
 # %% ../../nbs/95_commands.data.ipynb #4143d55b
 def _check_args(p):
-    p.add_argument('data', metavar='DATA', help='a JSON file, or a folder that `read_data` knows')
+    p.add_argument('data', metavar='DATA',
+                   help='a JSON file, or a folder that `read_data` knows')
     p.add_argument('--images', metavar='DIR', help='folder of the images')
     p.add_argument('--format', default='auto', metavar='NAME',
                    help='llava, sharegpt4v, cc3m, train_llava, captions or hf (default: by the name and the folder)')
@@ -20,20 +21,26 @@ def _check_args(p):
                    help='leave out samples whose images are in this folder, e.g. sam (repeatable)')
     p.add_argument('--recipe', metavar='RECIPE',
                    help='count tokens: a recipe, its JSON file, or the folder of a model')
-    p.add_argument('--stage', metavar='STAGE', help="whose template and length limit (default: the recipe's last)")
-    p.add_argument('--allow', metavar='KIND', nargs='*', default=[], help='kinds of fault that are fine with you')
-    p.add_argument('--workers', type=int, metavar='N', help='processes (default: one for each core)')
+    p.add_argument('--stage', metavar='STAGE',
+                   help="whose template and length limit (default: the recipe's last)")
+    p.add_argument('--allow', metavar='KIND', nargs='*', default=[],
+                   help='kinds of fault that are fine with you')
+    p.add_argument('--workers', type=int, metavar='N',
+                   help='processes (default: one for each core)')
     p.add_argument('--fix', metavar='FILE', help='write the samples without fault')
-    p.add_argument('--out', metavar='DIR', help='gets report.json, a table and images')
+    p.add_argument('--out', metavar='DIR',
+                   help='gets report.json, a table and images')
     trust_argument(p)
-    p.add_argument('--json', action='store_true', help='print the report as one JSON object')
+    p.add_argument('--json', action='store_true',
+                   help='print the report as one JSON object')
 
 # %% ../../nbs/95_commands.data.ipynb #abfff44f
 def _encoder_of(a):
     "What turns a sample into tokens, as the recipe's stage would"
     if not a.recipe: return None
     from tinyllava_cookbook.model.checkpoints import load_processor
-    if (Path(a.recipe)/'processor_config.json').exists(): return load_processor(a.recipe).encoder()
+    if (Path(a.recipe)/'processor_config.json').exists():
+        return load_processor(a.recipe).encoder()
     from tinyllava_cookbook.train.recipes import recipe
     from tinyllava_cookbook.train.stages import start_model
     from tinyllava_cookbook.train.data import stage_encoder
@@ -41,7 +48,9 @@ def _encoder_of(a):
     _,processor = start_model(r, '', trust_remote_code=a.trust_remote_code)
     return stage_encoder(processor, r.stage(a.stage) if a.stage else r.stages[-1])
 
-@command('check', 'look at every sample of a data set before training does', _check_args)
+# %% ../../nbs/95_commands.data.ipynb #72593d74
+@command('check', 'look at every sample of a data set before training does',
+         _check_args)
 def _check(a):
     from tinyllava_cookbook.data.preflight import preflight, report_dict
     hide_progress()
@@ -53,11 +62,16 @@ def _check(a):
 
 # %% ../../nbs/95_commands.data.ipynb #d10acc77
 def _bench_args(p):
-    p.add_argument('what', metavar='WHAT', choices=['data'], help='data: samples a second of data set and collator')
-    p.add_argument('--n', type=positive, default=256, metavar='N', help='samples (default: %(default)s)')
+    p.add_argument('what', metavar='WHAT', choices=['data'],
+                   help='data: samples a second of data set and collator')
+    p.add_argument('--n', type=positive, default=256, metavar='N',
+                   help='samples (default: %(default)s)')
     p.add_argument('--json', action='store_true', help='print the rows as JSON')
 
-@command('bench', 'measure how many samples a second a data set and its collator give', _bench_args)
+# %% ../../nbs/95_commands.data.ipynb #5e4310be
+@command('bench',
+         'measure how many samples a second a data set and its collator give',
+         _bench_args)
 def _bench(a):
     from tinyllava_cookbook.data.bench import bench_data
     rows = bench_data(a.n)
@@ -65,38 +79,53 @@ def _bench(a):
 
 # %% ../../nbs/95_commands.data.ipynb #b2b9922f
 def _data_args(p):
-    p.add_argument('name', metavar='NAME', nargs='?', help='a training set (default: list all)')
-    p.add_argument('--folder', metavar='DIR', help='compare its file and image folders with what was published')
-    p.add_argument('--convert', metavar='DIR', help="scienceqa: write training data from its problems.json")
-    p.add_argument('--split', default='train', metavar='NAME', help='with --convert (default: %(default)s)')
+    p.add_argument('name', metavar='NAME', nargs='?',
+                   help='a training set (default: list all)')
+    p.add_argument('--folder', metavar='DIR',
+                   help='compare its file and image folders with what was published')
+    p.add_argument('--convert', metavar='DIR',
+                   help="scienceqa: write training data from its problems.json")
+    p.add_argument('--split', default='train', metavar='NAME',
+                   help='with --convert (default: %(default)s)')
     p.add_argument('--json', action='store_true', help='print JSON')
 
+# %% ../../nbs/95_commands.data.ipynb #9ae30635
 def _set_row(name, one):
     "One line of the list"
-    return dict(name=name, samples=f'{one.samples:,}', file=one.file, size=one.size, licence=one.licence)
+    return dict(name=name, samples=f'{one.samples:,}', file=one.file, size=one.size,
+                licence=one.licence)
 
+# %% ../../nbs/95_commands.data.ipynb #e02959c1
 def _show_set(name, one, as_json):
     "All that is known of a set"
-    if as_json: return print(json.dumps(dict(name=name) | vars(one)))
-    facts = dict(about=one.about, file=f'{one.file}, {one.samples:,} samples', home=one.home)
+    if as_json:
+        return print(json.dumps(dict(name=name) | vars(one)))
+    facts = dict(about=one.about, file=f'{one.file}, {one.samples:,} samples',
+                 home=one.home)
     facts |= dict(licence=one.licence, size=one.size)
     for what,text in facts.items(): print(f'{what:9}{text}')
-    for folder,home in one.images.items(): print(f'images   {folder}/ from {home}')
+    for folder,home in one.images.items():
+        print(f'images   {folder}/ from {home}')
 
 # %% ../../nbs/95_commands.data.ipynb #b34afe5e
-@command('data', 'list the training sets that recipes name, or compare a folder with one', _data_args)
+@command('data',
+         'list the training sets that recipes name, or compare a folder with one',
+         _data_args)
 def _data(a):
     from tinyllava_cookbook.core import Table
     from tinyllava_cookbook.data.training_sets import check_set, convert_scienceqa, training_sets
     if a.name is None:
-        if a.folder or a.convert: raise Usage("say which: tinyllava data NAME --folder DIR")
+        if a.folder or a.convert:
+            raise Usage("say which: tinyllava data NAME --folder DIR")
         sets = {name: training_sets[name] for name in training_sets}
-        if a.json: return print(json.dumps({name: vars(one) for name,one in sets.items()}))
+        if a.json:
+            return print(json.dumps({name: vars(one) for name,one in sets.items()}))
         return print(Table(_set_row(*o) for o in sets.items()))
     one = training_sets[a.name]
     if a.convert and a.name != 'scienceqa':
         raise Usage("--convert is for scienceqa; the others are published as they are")
-    if a.convert: return print(convert_scienceqa(a.convert, split=a.split))
+    if a.convert:
+        return print(convert_scienceqa(a.convert, split=a.split))
     if not a.folder: return _show_set(a.name, one, a.json)
     report = check_set(a.name, a.folder)
     print(json.dumps(vars(report) | dict(ok=report.ok)) if a.json else report)
@@ -106,10 +135,13 @@ def _data(a):
 def _cache_args(p):
     p.add_argument('what', metavar='list|prune', nargs='?', default='list', choices=['list', 'prune'],
                    help='list what is there (default), or delete some of it')
-    p.add_argument('--days', type=float, metavar='N', help='prune: what was not read for so long')
-    p.add_argument('--megabytes', type=float, metavar='N', help='prune: the oldest, until the rest takes so much')
+    p.add_argument('--days', type=float, metavar='N',
+                   help='prune: what was not read for so long')
+    p.add_argument('--megabytes', type=float, metavar='N',
+                   help='prune: the oldest, until the rest takes so much')
     p.add_argument('--json', action='store_true', help='print a JSON object')
 
+# %% ../../nbs/95_commands.data.ipynb #bae91b02
 def _kinds(files) -> dict:
     "Files and bytes of each kind"
     found = {}
@@ -125,10 +157,14 @@ def _cache(a):
     from tinyllava_cookbook.cached_files import cached_files, prune_cache
     from tinyllava_cookbook.core import cache_dir
     prune = a.what == 'prune'
-    if prune and a.days is None and a.megabytes is None: raise Usage("prune needs --days N, --megabytes N or both")
-    if not prune and (a.days, a.megabytes) != (None, None): raise Usage("--days and --megabytes are for cache prune")
+    if prune and a.days is None and a.megabytes is None:
+        raise Usage("prune needs --days N, --megabytes N or both")
+    if not prune and (a.days, a.megabytes) != (None, None):
+        raise Usage("--days and --megabytes are for cache prune")
     kinds = _kinds(prune_cache(a.days, a.megabytes) if prune else cached_files())
-    if a.json: return print(json.dumps(dict(folder=str(cache_dir()), pruned=prune, kinds=kinds)))
+    if a.json:
+        return print(json.dumps(dict(folder=str(cache_dir()), pruned=prune, kinds=kinds)))
     print(f"{'deleted from' if prune else 'in'} {cache_dir()}:")
-    for kind, row in kinds.items(): print(f"  {kind:12}{row['files']:>7,} files{row['bytes']/2**20:>12,.1f} MB")
+    for kind, row in kinds.items():
+        print(f"  {kind:12}{row['files']:>7,} files{row['bytes']/2**20:>12,.1f} MB")
     if not kinds: print('  nothing')

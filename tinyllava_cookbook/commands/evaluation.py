@@ -16,22 +16,28 @@ from ..core import write_lines
 def _question_args(p):
     "Arguments of which questions to ask"
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument('--bench', metavar='NAME,NAME', help='benchmarks by name; see `tinyllava score --help`')
-    what.add_argument('--questions', metavar='FILE', help='a questions.jsonl; its pictures are beside it, in images/')
-    what.add_argument('--pope', metavar='DIR', help='folder of coco_pope_{random,popular,adversarial}.json')
+    what.add_argument('--bench', metavar='NAME,NAME',
+                      help='benchmarks by name; see `tinyllava score --help`')
+    what.add_argument('--questions', metavar='FILE',
+                      help='a questions.jsonl; its pictures are beside it, in images/')
+    what.add_argument('--pope', metavar='DIR',
+                      help='folder of coco_pope_{random,popular,adversarial}.json')
 
 # %% ../../nbs/93_commands.evaluation.ipynb #f3a9f027
 def _bench_args(p):
     "Arguments of the benchmarks' files"
-    p.add_argument('--data', metavar='DIR', help='folder of the benchmarks\' own files; needed for --bench')
+    p.add_argument('--data', metavar='DIR',
+                   help='folder of the benchmarks\' own files; needed for --bench')
     p.add_argument('--split', metavar='BENCH=SPLIT', action='append', default=[], dest='splits',
                    help='another split than the usual one, e.g. vqav2=test-dev (repeatable)')
     p.add_argument('--graded', metavar='BENCH=FILE', action='append', default=[],
                    help='what `tinyllava judge` wrote, e.g. mmvet=grades.json (repeatable)')
     p.add_argument('--out', metavar='DIR', help='gets the answers as they come, so that a killed run can go on; with '
                    '--bench, where it is needed, scores.json and index.html too')
-    p.add_argument('--anew', action='store_true', help='ask everything again; answers in --out are kept in old-1, ...')
-    p.add_argument('--images', metavar='DIR', help='folder of the pictures; needed for --pope')
+    p.add_argument('--anew', action='store_true',
+                   help='ask everything again; answers in --out are kept in old-1, ...')
+    p.add_argument('--images', metavar='DIR',
+                   help='folder of the pictures; needed for --pope')
 
 # %% ../../nbs/93_commands.evaluation.ipynb #aa59dc26
 def _eval_args(p):
@@ -41,13 +47,18 @@ def _eval_args(p):
     _bench_args(p)
     p.add_argument('--short', action=argparse.BooleanOptionalAction,
                    help="append LLaVA-1.5's request for a single word or phrase (default: for POPE only)")
-    p.add_argument('--blind', action='store_true', help='ask again with the pixels zeroed')
+    p.add_argument('--blind', action='store_true',
+                   help='ask again with the pixels zeroed')
     p.add_argument('--batch-size', type=positive, default=16, metavar='N',
                    help='questions at a time (default: %(default)s)')
-    p.add_argument('--limit', type=positive, metavar='N', help='only the first N questions')
-    p.add_argument('--answers', metavar='FILE', help='write every question with its answer, as JSON lines')
-    p.add_argument('--allow-partial', action='store_true', help='go on where the files of a benchmark lack questions')
-    p.add_argument('--json', action='store_true', help='print the scores as one JSON object')
+    p.add_argument('--limit', type=positive, metavar='N',
+                   help='only the first N questions')
+    p.add_argument('--answers', metavar='FILE',
+                   help='write every question with its answer, as JSON lines')
+    p.add_argument('--allow-partial', action='store_true',
+                   help='go on where the files of a benchmark lack questions')
+    p.add_argument('--json', action='store_true',
+                   help='print the scores as one JSON object')
 
 # %% ../../nbs/93_commands.evaluation.ipynb #13730408
 def question_items(
@@ -55,7 +66,8 @@ def question_items(
 ) -> list:                 # Questions with their images
     "The questions of --questions or --pope"
     from tinyllava_cookbook.eval.benchmarks import SHORT, load_pope, load_questions
-    if a.pope and not a.images: raise Usage("--pope needs --images DIR, the folder of its pictures")
+    if a.pope and not a.images:
+        raise Usage("--pope needs --images DIR, the folder of its pictures")
     suffix = SHORT if (bool(a.pope) if a.short is None else a.short) else ''
     items = load_pope(a.pope, a.images, suffix) if a.pope else load_questions(a.questions, a.images, suffix)
     return items[:a.limit]
@@ -72,33 +84,47 @@ def _eval_questions(a, model, processor, items):
     blind = answer_and_score(model, processor, items, folder and folder/'blind', blind=True, **how) if a.blind else None
     if res is None or a.blind and blind is None: return None, None
     if a.answers: write_lines(a.answers, res['answers'])
-    if a.answers and not a.out: shutil.rmtree(folder)      # all of it is in that file now
+    if a.answers and not a.out:
+        shutil.rmtree(folder)      # all of it is in that file now
     return res, blind
 
 # %% ../../nbs/93_commands.evaluation.ipynb #25f72f79
 def _eval_benches(a):
     from tinyllava_cookbook.eval.run import load_all, results_table, run_eval
-    if not a.data or not a.out: raise Usage("--bench needs --data DIR, the benchmarks' files, and --out DIR")
-    splits, graded = pairs(a.splits, '--split'), pairs(a.graded, '--graded')
-    items = load_all(a.bench.split(','), a.data, splits, graded, a.allow_partial)  # before the weights are loaded
+    if not a.data or not a.out:
+        raise Usage("--bench needs --data DIR, the benchmarks' files, and --out DIR")
+    splits, graded = pairs(a.splits, '--split'), pairs(
+        a.graded, '--graded')
+    # before the weights are loaded
+    items = load_all(a.bench.split(','), a.data, splits, graded, a.allow_partial)
     how = dict(batch_size=a.batch_size, limit=a.limit, blind=a.blind, model_id=Path(a.model).name, splits=splits,
                anew=a.anew, allow_partial=a.allow_partial)
-    results = run_eval(*load_model(a), items, a.data, a.out, graded=graded, progress=sys.stderr.isatty(), **how)
-    if results is None: return                    # other processes are not done yet: the last one reports
+    results = run_eval(*load_model(a), items, a.data, a.out, graded=graded,
+                       progress=sys.stderr.isatty(), **how)
+    if results is None:
+        # other processes are not done yet: the last one reports
+        return
     print((Path(a.out)/'scores.json').read_text() if a.json else results_table(results, splits))
 
 # %% ../../nbs/93_commands.evaluation.ipynb #e8f1501d
-@command('eval', 'ask a trained model the questions of benchmarks, or of a file, and score it', _eval_args)
+@command('eval',
+         'ask a trained model the questions of benchmarks, or of a file, and score it',
+         _eval_args)
 def _eval(a):
     from tinyllava_cookbook.eval.benchmarks import score_table
     a.model = a.model or a.folder
-    if not a.model: raise Usage("name the model: tinyllava eval MODEL ...")
+    if not a.model:
+        raise Usage("name the model: tinyllava eval MODEL ...")
     if a.bench: return _eval_benches(a)
-    if a.splits or a.graded: raise Usage("--split and --graded belong to --bench")
-    items = question_items(a)     # wrong files are found before the weights are loaded
+    if a.splits or a.graded:
+        raise Usage("--split and --graded belong to --bench")
+    # wrong files are found before the weights are loaded
+    items = question_items(a)
     model,processor = load_model(a)
     res, blind = _eval_questions(a, model, processor, items)
-    if res is None: return                        # other processes are not done yet: the last one reports
+    if res is None:
+        # other processes are not done yet: the last one reports
+        return
     if not a.json: return print(score_table(res, blind))
     brief = lambda r: {k:v for k,v in r.items() if k!='answers'}
     print(json.dumps(brief(res) | (dict(without_image=brief(blind)) if blind else {})))
@@ -108,15 +134,18 @@ def _score_args(p):
     p.add_argument('bench', metavar='BENCH',
                    help='vqav2, gqa, textvqa, scienceqa, pope, mme, mmvet, mmmu, mmbench, llavabench')
     p.add_argument('--annotations', metavar='PATH', help="the benchmark's own files")
-    p.add_argument('--answers', metavar='FILE', required=True, help='JSON lines with question_id and text')
+    p.add_argument('--answers', metavar='FILE', required=True,
+                   help='JSON lines with question_id and text')
     p.add_argument('--partial', '--allow-partial', action='store_true',
                    help='score what is there, where answers or files of the benchmark are missing, and count the rest')
     p.add_argument('--set', metavar='NAME=VALUE', action='append', default=[], dest='options',
                    help='an option of the scorer, e.g. split=test (repeatable)')
-    p.add_argument('--json', action='store_true', help='print the scores as one JSON object')
+    p.add_argument('--json', action='store_true',
+                   help='print the scores as one JSON object')
 
 # %% ../../nbs/93_commands.evaluation.ipynb #36240b8b
-@command('score', 'score a file of answers by the official rules of a benchmark', _score_args)
+@command('score', 'score a file of answers by the official rules of a benchmark',
+         _score_args)
 def _score(a):
     from tinyllava_cookbook.eval.scoring import score_file
     options = {k: json_value(v) for k,v in pairs(a.options, '--set').items()}
@@ -133,37 +162,55 @@ JUDGES = dict(mmvet='MMVET_JUDGE', llavabench='LLAVAW_JUDGE', mmbench='MMBENCH_J
 
 # %% ../../nbs/93_commands.evaluation.ipynb #7058ebae
 def _judge_args(p):
-    p.add_argument('bench', metavar='BENCH', choices=list(JUDGES), help=', '.join(JUDGES))
-    p.add_argument('--annotations', metavar='PATH', required=True, help="the benchmark's own files")
-    p.add_argument('--answers', metavar='FILE', required=True, help='JSON lines with question_id and text')
-    p.add_argument('--out', metavar='FILE', required=True, help='gets the grades, for `tinyllava score`')
+    p.add_argument('bench', metavar='BENCH', choices=list(JUDGES),
+                   help=', '.join(JUDGES))
+    p.add_argument('--annotations', metavar='PATH', required=True,
+                   help="the benchmark's own files")
+    p.add_argument('--answers', metavar='FILE', required=True,
+                   help='JSON lines with question_id and text')
+    p.add_argument('--out', metavar='FILE', required=True,
+                   help='gets the grades, for `tinyllava score`')
     endpoint_arguments(p, 'who judges (default: the judge of the published numbers)')
-    p.add_argument('--runs', type=positive, metavar='N', help='grade N times; the paper of MM-Vet does it 5 times')
-    p.add_argument('--json', action='store_true', help='print the score, or the estimate, as one JSON object')
+    p.add_argument('--runs', type=positive, metavar='N',
+                   help='grade N times; the paper of MM-Vet does it 5 times')
+    p.add_argument('--json', action='store_true',
+                   help='print the score, or the estimate, as one JSON object')
 
 # %% ../../nbs/93_commands.evaluation.ipynb #edff4a8b
-@command('judge', 'have a language model grade the answers to MM-Vet, LLaVA-Bench or MMBench', _judge_args)
+@command('judge',
+         'have a language model grade the answers to MM-Vet, LLaVA-Bench or MMBench',
+         _judge_args)
 def _judge(a):
     from dataclasses import asdict
     from tinyllava_cookbook.eval import judge
-    if a.runs and a.bench!='mmvet': raise Usage(f"--runs is for mmvet; {a.bench} is judged once")
-    how = dict(workers=a.workers, budget=a.budget, progress=sys.stderr.isatty() and not a.json, dry_run=a.estimate)
+    if a.runs and a.bench!='mmvet':
+        raise Usage(f"--runs is for mmvet; {a.bench} is judged once")
+    how = dict(workers=a.workers, budget=a.budget,
+               progress=sys.stderr.isatty() and not a.json, dry_run=a.estimate)
     if a.runs: how['runs'] = a.runs
     endpoint = endpoint_of(a, getattr(judge, JUDGES[a.bench]))
-    s = getattr(judge, f'judge_{a.bench}')(a.annotations, a.answers, a.out, endpoint, **how)
+    s = getattr(judge, f'judge_{a.bench}')(a.annotations, a.answers, a.out,
+                                           endpoint, **how)
     print(json.dumps(asdict(s) if a.estimate else s.to_dict()) if a.json else s)
 
 # %% ../../nbs/93_commands.evaluation.ipynb #e9eaee2e
 def _submission_args(p):
-    p.add_argument('bench', metavar='BENCH', choices=['vqav2', 'mmvet', 'mmbench'], help='vqav2, mmvet, mmbench')
-    p.add_argument('--answers', metavar='FILE', required=True, help='JSON lines with question_id and text')
-    p.add_argument('--out', metavar='FILE', required=True, help='what to upload: .json, for mmbench .xlsx')
-    p.add_argument('--data', metavar='DIR', help="folder of the benchmarks' own files; mmvet needs none")
-    p.add_argument('--split', metavar='SPLIT', help='of mmbench (default: dev_20230712)')
+    p.add_argument('bench', metavar='BENCH', choices=['vqav2', 'mmvet', 'mmbench'],
+                   help='vqav2, mmvet, mmbench')
+    p.add_argument('--answers', metavar='FILE', required=True,
+                   help='JSON lines with question_id and text')
+    p.add_argument('--out', metavar='FILE', required=True,
+                   help='what to upload: .json, for mmbench .xlsx')
+    p.add_argument('--data', metavar='DIR',
+                   help="folder of the benchmarks' own files; mmvet needs none")
+    p.add_argument('--split', metavar='SPLIT',
+                   help='of mmbench (default: dev_20230712)')
 
 # %% ../../nbs/93_commands.evaluation.ipynb #0d7a6d46
-@command('submission', "write the file that a benchmark's server takes", _submission_args)
+@command('submission', "write the file that a benchmark's server takes",
+         _submission_args)
 def _submission(a):
     from tinyllava_cookbook.eval.run import submission
-    if not a.data and a.bench!='mmvet': raise Usage(f"{a.bench} needs --data DIR, the benchmarks' files")
+    if not a.data and a.bench!='mmvet':
+        raise Usage(f"{a.bench} needs --data DIR, the benchmarks' files")
     print(submission(a.bench, a.answers, a.data or '.', a.split, a.out))

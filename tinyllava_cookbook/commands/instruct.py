@@ -13,16 +13,20 @@ from ..cli import command, endpoint_arguments, endpoint_of, positive
 # %% ../../nbs/96_commands.instruct.ipynb #77499558
 KINDS = 'conversation', 'detail', 'reasoning'   # LLaVA's three
 
+# %% ../../nbs/96_commands.instruct.ipynb #94a3fb3d
 def _instruct_args(p):
     p.add_argument('captions', metavar='CAPTIONS',
                    help='captions_*.json of COCO, or a file of that form')
-    p.add_argument('--instances', metavar='FILE', help='instances_*.json, the boxes (default: none)')
-    p.add_argument('--images', metavar='DIR', required=True, help='folder of the images')
+    p.add_argument('--instances', metavar='FILE',
+                   help='instances_*.json, the boxes (default: none)')
+    p.add_argument('--images', metavar='DIR', required=True,
+                   help='folder of the images')
     p.add_argument('--out', metavar='FILE', required=True,
                    help="gets the samples, in LLaVA's JSON; paid answers stay beside it, in *.answers.jsonl")
     p.add_argument('--kind', metavar='NAME', action='append', dest='kinds',
                    help=f"{', '.join(KINDS)}, or one that you have registered (repeatable; default: these three)")
-    p.add_argument('--limit', type=positive, metavar='N', help='only the first N images')
+    p.add_argument('--limit', type=positive, metavar='N',
+                   help='only the first N images')
     p.add_argument('--repairs', type=int, default=1, metavar='N',
                    help='further attempts at an answer that cannot be read (default: %(default)s)')
     endpoint_arguments(p, 'who writes', required=True)
@@ -35,13 +39,15 @@ def _asked(a):
     from tinyllava_cookbook.endpoint import Endpoint
     from tinyllava_cookbook.paid_requests import Cache, estimate
     names = tuple(dict.fromkeys(a.kinds or KINDS))
-    for name in names: kinds[name]   # a wrong name is found before anything is read
+    for name in names:
+        kinds[name]   # a wrong name is found before anything is read
     pictures = read_coco(a.captions, a.instances)[:a.limit]
     check_pictures(pictures, Path(a.images))
     endpoint = endpoint_of(a, Endpoint(a.model))
     answers = Path(a.out).with_suffix('.answers.jsonl')
     known = Cache(answers) if answers.exists() else None
-    return pictures, names, endpoint, estimate(requests_for(pictures, names), endpoint, known)
+    return pictures, names, endpoint, estimate(
+        requests_for(pictures, names), endpoint, known)
 
 # %% ../../nbs/96_commands.instruct.ipynb #4bdca0f0
 def _rejected(made):
@@ -49,18 +55,23 @@ def _rejected(made):
     for tag,why in list(made.rejected.items())[:5]:
         print(f'rejected: {tag}: {" ".join(why.split())[:200]}', file=sys.stderr)
     more = len(made.rejected) - 5
-    if more > 0: print(f'rejected: {more} more; --json names all', file=sys.stderr)
+    if more > 0:
+        print(f'rejected: {more} more; --json names all', file=sys.stderr)
 
 # %% ../../nbs/96_commands.instruct.ipynb #a4a2521c
-@command('instruct', 'write instruction data about images by an endpoint, with the price first', _instruct_args)
+@command('instruct',
+         'write instruction data about images by an endpoint, with the price first',
+         _instruct_args)
 def _instruct(a):
     from dataclasses import asdict
     from tinyllava_cookbook.data.instruct import instruct
     pictures,names,endpoint,price = _asked(a)
-    if a.estimate: return print(json.dumps(asdict(price)) if a.json else price)
+    if a.estimate:
+        return print(json.dumps(asdict(price)) if a.json else price)
     print(price, file=sys.stderr)
     made = instruct(pictures, endpoint, a.out, a.images, names, workers=a.workers, repairs=a.repairs,
                     budget=a.budget, progress=False)
     if not a.json: _rejected(made)
-    counts = dict(samples=len(made.records), rejected=made.rejected, read=made.read, made=made.made, usd=made.usd)
+    counts = dict(samples=len(made.records), rejected=made.rejected, read=made.read,
+                  made=made.made, usd=made.usd)
     print(json.dumps(counts) if a.json else f'{made}\n{a.out}')

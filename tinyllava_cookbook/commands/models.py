@@ -17,13 +17,15 @@ def _say(session, text, images=()):
     "Ask, and print the answer as it comes; false if it was stopped"
     stopped = False
     try:
-        for piece in session.stream(text, list(images)): print(piece, end='', flush=True)
+        for piece in session.stream(text, list(images)):
+            print(piece, end='', flush=True)
     except KeyboardInterrupt:   # ends this answer, not the conversation
         stopped = True
         print(' (stopped)', end='')
     print()
     return not stopped
 
+# %% ../../nbs/94_commands.models.ipynb #90912fb6
 def _command(session, word, name, added):
     "Do what a line with a slash says"
     from tinyllava_cookbook.data.images import load_image
@@ -33,17 +35,21 @@ def _command(session, word, name, added):
     else: print(f"no {word!r} here: {_chat_help}")
     if word in ('/image', '/new'): added.clear()
 
+# %% ../../nbs/94_commands.models.ipynb #89ba1a90
 def _turn(session, line, added):
     "Do what one line of the conversation says; false to leave"
     word,_,rest = line.partition(' ')
     if word in ('/quit', '/exit'): return False
     if word.startswith('/'): _command(session, word, rest.strip(), added)
-    elif line and _say(session, line, added): added.clear()   # a stopped question can be asked again
+    elif line and _say(session, line, added):
+        added.clear()   # a stopped question can be asked again
     return True
 
+# %% ../../nbs/94_commands.models.ipynb #2d348b7c
 def _converse(session):
     "Read lines until the end; a mistake in one of them does not end the conversation"
-    try: import readline  # noqa: F401  arrow keys, where the platform has it
+    try:
+        import readline  # noqa: F401  arrow keys, where the platform has it
     except ImportError: pass
     print(_chat_help)
     added = []   # images of the next question
@@ -56,17 +62,22 @@ def _converse(session):
 # %% ../../nbs/94_commands.models.ipynb #a2629de0
 def _chat_args(p):
     model_arguments(p)
-    p.add_argument('--image', metavar='FILE', action='append', default=[], help='an image: path or URL (repeatable)')
-    p.add_argument('question', metavar='QUESTION', nargs='?', help='what to ask; without it, a conversation begins')
+    p.add_argument('--image', metavar='FILE', action='append', default=[],
+                   help='an image: path or URL (repeatable)')
+    p.add_argument('question', metavar='QUESTION', nargs='?',
+                   help='what to ask; without it, a conversation begins')
     p.add_argument('--max-new-tokens', type=positive, default=256, metavar='N',
                    help='longest answer (default: %(default)s)')
 
+# %% ../../nbs/94_commands.models.ipynb #fbf10dc8
 @command('chat', 'ask a trained model about an image', _chat_args)
 def _chat(a):
     from tinyllava_cookbook.data.images import load_image
     from tinyllava_cookbook.infer.generate import ChatSession
-    images = [load_image(o, remote=True) for o in a.image]   # a wrong path is found before the weights are loaded
-    session = ChatSession(*load_model(a), image=images, max_new_tokens=a.max_new_tokens)
+    # a wrong path is found before the weights are loaded
+    images = [load_image(o, remote=True) for o in a.image]
+    session = ChatSession(*load_model(a), image=images,
+                          max_new_tokens=a.max_new_tokens)
     _say(session, a.question) if a.question else _converse(session)
 
 # %% ../../nbs/94_commands.models.ipynb #df044939
@@ -74,51 +85,73 @@ def _convert_args(p):
     p.add_argument('path', metavar='PATH', help='TinyLLaVA Factory, TinyLLaVABench, LLaVA, llava-hf or our own: a '
                    'folder, or a name on the Hub')
     p.add_argument('out', metavar='OUT', help='folder to write')
-    p.add_argument('--to', default='ours', choices=['ours', 'llava'], help='what to write (default: %(default)s)')
-    p.add_argument('--llm', metavar='DIR', help='language model it was trained from, if the folder has no tokenizer')
-    p.add_argument('--vision', metavar='DIR', help='vision encoder it was trained from, if it has no image processor')
+    p.add_argument('--to', default='ours', choices=['ours', 'llava'],
+                   help='what to write (default: %(default)s)')
+    p.add_argument('--llm', metavar='DIR',
+                   help='language model it was trained from, if the folder has no tokenizer')
+    p.add_argument('--vision', metavar='DIR',
+                   help='vision encoder it was trained from, if it has no image processor')
     p.add_argument('--dtype', default='file', choices=['file', 'float32', 'bfloat16', 'float16'],
                    help='precision to write; file: as it was (default: %(default)s)')
     p.add_argument('--set', metavar='FIELD=VALUE', action='append', default=[], dest='fields',
                    help='a field of the configuration that the folder leaves open, e.g. template=phi (repeatable)')
-    p.add_argument('--scores', metavar='FILE', help='scores.json of an evaluation, for the model card')
+    p.add_argument('--scores', metavar='FILE',
+                   help='scores.json of an evaluation, for the model card')
     trust_argument(p)
-    p.add_argument('--push', metavar='OWNER/NAME', help='upload the result to the Hub')
-    p.add_argument('--public', action='store_true', help='with --push: for everybody to see')
+    p.add_argument('--push', metavar='OWNER/NAME',
+                   help='upload the result to the Hub')
+    p.add_argument('--public', action='store_true',
+                   help='with --push: for everybody to see')
 
 # %% ../../nbs/94_commands.models.ipynb #1d94b9f4
-@command('convert', 'rewrite a checkpoint of another project as ours, or ours for transformers and vLLM', _convert_args)
+@command('convert',
+         'rewrite a checkpoint of another project as ours, or ours for transformers and vLLM',
+         _convert_args)
 def _convert(a):
     from tinyllava_cookbook.core import read_json
     from tinyllava_cookbook.model.export import convert_folder, push_to_hub
-    if a.public and not a.push: raise Usage("--public goes with --push OWNER/NAME")
-    if a.scores and a.to != 'llava': raise Usage("--scores goes on the model card that --to llava writes")
+    if a.public and not a.push:
+        raise Usage("--public goes with --push OWNER/NAME")
+    if a.scores and a.to != 'llava':
+        raise Usage("--scores goes on the model card that --to llava writes")
     fields = {k: json_value(v) for k,v in pairs(a.fields, '--set').items()}
     hide_progress()
     out = convert_folder(a.path, a.out, a.to, a.dtype, scores=read_json(a.scores) if a.scores else None, llm=a.llm,
-        vision=a.vision, config=fields or None, trust_remote_code=a.trust_remote_code)
+        vision=a.vision, config=fields or None,
+        trust_remote_code=a.trust_remote_code)
     print(out)
-    if a.push: print(push_to_hub(out, a.push, private=not a.public))
+    if a.push:
+        print(push_to_hub(out, a.push, private=not a.public))
 
 # %% ../../nbs/94_commands.models.ipynb #965a3ccc
 def _compose_args(p):
-    p.add_argument('--vision', required=True, metavar='DIR', help='vision encoder: a folder, or a name on the Hub')
-    p.add_argument('--llm', required=True, metavar='DIR', help='language model: a folder, or a name on the Hub')
-    p.add_argument('--tokenizer', metavar='DIR', help='where the tokenizer is, if not with the language model')
+    p.add_argument('--vision', required=True, metavar='DIR',
+                   help='vision encoder: a folder, or a name on the Hub')
+    p.add_argument('--llm', required=True, metavar='DIR',
+                   help='language model: a folder, or a name on the Hub')
+    p.add_argument('--tokenizer', metavar='DIR',
+                   help='where the tokenizer is, if not with the language model')
     trust_argument(p)
-    p.add_argument('--connector', default='mlp2x_gelu', metavar='NAME', help='what joins them (default: %(default)s)')
+    p.add_argument('--connector', default='mlp2x_gelu', metavar='NAME',
+                   help='what joins them (default: %(default)s)')
     p.add_argument('out', metavar='OUT', help='folder to write')
-    p.add_argument('--to', default='ours', choices=['ours', 'llava'], help='what to write (default: %(default)s)')
-    p.add_argument('--template', metavar='NAME', help='chat template (default: the usual one of the model)')
-    p.add_argument('--image-mode', default='pad', metavar='NAME', help='how images fit (default: %(default)s)')
-    p.add_argument('--seed', type=int, default=0, help='for the connector, which is random (default: %(default)s)')
+    p.add_argument('--to', default='ours', choices=['ours', 'llava'],
+                   help='what to write (default: %(default)s)')
+    p.add_argument('--template', metavar='NAME',
+                   help='chat template (default: the usual one of the model)')
+    p.add_argument('--image-mode', default='pad', metavar='NAME',
+                   help='how images fit (default: %(default)s)')
+    p.add_argument('--seed', type=int, default=0,
+                   help='for the connector, which is random (default: %(default)s)')
     p.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16', 'float16'],
                    help='precision to write (default: %(default)s)')
 
 # %% ../../nbs/94_commands.models.ipynb #3f778f42
-@command('compose', 'join a vision encoder and a language model by a new connector', _compose_args)
+@command('compose', 'join a vision encoder and a language model by a new connector',
+         _compose_args)
 def _compose(a):
     from tinyllava_cookbook.model.export import compose_folder
     hide_progress()
     print(compose_folder(a.vision, a.llm, a.out, a.connector, a.to, template=a.template, image_mode=a.image_mode,
-        seed=a.seed, dtype=a.dtype, tokenizer=a.tokenizer, trust_remote_code=a.trust_remote_code))
+        seed=a.seed, dtype=a.dtype, tokenizer=a.tokenizer,
+        trust_remote_code=a.trust_remote_code))

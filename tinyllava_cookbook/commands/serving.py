@@ -14,17 +14,21 @@ from ..cli import Usage, command, load_model, positive, trust_argument
 def _port(text):
     "A number of a port"
     if text.isdigit() and int(text) < 2**16: return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no port; give a number from 0 (any free one) to 65535")
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is no port; give a number from 0 (any free one) to 65535")
 
 # %% ../../nbs/96_commands.serving.ipynb #1c7bb24e
 def _add_listening(p):
     p.add_argument('model', metavar='MODEL', help='folder of a trained model')
-    p.add_argument('--device', default='auto', help='auto, cpu or cuda (default: %(default)s)')
+    p.add_argument('--device', default='auto',
+                   help='auto, cpu or cuda (default: %(default)s)')
     trust_argument(p)
     p.add_argument('--host', default='127.0.0.1', help='address to listen on; beyond this machine a key is needed, in '
                    'the environment variable TINYLLAVA_API_KEY (default: %(default)s)')
-    p.add_argument('--port', type=_port, default=8000, help='0: any free one (default: %(default)s)')
-    p.add_argument('--name', help='what clients call the model (default: the name of its folder)')
+    p.add_argument('--port', type=_port, default=8000,
+                   help='0: any free one (default: %(default)s)')
+    p.add_argument('--name',
+                   help='what clients call the model (default: the name of its folder)')
     p.add_argument('--batch-size', type=positive, default=16, metavar='N',
                    help='requests answered together (default: %(default)s)')
     p.add_argument('--max-new-tokens', type=positive, default=1024, metavar='N',
@@ -32,11 +36,14 @@ def _add_listening(p):
 
 # %% ../../nbs/96_commands.serving.ipynb #d6d8a0bb
 def _add_limits(p):
-    p.add_argument('--images', metavar='DIR', help='requests may name files of this folder, as file:NAME')
-    p.add_argument('--allow-remote', action='store_true', help='requests may name public http and https addresses')
+    p.add_argument('--images', metavar='DIR',
+                   help='requests may name files of this folder, as file:NAME')
+    p.add_argument('--allow-remote', action='store_true',
+                   help='requests may name public http and https addresses')
     p.add_argument('--max-pixels', type=positive, default=25_000_000, metavar='N',
                    help='largest image (default: %(default)s)')
-    p.add_argument('--max-images', type=positive, default=8, metavar='N', help='of one request (default: %(default)s)')
+    p.add_argument('--max-images', type=positive, default=8, metavar='N',
+                   help='of one request (default: %(default)s)')
     p.add_argument('--max-requests', type=positive, default=64, metavar='N',
                    help='under way at a time (default: %(default)s)')
 
@@ -45,7 +52,8 @@ def _serving():
     "What serving needs; an error that says how to install it"
     try: import fastapi, prometheus_client, uvicorn  # noqa: F401
     except ImportError as e:
-        raise ImportError(f'{e}; serving needs: pip install "tinyllava_cookbook[serve]"') from None
+        raise ImportError(
+            f'{e}; serving needs: pip install "tinyllava_cookbook[serve]"') from None
 
 # %% ../../nbs/96_commands.serving.ipynb #bb4b79c0
 def _serve_args(p):
@@ -68,12 +76,14 @@ def _serve(a):
     from pathlib import Path
     _serving()
     from tinyllava_cookbook.infer.serve import serve
-    if a.images and not Path(a.images).is_dir(): raise Usage(f"--images {a.images!r} is no folder")
+    if a.images and not Path(a.images).is_dir():
+        raise Usage(f"--images {a.images!r} is no folder")
     serve(_service(a, folder=a.images, remote=a.allow_remote, pixels=a.max_pixels, images=a.max_images,
         requests=a.max_requests), a.host, a.port)
 
 # %% ../../nbs/96_commands.serving.ipynb #demo-code
-@command('demo', 'chat about images in the browser, and look inside the answers', _add_listening)
+@command('demo', 'chat about images in the browser, and look inside the answers',
+         _add_listening)
 def _demo(a):
     _serving()
     from tinyllava_cookbook.infer.demo import add_demo

@@ -14,12 +14,17 @@ from ..cli import Usage, command, hide_progress, pairs, positive, recipe_argumen
 
 # %% ../../nbs/92_commands.training.ipynb #7786b820
 def _quickstart_args(p):
-    p.add_argument('--out', default='runs/quickstart', metavar='DIR', help='where it all goes (default: %(default)s)')
-    p.add_argument('--seed', type=int, default=0, help='same seed, same numbers (default: %(default)s)')
-    p.add_argument('--bake', action='store_true', help='pretrain the ingredients too, not only take the shipped ones')
+    p.add_argument('--out', default='runs/quickstart', metavar='DIR',
+                   help='where it all goes (default: %(default)s)')
+    p.add_argument('--seed', type=int, default=0,
+                   help='same seed, same numbers (default: %(default)s)')
+    p.add_argument('--bake', action='store_true',
+                   help='pretrain the ingredients too, not only take the shipped ones')
 
 # %% ../../nbs/92_commands.training.ipynb #0459b8d7
-@command('quickstart', 'train, evaluate and look into a small model, on the CPU, in minutes', _quickstart_args)
+@command('quickstart',
+         'train, evaluate and look into a small model, on the CPU, in minutes',
+         _quickstart_args)
 def _quickstart(a):
     from tinyllava_cookbook.recipes.quickstart import quickstart
     hide_progress()
@@ -31,28 +36,37 @@ def _quickstart(a):
 
 # %% ../../nbs/92_commands.training.ipynb #4b51d176
 def _bake_args(p):
-    p.add_argument('--out', default='runs/bake', metavar='DIR', help='where the checkpoints go (default: %(default)s)')
-    p.add_argument('--seed', type=int, default=0, help='same seed, same weights (default: %(default)s)')
-    p.add_argument('--only', metavar='NAME', help='one of them: micro-siglip or micro-llama')
+    p.add_argument('--out', default='runs/bake', metavar='DIR',
+                   help='where the checkpoints go (default: %(default)s)')
+    p.add_argument('--seed', type=int, default=0,
+                   help='same seed, same weights (default: %(default)s)')
+    p.add_argument('--only', metavar='NAME',
+                   help='one of them: micro-siglip or micro-llama')
 
-@command('bake', 'pretrain the micro vision tower and language model from nothing', _bake_args)
+# %% ../../nbs/92_commands.training.ipynb #1ee47780
+@command('bake', 'pretrain the micro vision tower and language model from nothing',
+         _bake_args)
 def _bake(a):
     from tinyllava_cookbook.recipes.bake import bake
     hide_progress()
-    for name,made in bake(out=a.out, seed=a.seed, only=a.only).items(): print(f"{name}: {made['report']}")
+    for name,made in bake(out=a.out, seed=a.seed, only=a.only).items():
+        print(f"{name}: {made['report']}")
 
 # %% ../../nbs/92_commands.training.ipynb #e6ca5b7a
 def _input_args(p):
     "Arguments of what a run reads"
     p.add_argument('--data', metavar='[STAGE=]FILE', action='append', default=[],
                    help="training data of a stage; say which, where there are several (default: the recipe's)")
-    p.add_argument('--images', metavar='DIR', help='folder that image paths are relative to')
-    p.add_argument('--start', metavar='DIR', help='model to start from (default: what the stage before saved)')
+    p.add_argument('--images', metavar='DIR',
+                   help='folder that image paths are relative to')
+    p.add_argument('--start', metavar='DIR',
+                   help='model to start from (default: what the stage before saved)')
 
 # %% ../../nbs/92_commands.training.ipynb #9f1706ca
 def _watch_args(p):
     "Arguments of what is shown while it trains"
-    p.add_argument('--eval-data', metavar='FILE', help='its loss is measured every STAGE.trainer.eval_steps')
+    p.add_argument('--eval-data', metavar='FILE',
+                   help='its loss is measured every STAGE.trainer.eval_steps')
     p.add_argument('--ask-every', type=positive, default=0, metavar='N',
                    help='steps between answers to the first three samples, in OUT/STAGE/samples.jsonl')
     p.add_argument('--report-to', metavar='NAME', action='append', default=[],
@@ -61,8 +75,10 @@ def _watch_args(p):
 # %% ../../nbs/92_commands.training.ipynb #1d7149a6
 def _train_args(p):
     recipe_arguments(p)
-    p.add_argument('stages', metavar='STAGE', nargs='*', help='which stages (default: all, in order)')
-    p.add_argument('--out', metavar='DIR', help='where weights and logs go (default: runs/RECIPE)')
+    p.add_argument('stages', metavar='STAGE', nargs='*',
+                   help='which stages (default: all, in order)')
+    p.add_argument('--out', metavar='DIR',
+                   help='where weights and logs go (default: runs/RECIPE)')
     _input_args(p)
     p.add_argument('--resume', metavar='auto|DIR',
                    help='auto: leave out what is finished, resume from the newest complete checkpoint; or a checkpoint')
@@ -72,9 +88,11 @@ def _train_args(p):
     p.add_argument('--parallel', metavar='NAME', default='ddp',
                    help='ddp, zero1, zero2, zero3, zero1-offload ..., fsdp (default: %(default)s)')
     _watch_args(p)
-    p.add_argument('--device', default='auto', help='auto, cpu or cuda (default: %(default)s)')
+    p.add_argument('--device', default='auto',
+                   help='auto, cpu or cuda (default: %(default)s)')
     trust_argument(p)
-    p.add_argument('--dry-run', action='store_true', help='print the stages and batch sizes, then stop')
+    p.add_argument('--dry-run', action='store_true',
+                   help='print the stages and batch sizes, then stop')
 
 # %% ../../nbs/92_commands.training.ipynb #356a34fd
 def _stage_data(given, stages, names):
@@ -83,9 +101,12 @@ def _stage_data(given, stages, names):
     for o in given:
         stage,eq,file = o.partition('=')
         if not eq or stage not in names:
-            if len(stages) > 1: raise Usage(f"--data {o!r}: which stage? write one of {[f'{n}=FILE' for n in stages]}")
+            if len(stages) > 1:
+                raise Usage(
+                    f"--data {o!r}: which stage? write one of {[f'{n}=FILE' for n in stages]}")
             stage,file = stages[0],o
-        if stage in found: raise Usage(f"--data: two files for stage {stage!r}; join them in a recipe's data")
+        if stage in found:
+            raise Usage(f"--data: two files for stage {stage!r}; join them in a recipe's data")
         found[stage] = file
     return found
 
@@ -93,7 +114,8 @@ def _stage_data(given, stages, names):
 def _train_words(a, out):
     "The command as it would be typed"
     options = {'--out': [out], '--set': a.changes, '--data': a.data, '--images': [a.images], '--start': [a.start],
-        '--resume': [a.resume], '--accept': a.accept, '--parallel': [a.parallel], '--eval-data': [a.eval_data],
+        '--resume': [a.resume], '--accept': a.accept, '--parallel': [a.parallel],
+        '--eval-data': [a.eval_data],
         '--report-to': a.report_to, '--import': getattr(a, 'plugins', []),
         '--ask-every': [a.ask_every and str(a.ask_every)], '--device': [a.device]}
     given = [w for k,vs in options.items() for v in vs if v and (k, v) not in _usual for w in (k, v)]
@@ -110,18 +132,22 @@ def _check_trackers(names):
     for name in names:
         spec = find_spec(name) if name in _TRACKERS else True
         if spec is None or spec is not True and spec.origin is None:   # a folder `wandb/` of runs is no package
-            raise Usage(f"--report-to {name} needs a package: pip install 'tinyllava-cookbook[{name}]'")
+            raise Usage(
+                f"--report-to {name} needs a package: pip install 'tinyllava-cookbook[{name}]'")
 
+# %% ../../nbs/92_commands.training.ipynb #fece5f05
 def _plan(a):
     "The recipe with its changes, its stages to train, and where to"
     from tinyllava_cookbook.train.recipes import override, recipe
     r = override(recipe(a.recipe), a.changes)
     todo = [r.stage(name).name for name in a.stages or [s.name for s in r.stages]]
     _check_trackers(a.report_to)
-    if a.report_to: r = override(r, [f'{name}.trainer.report_to={json.dumps(a.report_to)}' for name in todo])
-    if a.resume not in (None, 'auto') and len(todo) > 1: raise Usage("--resume DIR is of one stage: name that stage")
+    if a.report_to:
+        r = override(r,
+                     [f'{name}.trainer.report_to={json.dumps(a.report_to)}' for name in todo])
+    if a.resume not in (None, 'auto') and len(todo) > 1:
+        raise Usage("--resume DIR is of one stage: name that stage")
     return r, todo, a.out or f'runs/{r.name}'
-
 _ASKED = 'images', 'start', 'resume', 'parallel', 'device', 'eval_data', 'ask_every'   # arguments of `train_recipe`
 
 # %% ../../nbs/92_commands.training.ipynb #50ad3b36
@@ -153,7 +179,8 @@ def _show_plan(r, stages, out, a):
     from dataclasses import asdict
     _,world = rank_and_world()
     print(r)
-    for s in stages: print(f"\n{_batch_line(s, world)}\n{json.dumps(asdict(s), indent=1)}")
+    for s in stages:
+        print(f"\n{_batch_line(s, world)}\n{json.dumps(asdict(s), indent=1)}")
     print('\n'+shlex.join(_train_words(a, out)))
 
 # %% ../../nbs/92_commands.training.ipynb #c247ccc8
@@ -162,7 +189,8 @@ def _train(a):
     from tinyllava_cookbook.durable import stop_on_signal
     r,todo,out = _plan(a)
     data = _stage_data(a.data, todo, [s.name for s in r.stages])
-    if a.dry_run: return _show_plan(r, [r.stage(name) for name in todo], out, a)
+    if a.dry_run:
+        return _show_plan(r, [r.stage(name) for name in todo], out, a)
     with stop_on_signal(): _run_recipe(a, r, todo, out, data)
     print(f"done: weights in {out}")
 
@@ -173,7 +201,8 @@ def _recipes_args(p):
                    'or for those named after it: stage, folder of its weights, data, images, apart by tabs')
     p.add_argument('--set', metavar='PATH=VALUE', action='append', default=[], dest='changes',
                    help='change a field of it, e.g. finetune.lr=1e-4 (repeatable)')
-    p.add_argument('--json', action='store_true', help='print JSON: a list, or the recipe with all its fields')
+    p.add_argument('--json', action='store_true',
+                   help='print JSON: a list, or the recipe with all its fields')
 
 def _doc(function): return (function.__doc__ or '').strip()
 
@@ -182,7 +211,8 @@ def _about(name, recipes):
     "Name, parts, stages and source of a recipe"
     r = recipes[name]()
     return dict(name=name, vision=r.vision, connector=r.connector, llm=r.llm, start=r.start,
-                stages=[s.name for s in r.stages], about=_doc(recipes[name]).split('\n')[0])
+                stages=[s.name for s in r.stages],
+                about=_doc(recipes[name]).split('\n')[0])
 
 def _recipe_line(o):
     parts = o['start'] or f"{o['vision']} + {o['connector']} + {o['llm']}"
@@ -191,25 +221,31 @@ def _recipe_line(o):
 # %% ../../nbs/92_commands.training.ipynb #2f756577
 def _stage_lines(a, name, stages):
     "One line for each stage, as slurm/pipeline.sh reads it"
-    if a.changes: raise Usage("--set changes no stage's name; leave it out")
+    if a.changes:
+        raise Usage("--set changes no stage's name; leave it out")
     from tinyllava_cookbook.train.launch import stage_rows
     rows = stage_rows(name, stages)
-    if a.json: return print(json.dumps([dict(zip(('stage', 'folder', 'data', 'images'), o)) for o in rows]))
+    if a.json:
+        return print(json.dumps([dict(zip(('stage', 'folder', 'data', 'images'), o)) for o in rows]))
     for row in rows: print(*row, sep='\t')
 
 # %% ../../nbs/92_commands.training.ipynb #9508a5e7
-@command('recipes', 'list the recipes, or show one: recipes show NAME', _recipes_args)
+@command('recipes', 'list the recipes, or show one: recipes show NAME',
+         _recipes_args)
 def _recipes(a):
     from dataclasses import replace
     from tinyllava_cookbook.train.recipes import override, recipe, recipe_names, recipes
     if not a.words:
-        if a.changes: raise Usage("--set changes one recipe: tinyllava recipes show NAME --set ...")
+        if a.changes:
+            raise Usage("--set changes one recipe: tinyllava recipes show NAME --set ...")
         rows = [_about(n, recipes) for n in recipe_names()]
         return print(json.dumps(rows) if a.json else '\n'.join(map(_recipe_line, rows)))
     word,name,*stages = [*a.words, '', ''][:max(len(a.words), 2)]
-    if word == 'stages' and name: return _stage_lines(a, name, stages)
+    if word == 'stages' and name:
+        return _stage_lines(a, name, stages)
     if not name or stages or word != 'show':
-        raise Usage("write tinyllava recipes, tinyllava recipes show NAME or tinyllava recipes stages NAME")
+        raise Usage(
+            "write tinyllava recipes, tinyllava recipes show NAME or tinyllava recipes stages NAME")
     r = override(recipe(name), a.changes)
     r = replace(r, stages=[r.stage(s.name) for s in r.stages])
     if a.json: return print(json.dumps(r.to_dict()))
@@ -220,14 +256,18 @@ def _recipes(a):
 # %% ../../nbs/92_commands.training.ipynb #2d979f56
 def _deepspeed_args(p):
     recipe_arguments(p)
-    p.add_argument('--stage', metavar='STAGE', help="whose numbers (default: the recipe's last)")
+    p.add_argument('--stage', metavar='STAGE',
+                   help="whose numbers (default: the recipe's last)")
     p.add_argument('--zero', type=int, default=2, choices=(1, 2, 3),
                    help='shard: 1 the optimizer, 2 gradients too, 3 weights too (default: %(default)s)')
-    p.add_argument('--offload', action='store_true', help="keep what is sharded in the host's memory")
-    p.add_argument('--gpus', type=positive, default=1, metavar='N', help='on all nodes (default: %(default)s)')
+    p.add_argument('--offload', action='store_true',
+                   help="keep what is sharded in the host's memory")
+    p.add_argument('--gpus', type=positive, default=1, metavar='N',
+                   help='on all nodes (default: %(default)s)')
 
 # %% ../../nbs/92_commands.training.ipynb #dd18a095
-@command('deepspeed-config', "print DeepSpeed's configuration for a stage of a recipe", _deepspeed_args)
+@command('deepspeed-config',
+         "print DeepSpeed's configuration for a stage of a recipe", _deepspeed_args)
 def _deepspeed(a):
     from tinyllava_cookbook.train.recipes import override, recipe
     r = override(recipe(a.recipe), a.changes)
@@ -240,13 +280,18 @@ def _budget_args(p):
     recipe_arguments(p)
     p.add_argument('--gpus', default='1xA100-40G', metavar='NxGPU',
                    help='how many of which, or 1x12GiB (default: %(default)s)')
-    p.add_argument('--stage', metavar='STAGE', action='append', dest='stages', help='only this one (repeatable)')
+    p.add_argument('--stage', metavar='STAGE', action='append', dest='stages',
+                   help='only this one (repeatable)')
     p.add_argument('--parallel', default='ddp', metavar='HOW',
                    help='ddp, zero1, zero2, zero3, each of these with -offload, or fsdp (default: %(default)s)')
-    p.add_argument('--samples', type=positive, metavar='N', help="number of samples (default: the data's)")
-    p.add_argument('--mfu', type=float, metavar='SHARE', help="of the GPUs' peak that is reached (default: assumed)")
-    p.add_argument('--price', type=float, metavar='USD', help='per GPU and hour (default: a dated list price)')
-    p.add_argument('--json', action='store_true', help='print one JSON object; memory in bytes')
+    p.add_argument('--samples', type=positive, metavar='N',
+                   help="number of samples (default: the data's)")
+    p.add_argument('--mfu', type=float, metavar='SHARE',
+                   help="of the GPUs' peak that is reached (default: assumed)")
+    p.add_argument('--price', type=float, metavar='USD',
+                   help='per GPU and hour (default: a dated list price)')
+    p.add_argument('--json', action='store_true',
+                   help='print one JSON object; memory in bytes')
     p.add_argument('--infer', action='store_true',
                    help='forecast answering instead: weights at 32, 16, 8 and 4 bits, KV cache')
     p.add_argument('--prompt-tokens', type=positive, default=128, metavar='N',
@@ -261,33 +306,43 @@ def _infer_budget(a):
     r = override(recipe(a.recipe), a.changes)
     from tinyllava_cookbook.infer.memory import inference_budget
     from tinyllava_cookbook.train.activations import recipe_model
-    b = inference_budget(recipe_model(r), r.name, a.gpus, prompt=a.prompt_tokens, answer=a.answer_tokens)
+    b = inference_budget(recipe_model(r), r.name, a.gpus, prompt=a.prompt_tokens,
+                         answer=a.answer_tokens)
     print(json.dumps(b.to_dict()) if a.json else b)
 
 # %% ../../nbs/92_commands.training.ipynb #b7b4f261
-@command('budget', 'forecast memory, hours and cost of a recipe on GPUs', _budget_args)
+@command('budget', 'forecast memory, hours and cost of a recipe on GPUs',
+         _budget_args)
 def _budget(a):
     if a.infer: return _infer_budget(a)
-    if a.mfu is not None and not 0 < a.mfu <= 1: raise Usage(f"--mfu {a.mfu:g} is not a share above 0 and up to 1")
-    if a.price is not None and not 0 <= a.price < 1e9: raise Usage(f"--price {a.price:g} is not an amount of USD")
+    if a.mfu is not None and not 0 < a.mfu <= 1:
+        raise Usage(f"--mfu {a.mfu:g} is not a share above 0 and up to 1")
+    if a.price is not None and not 0 <= a.price < 1e9:
+        raise Usage(f"--price {a.price:g} is not an amount of USD")
     from tinyllava_cookbook.train.recipes import override, recipe
     r = override(recipe(a.recipe), a.changes)
-    for o in a.stages or []: r.stage(o)   # a wrong name is found before torch is loaded
+    for o in a.stages or []:
+        r.stage(o)   # a wrong name is found before torch is loaded
     from tinyllava_cookbook.train.budget import budget
-    b = budget(r, a.gpus, a.stages, a.parallel, samples=a.samples, mfu=a.mfu, price=a.price)
+    b = budget(r, a.gpus, a.stages, a.parallel, samples=a.samples, mfu=a.mfu,
+               price=a.price)
     print(json.dumps(b.to_dict()) if a.json else b)
 
 # %% ../../nbs/92_commands.training.ipynb #2e9cdb5a
 def _cluster_args(p):
     "Arguments of what a job asks its cluster for"
-    for o,help in dict(nodes='nodes', gpus='GPUs of each; 0 for none', cpus='cores of a process').items():
+    for o,help in dict(nodes='nodes', gpus='GPUs of each; 0 for none',
+                       cpus='cores of a process').items():
         p.add_argument(f'--{o}', type=int, metavar='N', help=help)
-    p.add_argument('--time', metavar='D-HH:MM:SS', help='time limit; a longer job is requeued and resumes')
+    p.add_argument('--time', metavar='D-HH:MM:SS',
+                   help='time limit; a longer job is requeued and resumes')
     p.add_argument('--partition', metavar='NAME', help='partition (queue)')
     p.add_argument('--account', metavar='NAME', help='account that pays')
     p.add_argument('--container', metavar='IMAGE', help='run in Apptainer')
-    p.add_argument('--venv', metavar='DIR', help='whose bin/tinyllava is run (default: .venv)')
-    p.add_argument('--module', metavar='NAME', action='append', dest='modules', help='to be loaded first (repeatable)')
+    p.add_argument('--venv', metavar='DIR',
+                   help='whose bin/tinyllava is run (default: .venv)')
+    p.add_argument('--module', metavar='NAME', action='append', dest='modules',
+                   help='to be loaded first (repeatable)')
     p.add_argument('--option', metavar='--NAME=VALUE', action='append', dest='options',
                    help='a further line for sbatch, e.g. --option=--qos=long (repeatable)')
 
@@ -299,17 +354,22 @@ def _launch_args(p):
     p.add_argument('--set', metavar='NAME=VALUE', action='append', default=[], dest='changes',
                    help='another default of a variable in the script, e.g. RECIPE=my.json (repeatable)')
     p.add_argument('--out', metavar='FILE', help='write it there, executable')
-    p.add_argument('--explain', action='store_true', help='a table of what each line is for')
+    p.add_argument('--explain', action='store_true',
+                   help='a table of what each line is for')
 
 # %% ../../nbs/92_commands.training.ipynb #e7e11607
 @command('launch', 'write a job script for a SLURM cluster', _launch_args)
 def _launch(a):
     from tinyllava_cookbook.train import launch
-    known = ('nodes', 'gpus', 'cpus', 'time', 'partition', 'account', 'container', 'venv', 'modules', 'options')
+    known = ('nodes', 'gpus', 'cpus', 'time', 'partition', 'account', 'container',
+             'venv', 'modules', 'options')
     given = {k:v for k in known if (v := getattr(a, k)) is not None}
     if a.job == 'pipeline' and given:
-        raise Usage("pipeline submits other scripts; say e.g. SBATCH='sbatch --nodes=2' when you run it")
+        raise Usage(
+            "pipeline submits other scripts; say e.g. SBATCH='sbatch --nodes=2' when you run it")
     own = dict(PLUGINS=os.pathsep.join(a.plugins)) if getattr(a, 'plugins', []) else {}
-    text = launch.job_script(a.job, launch.Cluster(**given), **own | pairs(a.changes, '--set'))
+    text = launch.job_script(a.job, launch.Cluster(**given),
+                             **own | pairs(a.changes, '--set'))
     if a.out: print(f"wrote {launch.write_script(text, a.out)}")
-    else: print(launch.explain(text) if a.explain else text, end='\n' if a.explain else '')
+    else:
+        print(launch.explain(text) if a.explain else text, end='\n' if a.explain else '')

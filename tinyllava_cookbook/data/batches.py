@@ -24,14 +24,17 @@ def join_images(
     samples:list[dict],   # From an `Encoder`
 ) -> dict:                # pixel_values (tiles, 3, h, w); of 'anyres' also image_sizes (images, 2): heights and widths
     "All tiles of a batch"
-    tiles, sizes = (_present(samples, k) for k in ('pixel_values', 'image_sizes'))
+    tiles, sizes = (_present(samples, k) for k in (
+        'pixel_values', 'image_sizes'))
     if sizes and len(sizes) != len(tiles):
-        raise ValueError(f"{len(sizes)} of {len(tiles)} samples with images have image_sizes; use one image mode")
+        raise ValueError(
+            f"{len(sizes)} of {len(tiles)} samples with images have image_sizes; use one image mode")
     out = {}
     if tiles: out['pixel_values'] = torch.cat(tiles).float()
     if sizes: out['image_sizes'] = torch.cat(sizes)
     return out
 
+# %% ../../nbs/14_data.batches.ipynb #d8f88fc7
 def _present(samples, key):
     return [torch.as_tensor(s[key]) for s in samples if s.get(key) is not None]
 
@@ -45,13 +48,15 @@ def check_samples(
     for k, s in enumerate(samples):
         if 'labels' in s and len(s['labels']) != len(s['input_ids']):
             raise ValueError(f"sample {k} of the batch has {len(s['input_ids'])} ids and {len(s['labels'])} labels")
-    sizes = {tuple(o.shape[1:]) for o in _present(samples, 'pixel_values')}
+    sizes = {tuple(o.shape[1:]) for o in _present(
+        samples, 'pixel_values')}
     if len(sizes) > 1:
         raise ValueError(f"tiles of different sizes in one batch: {sorted(sizes)}; use one image processor")
 
 # %% ../../nbs/14_data.batches.ipynb #d13d76cb
 SIDES = ('right', 'left')
 
+# %% ../../nbs/14_data.batches.ipynb #64a4dfca
 def pad_rows(
     rows:list,       # Sequences of numbers
     value:int,       # What fills them up
@@ -74,7 +79,8 @@ class PadCollator:
         side:str='right',            # 'right' to train, 'left' to generate
         multiple_of:int|None=None,   # Round the length up to a multiple of this
     ):
-        if side not in SIDES: raise ValueError(f"no padding side {side!r}; choose from {list(SIDES)}")
+        if side not in SIDES:
+            raise ValueError(f"no padding side {side!r}; choose from {list(SIDES)}")
         if pad_token_id is None:
             raise ValueError("pad_token_id is None; give the tokenizer a pad token, or pass any id")
         self.pad_token_id,self.side,self.multiple_of = pad_token_id,side,multiple_of
@@ -83,7 +89,8 @@ class PadCollator:
         samples:list[dict],           # From an `Encoder`
     ) -> dict[str, torch.Tensor]:     # input_ids, attention_mask, labels (b, t); pixel_values, perhaps image_sizes
         "One batch; `pixel_values` is absent when no sample has an image"
-        if not samples: raise ValueError("an empty batch; padding needs at least one sample")
+        if not samples:
+            raise ValueError("an empty batch; padding needs at least one sample")
         check_samples(samples)
         return _padded(self, samples) | join_images(samples)
 
@@ -92,10 +99,13 @@ def _padded(collator, samples):
     "The tensors of (b, t)"
     ids, step = [s['input_ids'] for s in samples], collator.multiple_of or 1
     length = math.ceil(max(map(len, ids))/step)*step
-    def pad(rows, value): return pad_rows(rows, value, length, collator.side)
+    def pad(rows, value):
+        return pad_rows(rows, value, length, collator.side)
     ones = [torch.ones(len(row)) for row in ids]
-    out = dict(input_ids=pad(ids, collator.pad_token_id), attention_mask=pad(ones, 0))
-    if 'labels' in samples[0]: out['labels'] = pad([s['labels'] for s in samples], IGNORE)
+    out = dict(input_ids=pad(ids, collator.pad_token_id),
+               attention_mask=pad(ones, 0))
+    if 'labels' in samples[0]:
+        out['labels'] = pad([s['labels'] for s in samples], IGNORE)
     return out
 
 # %% ../../nbs/14_data.batches.ipynb #fc5e0e57
@@ -118,7 +128,8 @@ class EpochBatches:
         due=None,          # Gives the indices of an epoch, as `Mixture.epoch` does; `None`: each once
     ):
         self.n = n if due is None else len(due(0))
-        if self.n < 1: raise ValueError("the dataset is empty: there is nothing to train on")
+        if self.n < 1:
+            raise ValueError("the dataset is empty: there is nothing to train on")
         self.size,self.accumulate,self.world_size,self.rank = size,accumulate,world_size,rank
         self.due,self.seed,self.epoch = due,seed,0
 
@@ -132,7 +143,8 @@ class EpochBatches:
         return steps*self.accumulate + math.ceil(rest/together)
     def __iter__(self):
         order, step = self.order(), self.size*self.world_size*self.accumulate
-        for start in range(0, self.n, step): yield from _own_batches(self, order[start:start + step])
+        for start in range(0, self.n, step):
+            yield from _own_batches(self, order[start:start + step])
 
 # %% ../../nbs/14_data.batches.ipynb #c368a22d
 def _own_batches(batches, indices):
@@ -171,12 +183,14 @@ class GroupedSampler:
         window:int=64,     # Batches, times processes, that are sorted together
     ):
         self.tokens = np.asarray(getattr(lengths, 'tokens', lengths))
-        if not len(self.tokens): raise ValueError("the dataset is empty: there is nothing to train on")
+        if not len(self.tokens):
+            raise ValueError("the dataset is empty: there is nothing to train on")
         self.size,self.world_size,self.rank = size,world_size,rank
         self.seed,self.window,self.epoch = seed,window,0
 
     def set_epoch(self, epoch:int): self.epoch = epoch
-    def __len__(self) -> int: return math.ceil(len(self.tokens)/(self.size*self.world_size))
+    def __len__(self) -> int:
+        return math.ceil(len(self.tokens)/(self.size*self.world_size))
     def __iter__(self):
         rng, world = np.random.default_rng((self.seed, self.epoch)), self.world_size
         runs, rest = balanced_runs(self.tokens, self.size*world, rng, self.window)
@@ -202,7 +216,8 @@ class Lengths:
 
     def _numbers(self, name, values):
         if values is None: return np.zeros_like(self.tokens)
-        if len(values) != len(self): raise ValueError(f"{len(values)} {name} for {len(self)} samples")
+        if len(values) != len(self):
+            raise ValueError(f"{len(values)} {name} for {len(self)} samples")
         return np.asarray(values, dtype=np.int64)
 
     def __len__(self) -> int: return len(self.tokens)
@@ -225,7 +240,8 @@ class Shelf:
         self.items, self.budget = [[] for _ in range(budget + 1)], budget
         for i in order: self.items[sizes[i]].append(i)
         self.sizes = sum(1 << n for n, left in enumerate(self.items) if left)
-        self.mirror = sum(1 << budget - n for n, left in enumerate(self.items) if left)
+        self.mirror = sum(1 << budget - n for n,
+                          left in enumerate(self.items) if left)
 
     def take(self, size):
         found = self.items[size].pop()
@@ -239,7 +255,8 @@ class Shelf:
         fits = self.sizes & (2 << room) - 1
         pairs = 0 if fits >> room else self.sizes & self.mirror >> self.budget - room
         half = room//2
-        if room % 2 == 0 and len(self.items[half]) == 1: pairs &= ~(1 << half)
+        if room % 2 == 0 and len(self.items[half]) == 1:
+            pairs &= ~(1 << half)
         return max((pairs & (2 << half) - 1 or fits).bit_length() - 1, 0)
 
 # %% ../../nbs/14_data.batches.ipynb #7272a29d
@@ -304,7 +321,8 @@ def _distribute(packs:list, world_size:int) -> list:
 def _filled(sizes:bytes, budget, seed):
     "Packs of sorted sizes: members one after the other, and where packs begin"
     packs = fill_packs(np.frombuffer(sizes, dtype=np.int64).tolist(), budget, seed)
-    return np.concatenate(packs), np.cumsum([0, *map(len, packs[:-1])])
+    return np.concatenate(packs), np.cumsum([
+        0, *map(len, packs[:-1])])
 
 def _shuffled_members(size, there, budget, seed, rng):
     "Which sample is where, pack after pack, and where packs begin: samples of one size change places"
@@ -312,6 +330,7 @@ def _shuffled_members(size, there, budget, seed, rng):
     order = np.lexsort((rng.random(len(size)), size))
     return there[order][members], starts
 
+# %% ../../nbs/14_data.batches.ipynb #9b9bba9f
 def _turns(cost, rng) -> list:
     "Numbers of packs in the order in which devices take them: neighbours cost about the same"
     runs, rest = balanced_runs(cost, 64, rng)
@@ -333,8 +352,10 @@ def plan_packs(
     x = lengths if isinstance(lengths, Lengths) else Lengths(lengths)
     size = _sizes(x, budget, max_images, max_patches)
     cost = x.cost() if cost is None else np.asarray(cost)
-    there, rng = np.flatnonzero(size), np.random.default_rng((seed, epoch))
-    if not len(there): raise ValueError("no sample to pack: the dataset is empty, or all its lengths are 0")
+    there, rng = np.flatnonzero(size), np.random.default_rng((
+        seed, epoch))
+    if not len(there):
+        raise ValueError("no sample to pack: the dataset is empty, or all its lengths are 0")
     members, starts = _shuffled_members(size[there], there, budget, seed, rng)
     order = _turns(np.add.reduceat(cost[members], starts), rng)
     packs = np.split(members, starts[1:])
@@ -368,11 +389,13 @@ class BatchLoader(DataLoader):
     def set_epoch(self, epoch): self.batch_sampler.set_epoch(epoch)   # the trainer calls this
 
     def __iter__(self):
-        with naming_hangs(self.dataset): yield from super().__iter__()
+        with naming_hangs(self.dataset):
+            yield from super().__iter__()
 
 # %% ../../nbs/14_data.batches.ipynb #90cabf9b
 _PIECE = 64   # Things that a process looks at before it reports
 
+# %% ../../nbs/14_data.batches.ipynb #45584236
 class _Pieces(Dataset):
     "What `look` finds for some things at a time"
     def __init__(self, things, look):
@@ -381,13 +404,16 @@ class _Pieces(Dataset):
     def __len__(self): return math.ceil(len(self.things)/_PIECE)
     def __getitem__(self, k):
         start, stop = k*_PIECE, min((k + 1)*_PIECE, len(self.things))
-        with working_on(self.working, start): return [self._found(i) for i in range(start, stop)]
-    def name_of(self, i): return f'numbers {i} to {i + _PIECE - 1}'
+        with working_on(self.working, start):
+            return [self._found(i) for i in range(start, stop)]
+    def name_of(self, i):
+        return f'numbers {i} to {i + _PIECE - 1}'
 
     def _found(self, i):
         "An error in the place of a thing that cannot be had or looked at in time"
         try:
-            with time_limit(self.seconds): return self.look(self.things[i], i)
+            with time_limit(self.seconds):
+                return self.look(self.things[i], i)
         except BAD as e: return self.look(e, i)
 
 # %% ../../nbs/14_data.batches.ipynb #d8b8c7ae
@@ -407,9 +433,11 @@ def parallel_map(
     enough:int=500,         # Things that are work for a process
 ) -> list:                  # What `look` found, in order
     "Look at each thing, in parallel"
-    if workers is None: workers = min(cores(), len(things)//enough)
+    if workers is None:
+        workers = min(cores(), len(things)//enough)
     out = []
-    loader = BatchLoader(_Pieces(things, look), batch_size=None, num_workers=workers, collate_fn=_as_is)
+    loader = BatchLoader(_Pieces(things, look), batch_size=None,
+                         num_workers=workers, collate_fn=_as_is)
     with tqdm(total=len(things), desc=what, delay=1, disable=not progress) as bar:
         for found in loader:
             out += found

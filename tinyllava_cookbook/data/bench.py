@@ -24,7 +24,8 @@ from .images import load_image, prepare
 from ..ingredients import tiny_tokenizer
 
 # %% ../../nbs/18_data.bench.ipynb #e4d42a59
-_WORDS = 'the a of on in with and is are red small large dog street people table image shows left near white'.split()
+_WORDS = 'the a of on in with and is are red small large dog street people table image shows left near white'.split(
+    )
 
 def _said(rng, mean:int) -> str:
     "So many words on average"
@@ -70,7 +71,8 @@ def photo(
     w, h = size
     x_hwc = np.zeros((h, w, 3), dtype='float32')
     for cells, strength in (4, 140), (20, 60), (100, 24):   # the coarse, the fine
-        small = Image.fromarray(rng.integers(0, 255, (cells, cells, 3), dtype='uint8'))
+        small = Image.fromarray(rng.integers(
+            0, 255, (cells, cells, 3), dtype='uint8'))
         large = small.resize(size, Image.Resampling.BICUBIC)
         x_hwc += np.asarray(large, dtype='float32')*(strength/255)
     x_hwc += rng.normal(0, 3, x_hwc.shape)
@@ -80,7 +82,8 @@ def photo(
 def _world(folder, n, size, mode, seed=0):
     "A dataset of `n` pictures and conversations"
     rng = np.random.default_rng(seed)
-    some = [photo(size, rng) for _ in range(8)]   # drawing them all would take longer than what is measured
+    # drawing them all would take longer than what is measured
+    some = [photo(size, rng) for _ in range(8)]
     for i in range(n):
         some[i % 8].save(folder/f'{i}.jpg', quality=90)
     tok = tiny_tokenizer('llama')
@@ -104,7 +107,8 @@ def _timed(ds, batch_size:int, workers:int) -> dict:
                          num_workers=workers)
     seen = sum(len(b['input_ids']) for b in batches)
     took = time.perf_counter() - start
-    used = max(_cpu_seconds() - before, .01)   # at least a tick of that clock
+    # at least a tick of that clock
+    used = max(_cpu_seconds() - before, .01)
     return dict(workers=workers, samples=seen,
                 samples_s=round(seen/took, 1),
                 cpu_ms=round(1000*used/seen, 2),
@@ -214,6 +218,7 @@ from tinyllava_cookbook.data.bench import measure_loading
 kind, file, workers = sys.argv[1:]
 print(json.dumps(measure_loading(kind, file, int(workers))))"""
 
+# %% ../../nbs/18_data.bench.ipynb #e74a7926
 def _apart(kind:str, file, workers:int, cache:str) -> dict:
     "`measure_loading` in a process of its own"
     env = {**os.environ, 'TINYLLAVA_CACHE': cache,

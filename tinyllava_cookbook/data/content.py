@@ -56,7 +56,8 @@ _HI = f'{IMAGE_TOKEN}\nHi'
 def _try(tokenizer, content) -> str:
     "What the template makes of one turn; '' where it refuses"
     try:
-        return tokenizer.apply_chat_template([dict(role='user', content=content)], tokenize=False)
+        return tokenizer.apply_chat_template(
+            [dict(role='user', content=content)], tokenize=False)
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
         return ''
 
@@ -68,7 +69,8 @@ def takes_lists(
     template,answer = _asked.get(tokenizer, (None, None))
     if template != tokenizer.chat_template:
         listed = _try(tokenizer, content_list(_HI))
-        answer = IMAGE_TOKEN in listed and 'Hi' in listed and listed != _try(tokenizer, _HI)
+        answer = IMAGE_TOKEN in listed and 'Hi' in listed and listed != _try(
+            tokenizer, _HI)
         _asked[tokenizer] = tokenizer.chat_template, answer
     return answer
 
@@ -93,7 +95,8 @@ def render_chat(
     if takes_lists(tokenizer):
         messages = [dict(m, content=content_list(m['content'], m['role'] == 'user')) for m in messages]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generate)
     except TemplateError as e:
         raise ValueError(f"the tokenizer's chat template refuses this conversation: {e}; "
             "leave that turn out, or choose another template") from e

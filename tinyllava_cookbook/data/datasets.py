@@ -31,13 +31,16 @@ def expand(
     most = len(ids) + sum(counts) if max_length is None else max_length
     while start < len(ids):
         stop = _next(ids, image_token_id, start)
-        stop = min(stop, start + most - len(long_ids))   # text is cut anywhere
+        # text is cut anywhere
+        stop = min(stop, start + most - len(long_ids))
         long_ids += ids[start:stop]
         long_labels += labels[start:stop]
         start = stop
-        if start == len(ids) or ids[start] != image_token_id: break
+        if start == len(ids) or ids[start] != image_token_id:
+            break
         n = counts[images]
-        if len(long_ids) + n > most: break               # an image is left out
+        if len(long_ids) + n > most:
+            break               # an image is left out
         long_ids += [image_token_id]*n
         long_labels += [labels[start]]*n
         images += 1
@@ -53,31 +56,38 @@ def _next(values, wanted, start):
 # %% ../../nbs/13_data.datasets.ipynb #1626ab8b
 def _image_id(tokenizer) -> int:
     known = tokenizer.get_added_vocab().get(IMAGE_TOKEN)
-    if known is None: raise ValueError(f"the tokenizer has no {IMAGE_TOKEN!r}; add it, or pass image_token_id")
+    if known is None:
+        raise ValueError(
+            f"the tokenizer has no {IMAGE_TOKEN!r}; add it, or pass image_token_id")
     return known
 
 # %% ../../nbs/13_data.datasets.ipynb #87864e3b
 def _patch_grid(grid, n, mode):
     "Rows and columns of the tokens of a tile, where it matters; an unknown mode fails here, not in a worker"
     IMAGE_MODES[mode]
-    if n < 1: raise ValueError(f"image_seq_length is {n}; an image takes at least one token")
+    if n < 1:
+        raise ValueError(f"image_seq_length is {n}; an image takes at least one token")
     if mode != 'anyres': return None
     rows, columns = grid or (math.isqrt(n), math.isqrt(n))
     if rows * columns == n: return rows, columns
-    raise ValueError(f"{n} tokens of a tile are no grid of {rows} x {columns}; give patch_grid, or another image mode")
+    raise ValueError(
+        f"{n} tokens of a tile are no grid of {rows} x {columns}; give patch_grid, or another image mode")
 
 # %% ../../nbs/13_data.datasets.ipynb #33205d64
 def _tokens(encoder, sample):
-    ids, labels = encoder.template.encode(sample.messages, encoder.tokenizer, encoder.image_token_id)
+    ids, labels = encoder.template.encode(sample.messages, encoder.tokenizer,
+                                          encoder.image_token_id)
     counts = image_counts(sample.images, encoder)
     found = ids.count(encoder.image_token_id)
     if found != len(counts):
         why = f"can text have the id {encoder.image_token_id}?"
         raise ValueError(f"{found} image tokens for {len(counts)} images; {why}")
-    if set(labels) <= {IGNORE}: raise ValueError("nothing to learn: no assistant turn")
+    if set(labels) <= {IGNORE}:
+        raise ValueError("nothing to learn: no assistant turn")
     out = expand(ids, labels, encoder.image_token_id, counts, encoder.max_length)
     if set(out[1]) <= {IGNORE}:
-        raise ValueError(f"nothing to learn: max_length {encoder.max_length} cuts the answer off")
+        raise ValueError(
+            f"nothing to learn: max_length {encoder.max_length} cuts the answer off")
     return out
 
 # %% ../../nbs/13_data.datasets.ipynb #c1a24f1e
@@ -87,7 +97,8 @@ def _pixels(encoder, sources) -> dict:
     images = [load_image(o, max_aspect=sample_aspect()) for o in sources]
     tiles = [prepare(o, encoder.image_processor, encoder.image_mode)[0] for o in images]
     out = dict(pixel_values=torch.cat(tiles))
-    if encoder.patch_grid: out['image_sizes'] = torch.tensor([o.size[::-1] for o in images])
+    if encoder.patch_grid:
+        out['image_sizes'] = torch.tensor([o.size[::-1] for o in images])
     return out
 
 # %% ../../nbs/13_data.datasets.ipynb #181aa05c
@@ -105,7 +116,8 @@ class Encoder:
     ):
         self.tokenizer,self.image_processor,self.image_mode = tokenizer,image_processor,image_mode
         self.template = chat_template(template) if isinstance(template, str) else template
-        self.image_token_id = _image_id(tokenizer) if image_token_id is None else image_token_id
+        self.image_token_id = _image_id(
+            tokenizer) if image_token_id is None else image_token_id
         self.image_seq_length,self.max_length = image_seq_length,max_length
         self.patch_grid = _patch_grid(patch_grid, image_seq_length, image_mode)
 
@@ -119,7 +131,8 @@ class Encoder:
         sample:Sample|dict,          # A `Sample` or a row of `read_data`
     ) -> dict[str, torch.Tensor]:    # input_ids, labels; with images pixel_values, for 'anyres' also image_sizes (h, w)
         "Tensors of a sample; errors name it"
-        if not isinstance(sample, Sample): sample = read_sample(sample)
+        if not isinstance(sample, Sample):
+            sample = read_sample(sample)
         with naming(f"sample {sample.id!r}"):
             ids, labels, n = self.tokens(sample)
             return dict(input_ids=torch.tensor(ids), labels=torch.tensor(labels)) | _pixels(self, sample.images[:n])
@@ -130,7 +143,8 @@ def image_counts(
     encoder:Encoder,  # Knows the image mode
 ) -> list[int]:       # Image tokens of each
     "How many tokens each image takes; only 'anyres' has to ask for their sizes"
-    if encoder.patch_grid is None: return [encoder.image_seq_length] * len(images)
+    if encoder.patch_grid is None:
+        return [encoder.image_seq_length] * len(images)
     canvases, tile = pinpoints(encoder.image_processor), target_size(encoder.image_processor)
     sizes = [image_size(o, max_aspect=sample_aspect()) for o in images]
     return [anyres_n_tokens(o, encoder.patch_grid, canvases, tile) for o in sizes]
@@ -144,7 +158,8 @@ def sample_seconds() -> float:  # 0: no limit
     try: seconds = float(text)
     except ValueError: seconds = -1
     if 0 <= seconds < math.inf: return seconds
-    raise ValueError(f"TINYLLAVA_SAMPLE_SECONDS is {text!r}; give a number of seconds, or 0 for no limit")
+    raise ValueError(
+        f"TINYLLAVA_SAMPLE_SECONDS is {text!r}; give a number of seconds, or 0 for no limit")
 
 # %% ../../nbs/13_data.datasets.ipynb #e195b081
 @contextlib.contextmanager
@@ -152,12 +167,14 @@ def time_limit(
     seconds:float,  # 0: none. Only the main thread of a process can be interrupted
 ):
     "A `TimeoutError` where the block takes longer"
-    def ring(number, frame): raise TimeoutError(f"took longer than {seconds:g} s")
+    def ring(number, frame):
+        raise TimeoutError(f"took longer than {seconds:g} s")
     if not seconds or threading.current_thread() is not threading.main_thread():
         yield
         return
     handler = signal.signal(signal.SIGALRM, ring)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1)   # and again, where an error was caught
+    # and again, where an error was caught
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1)
     try: yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, *timer)
@@ -171,12 +188,14 @@ _log = logging.getLogger(__name__)
 def _limit(budget, n) -> int:
     "A number of samples"
     if not (isinstance(budget, (int, float)) and 0 <= budget < math.inf):
-        raise ValueError(f"a budget of {budget!r} bad samples; give a part of them (below 1) or a number")
+        raise ValueError(
+            f"a budget of {budget!r} bad samples; give a part of them (below 1) or a number")
     return int(budget) if budget >= 1 else math.ceil(budget * n)
 
 # %% ../../nbs/13_data.datasets.ipynb #280976d3
 def _position(i, n) -> int:
-    if not -n <= i < n: raise IndexError(f"no sample {i}; there are {n}")
+    if not -n <= i < n:
+        raise IndexError(f"no sample {i}; there are {n}")
     return int(i) % n
 
 # %% ../../nbs/13_data.datasets.ipynb #63403257
@@ -265,7 +284,9 @@ def _instead(ds, i:int, error) -> dict:
     for j in _others(ds, i):
         try: x = _encoded(ds, j)
         except BAD: continue   # it will have its own turn
-        if new: _log.warning("%s; sample %r takes its place", error, sample_name(ds.ds, j))
+        if new:
+            _log.warning("%s; sample %r takes its place", error,
+                         sample_name(ds.ds, j))
         return x
     raise ValueError(f"{error}; and of 32 others none can be encoded") from error
 
@@ -273,16 +294,19 @@ def _instead(ds, i:int, error) -> dict:
 def _length(ds, i):
     "Tokens of a sample; `None` if that cannot be said"
     try:
-        with time_limit(ds.seconds), naming(f'sample {i}'): return len(ds.encoder.tokens(ds.sample(i))[0])
+        with time_limit(ds.seconds), naming(f'sample {i}'):
+            return len(ds.encoder.tokens(ds.sample(i))[0])
     except BAD: return None
 
 # %% ../../nbs/13_data.datasets.ipynb #41e6455d
 def _others(ds, i:int) -> list[int]:
     "Samples to take the place of `i`: at random, those that are no longer first"
-    drawn = np.random.default_rng(i).integers(len(ds), size=32).tolist()
+    drawn = np.random.default_rng(i).integers(
+        len(ds), size=32).tolist()
     found = {j: _length(ds, j) for j in drawn if j != i}
     most = _length(ds, i)
-    def excess(j): return 0 if most is None else max(0, found[j] - most)
+    def excess(j):
+        return 0 if most is None else max(0, found[j] - most)
     return sorted((j for j in found if found[j]), key=excess)
 
 # %% ../../nbs/13_data.datasets.ipynb #9231a4cb
@@ -292,7 +316,8 @@ def leave_out(
 ):
     "Count and log samples that training will not see; an error if there are too many"
     for i, error in errors.items():
-        if not ds.marks[i]: _log.warning("%s; it is left out", error)
+        if not ds.marks[i]:
+            _log.warning("%s; it is left out", error)
         ds.marks[i] = True
     if errors: _over_budget(ds, list(errors.values())[-1])
 
@@ -310,7 +335,8 @@ class CachedDataset(torch.utils.data.Dataset):
     def __getitem__(self, i) -> dict:
         if i in self.kept: return self.kept[i]
         encoded = self.ds[i]
-        self.left -= sum(v.nbytes for v in encoded.values() if hasattr(v, 'nbytes'))
+        self.left -= sum(v.nbytes for v in encoded.values() if hasattr(
+            v, 'nbytes'))
         if self.left > 0: self.kept[i] = encoded
         return encoded
 
@@ -323,7 +349,8 @@ class VLMStream(torch.utils.data.IterableDataset):
     ): self.ds,self.encoder = ds,encoder
     def __iter__(self):
         for i, row in enumerate(self.ds):
-            with time_limit(sample_seconds()): x = self.encoder(read_sample(row, i))
+            with time_limit(sample_seconds()):
+                x = self.encoder(read_sample(row, i))
             yield x
 
 # %% ../../nbs/13_data.datasets.ipynb #7e25f617
@@ -382,11 +409,14 @@ class Mixture(torch.utils.data.Dataset):
 
 # %% ../../nbs/13_data.datasets.ipynb #0b8dfb25
 def _check_mixture(sources, weights, shares):
-    if not sources: raise ValueError("a mixture needs at least one source")
+    if not sources:
+        raise ValueError("a mixture needs at least one source")
     for name, value in (*weights.items(), *shares.items()):
-        if name not in sources: raise ValueError(f"no source {name!r}; choose from {sorted(sources)}")
+        if name not in sources:
+            raise ValueError(f"no source {name!r}; choose from {sorted(sources)}")
         if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"source {name!r} has {value}; weights and shares are above 0; or leave it out")
+            raise ValueError(
+                f"source {name!r} has {value}; weights and shares are above 0; or leave it out")
 
 # %% ../../nbs/13_data.datasets.ipynb #4957e372
 def read_mixture(
@@ -400,8 +430,10 @@ def read_mixture(
     data = data if isinstance(data, dict) else dict(data=data)
     each = {k: dict(v) if isinstance(v, dict) else dict(data=v) for k, v in data.items()}
     for k, v in each.items():
-        if 'data' not in v: raise ValueError(f"source {k!r} has no 'data', only {sorted(v)}")
+        if 'data' not in v:
+            raise ValueError(f"source {k!r} has no 'data', only {sorted(v)}")
     weights, shares = ({k: v.pop(o, 1) for k, v in each.items()} for o in ('weight', 'share'))
     rows = {k: read_data(v.pop('data'), **{'images': images, **kwargs, **v}) for k, v in each.items()}
-    if len(rows) == 1 and {*weights.values(), *shares.values(), share} == {1}: return rows[min(rows)]
+    if len(rows) == 1 and {*weights.values(), *shares.values(), share} == {1}:
+        return rows[min(rows)]
     return Mixture(rows, weights, {k: v*share for k, v in shares.items()}, seed)

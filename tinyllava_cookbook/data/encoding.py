@@ -52,7 +52,8 @@ def supervised(
     on = character_flags(parts, lambda p: p.supervised)
     def inside(a, b):
         if a < b: return 1 in on[a:b]
-        return on[a-1:a+1] == b'\1\1'    # an empty span: if all around it is
+        # an empty span: if all around it is
+        return on[a-1:a+1] == b'\1\1'
     return [inside(a, b) for a, b in spans]
 
 # %% ../../nbs/10_data.encoding.ipynb #1ef0b5d0
@@ -258,8 +259,10 @@ def _image_ids(image_id:int, text:str) -> tuple[list[int], Spans]:
 # %% ../../nbs/10_data.encoding.ipynb #39b94b3a
 def _piece_ids(piece, tokenizer, facts, image_id, extra):
     "Ids of one piece, and their spans in it"
-    if piece.how == 'image': return _image_ids(image_id, piece.text)
-    if piece.how == 'plain': return plain_ids(facts, piece.text, extra)
+    if piece.how == 'image':
+        return _image_ids(image_id, piece.text)
+    if piece.how == 'plain':
+        return plain_ids(facts, piece.text, extra)
     return ids_and_spans(tokenizer, piece.text, extra)
 
 # %% ../../nbs/10_data.encoding.ipynb #1f6742d0

@@ -33,6 +33,7 @@ FAULTS = {   # Kind to what it means
     'absurd-aspect':     'so long and thin that nothing of it is left in a square',
 }
 
+# %% ../../nbs/15_data.faults.ipynb #87ed897e
 class Fault(NamedTuple):
     "Something wrong with a sample"
     index:int   # Its place in the data
@@ -50,7 +51,8 @@ def image_fault(
     "What is wrong with an image"
     most = max_aspect or sample_aspect()
     try:
-        if isinstance(source, Exception): raise source   # of a loader: it took too long
+        if isinstance(source, Exception):
+            raise source   # of a loader: it took too long
         load_image(source, max_aspect=most)
     except _UNREACHABLE as e: return 'missing-image', str(e)
     except BAD as e: return _why(source, most), str(e)
@@ -70,12 +72,14 @@ def text_fault(
     index:int=0,         # Its place
 ) -> tuple[str,str]|None:# Kind and detail; `None` for a good one
     "What is wrong with a conversation before it is tokenized"
-    try: sample = record if isinstance(record, Sample) else read_sample(record, index)
+    try:
+        sample = record if isinstance(record, Sample) else read_sample(record, index)
     except BAD as e:
         why = str(e.__cause__ or e)      # without the sample's name
         return 'image-count' if f'{IMAGE_TOKEN} in its user turns' in why else 'bad-record', why
     odd = [o for o in sample.images if not (isinstance(o, (str, Path, bytes)) or hasattr(o, 'size'))]
-    if odd: return 'bad-record', f'an image is {odd[0]!r}, not a path or a picture'
+    if odd:
+        return 'bad-record', f'an image is {odd[0]!r}, not a path or a picture'
     return _turn_fault(sample.messages)
 
 # %% ../../nbs/15_data.faults.ipynb #397b5a88
@@ -83,8 +87,10 @@ def _turn_fault(messages):
     "The first turn that is empty or has no answer"
     roles = [m['role'] for m in messages]
     for i, (role, message) in enumerate(zip(roles, messages)):
-        if role != 'system' and not message['content'].strip(): return 'empty-turn', f"message {i} ({role}) is empty"
-        if role == 'user' and roles[i + 1:i + 2] != ['assistant']: return 'unanswered', f"message {i} has no answer"
+        if role != 'system' and not message['content'].strip():
+            return 'empty-turn', f"message {i} ({role}) is empty"
+        if role == 'user' and roles[i + 1:i + 2] != ['assistant']:
+            return 'unanswered', f"message {i} has no answer"
 
 # %% ../../nbs/15_data.faults.ipynb #ece98124
 class Count(NamedTuple):
@@ -111,7 +117,8 @@ def count(
 def _token_fault(sample, encoder, limits):
     "Fault and count"
     try: image_counts(sample.images, encoder)
-    except BAD: return None, None     # its length depends on an image that is bad
+    except BAD:
+        return None, None     # its length depends on an image that is bad
     try: counted = tuple(count(sample, encoder, limits))
     except Exception as e:      # a tokenizer's own template may raise anything
         kind = 'nothing-learned' if str(e).startswith('nothing to learn') else 'bad-record'
@@ -123,7 +130,8 @@ def _limit_fault(counted, limit, limits):
     "What the length limit of training does to a sample"
     if limit is None or counted.tokens <= limit: return None
     lost = counted.lost[limits.index(limit)]
-    if counted.learned > lost: return 'too-long', f'{counted.tokens} tokens, {limit} allowed'
+    if counted.learned > lost:
+        return 'too-long', f'{counted.tokens} tokens, {limit} allowed'
     return 'nothing-learned', f'the first {limit} of its {counted.tokens} tokens hold no answer'
 
 # %% ../../nbs/15_data.faults.ipynb #1148f05d
@@ -144,7 +152,8 @@ class Look(NamedTuple):
 class ImageCheck:
     "Looks at image files; a function that other processes can be sent"
     max_aspect:float|None   # As for `image_fault`
-    def __call__(self, path, i): return image_fault(path, self.max_aspect)
+    def __call__(self, path, i):
+        return image_fault(path, self.max_aspect)
 
 # %% ../../nbs/15_data.faults.ipynb #06bb4a6a
 @dataclass
@@ -156,11 +165,18 @@ class TextCheck:
     max_aspect:float|None   # As for `image_fault`
 
     def __call__(self, row, i) -> Look:
-        try: sample = row if isinstance(row, Sample) else read_sample(row, i, self.folder)
-        except BAD: return Look(record_name(row, i), _digest(reprlib.repr(row)), text_fault(row, i))
+        try:
+            sample = row if isinstance(row, Sample) else read_sample(row, i, self.folder)
+        except BAD:
+            return Look(record_name(row, i), _digest(reprlib.repr(row)),
+                        text_fault(row, i))
         fault, counted = text_fault(sample), None
-        if fault is None and self.encoder is not None: fault, counted = _token_fault(sample, self.encoder, self.limits)
-        paths = tuple(str(o) for o in sample.images if isinstance(o, (str, Path)))
-        pictures = [o for o in sample.images if isinstance(o, bytes) or hasattr(o, 'size')]
+        if fault is None and self.encoder is not None:
+            fault, counted = _token_fault(sample, self.encoder, self.limits)
+        paths = tuple(str(o) for o in sample.images if isinstance(
+            o, (str, Path)))
+        pictures = [o for o in sample.images if isinstance(o, bytes) or hasattr(
+            o, 'size')]
         inside = tuple(image_fault(o, self.max_aspect) for o in pictures)
-        return Look(sample.id, _digest(repr((sample.messages, paths))), fault, counted, paths, inside)
+        return Look(sample.id, _digest(repr((sample.messages, paths))), fault,
+                    counted, paths, inside)

@@ -15,6 +15,7 @@ from ..sources import is_remote
 _KINDS = (FileNotFoundError, TimeoutError, PermissionError,
           ConnectionError, OSError, MemoryError, TypeError, ValueError)
 
+# %% ../../nbs/11_data.fields.ipynb #47571411
 @contextlib.contextmanager
 def naming(
     what:str,  # What was being read: "sample 'a'"
@@ -47,7 +48,8 @@ def sample_id(
     "The name of a record"
     found = record.get('id')
     if found is None: return str(index)
-    if isinstance(found, bool) or not isinstance(found, (str, int)):
+    if isinstance(found, bool) or not isinstance(
+        found, (str, int)):
         raise ValueError(f"its 'id' is {short_repr(found)}, not text "
                          "or a whole number")
     return str(found)
@@ -64,7 +66,8 @@ def record_name(
 # %% ../../nbs/11_data.fields.ipynb #84b53b9d
 def _absent(value):
     "Is there nothing?"
-    if isinstance(value, (str, list, tuple)): return len(value) == 0
+    if isinstance(value, (str, list, tuple)):
+        return len(value) == 0
     return value is None
 
 # %% ../../nbs/11_data.fields.ipynb #e091c59b

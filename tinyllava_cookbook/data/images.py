@@ -36,6 +36,7 @@ def target_size(
 IMAGE_MODES = Registry('image mode', 'IMAGE_MODES')   # Name to a function (image, processor) -> image
 MOST_PIXELS = 89_478_485   # Of an intermediate image: as many as PIL decodes without a word
 
+# %% ../../nbs/10_data.images.ipynb #494c3b58
 def shrink(
     image:Image.Image,  # RGB
     processor,          # Gives the size that is needed
@@ -78,10 +79,13 @@ def narrow(
 ) -> Image.Image:
     "The middle of a thin image, if its long side would grow too long where a processor resizes the short one"
     edge = dict(getattr(processor, 'size', None) or {}).get('shortest_edge')
-    if not edge or not getattr(processor, 'do_center_crop', False): return image
+    if not edge or not getattr(processor, 'do_center_crop', False):
+        return image
     short = min(image.size)
-    if edge * edge * max(image.size) / short <= MOST_PIXELS: return image
-    keep = math.ceil(4 * short * max(target_size(processor)) / edge)   # four times what the processor keeps
+    if edge * edge * max(image.size) / short <= MOST_PIXELS:
+        return image
+    # four times what the processor keeps
+    keep = math.ceil(4 * short * max(target_size(processor)) / edge)
     width, height = (min(o, max(keep, short)) for o in image.size)
     return _center(image, width, height)
 
@@ -92,7 +96,8 @@ def crop(
     processor,          # Gives the proportions
 ) -> Image.Image:       # The middle
     "Shortest edge to size, then the middle"
-    if getattr(processor, 'do_center_crop', False): return narrow(image, processor)   # the processor does the rest
+    if getattr(processor, 'do_center_crop', False):
+        return narrow(image, processor)   # the processor does the rest
     height, width = target_size(processor)
     scale = max(width / image.width, height / image.height)
     width = min(image.width, round(width / scale))
@@ -110,7 +115,8 @@ def squash(
     processor,          # Gives the size and the resampling filter
 ) -> Image.Image:       # The whole picture, its proportions changed
     "Everything into the processor's size"
-    if not getattr(processor, 'do_center_crop', False): return image   # the processor does just this
+    if not getattr(processor, 'do_center_crop', False):
+        return image   # the processor does just this
     height, width = target_size(processor)
     return image.resize((width, height), _resample(processor))
 
@@ -126,6 +132,7 @@ def untouched(
 # %% ../../nbs/10_data.images.ipynb #95e1bc1d
 GRIDS = (1, 2), (2, 1), (2, 2), (1, 4), (4, 1)   # Rows and columns of tiles that LLaVA-NeXT lays a picture on
 
+# %% ../../nbs/10_data.images.ipynb #39cdac02
 def canvases(
     tile:tuple[int, int],      # Height and width of a tile
     own=None,                  # Heights and widths to take; `None`: those of `GRIDS`
@@ -136,7 +143,8 @@ def canvases(
     found = [tuple(o) for o in own] if own else usual
     for canvas in found:
         if canvas[0] % height or canvas[1] % width:
-            raise ValueError(f"pinpoint {canvas} is not made of whole tiles of {height}x{width}")
+            raise ValueError(
+                f"pinpoint {canvas} is not made of whole tiles of {height}x{width}")
     return found
 
 # %% ../../nbs/10_data.images.ipynb #ebe58872
@@ -144,7 +152,8 @@ def pinpoints(
     processor,                 # Its `image_grid_pinpoints` (heights and widths in pixels) go before `GRIDS`
 ) -> list[tuple[int, int]]:    # Heights and widths
     "The canvases that `anyres` chooses from"
-    return canvases(target_size(processor), getattr(processor, 'image_grid_pinpoints', None))
+    return canvases(target_size(processor),
+                    getattr(processor, 'image_grid_pinpoints', None))
 
 # %% ../../nbs/10_data.images.ipynb #e43d2abf
 def best_canvas(
@@ -189,7 +198,8 @@ def anyres(
 ) -> tuple[list[Image.Image], tuple[int, int]]:  # Views, the squeezed one first, then row by row; rows and columns
     "A view of everything, and tiles of the picture on its best canvas"
     height, width = target_size(processor)
-    canvas = _on_canvas(image, best_canvas(image.size[::-1], pinpoints(processor)), _resample(processor))
+    canvas = _on_canvas(image, best_canvas(image.size[::-1], pinpoints(processor)),
+                        _resample(processor))
     corners = product(range(0, canvas.height, height), range(0, canvas.width, width))
     tiles = [canvas.crop((left, top, left + width, top + height)) for top, left in corners]
     everything = image.resize((width, height), _resample(processor))
@@ -240,10 +250,12 @@ def join_tiles(
 ) -> torch.Tensor:               # (m, d); m as `anyres_n_tokens` says
     "One sequence of the features of all tiles of a picture"
     everything_nd, x_tnd = x_tnd[0], x_tnd[1:]
-    x_rchwd = x_tnd.unflatten(0, tiles).unflatten(2, patch_grid)   # rows, columns; patches of a tile
+    # rows, columns; patches of a tile
+    x_rchwd = x_tnd.unflatten(0, tiles).unflatten(2, patch_grid)
     x_dhw = x_rchwd.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
     x_dhw = unpad(x_dhw, size)
-    end_dh1 = newline[:, None, None].to(x_dhw.dtype).expand(-1, x_dhw.shape[1], 1)
+    end_dh1 = newline[:, None, None].to(x_dhw.dtype).expand(
+        -1, x_dhw.shape[1], 1)
     rows_dn = torch.cat([x_dhw, end_dh1], -1).flatten(1)
     return torch.cat([everything_nd, rows_dn.T])
 
@@ -256,11 +268,13 @@ def _as_bytes(tiles, processor):
     x_nchw = processor(images=tiles, return_tensors='pt', **_BYTES)['pixel_values']
     return x_nchw if x_nchw.dtype == torch.uint8 and x_nchw.shape[1] == 3 else None
 
+# %% ../../nbs/10_data.images.ipynb #4c826073
 def _look_up(x_nchw, table) -> torch.Tensor:
     "The value of each byte, by channel"
     out = np.empty(x_nchw.shape, dtype=np.float32)
     for channel in range(3):
-        np.take(table[channel], x_nchw[:, channel].numpy(), out=out[:, channel], mode='clip')
+        np.take(table[channel], x_nchw[:, channel].numpy(), out=out[:, channel],
+                mode='clip')
     return torch.from_numpy(out)
 
 # %% ../../nbs/10_data.images.ipynb #f944c07f
@@ -271,6 +285,7 @@ def _noise(processor) -> list:
     sizes = (2*height + 5, width + 11), (height//2 + 3, width//3 + 2)
     return [Image.fromarray(rng.integers(0, 256, (*o, 3), dtype=np.uint8)) for o in sizes]
 
+# %% ../../nbs/10_data.images.ipynb #4422bd4c
 def _proven_table(processor):
     "What becomes of each byte in each channel, (3, 256); `None` where a look-up is not the same"
     kept = dict(do_resize=False, do_center_crop=False, do_pad=False)
@@ -281,7 +296,8 @@ def _proven_table(processor):
         x_nchw = _as_bytes([image], processor)
         if x_nchw is None: return None
         usual = processor(images=[image], return_tensors='pt')['pixel_values']
-        if not torch.equal(_look_up(x_nchw, table), usual): return None
+        if not torch.equal(_look_up(x_nchw, table), usual):
+            return None
     return table
 
 # %% ../../nbs/10_data.images.ipynb #32b98573
@@ -289,15 +305,18 @@ class _Settings:
     "A processor, known by all that it is set to"
     def __init__(self, processor):
         self.processor = processor
-        self.key = type(processor), repr(getattr(processor, '__dict__', None))
+        self.key = type(processor), repr(getattr(
+            processor, '__dict__', None))
     def __eq__(self, other): return self.key == other.key
     def __hash__(self): return hash(self.key)
 
 @lru_cache(maxsize=16)
 def _table_of(settings):
     try: return _proven_table(settings.processor)
-    except (TypeError, ValueError, KeyError, IndexError): return None   # it takes no such images or arguments
+    except (TypeError, ValueError, KeyError, IndexError):
+        return None   # it takes no such images or arguments
 
+# %% ../../nbs/10_data.images.ipynb #f07fc5d4
 def pixel_table(
     processor,              # A HF image processor
 ) -> np.ndarray|None:       # (3, 256) float32; `None`: it does more than a table can say
@@ -312,13 +331,15 @@ def prepare(
 ) -> tuple[torch.Tensor, tuple[int, int]]:  # Pixel values (tiles, 3, h, w) in float32; grid (rows, columns)
     "Pixel values of one picture"
     if not isinstance(image, Image.Image):
-        raise TypeError(f"prepare needs a PIL image, not {type(image).__name__}; call load_image first")
+        raise TypeError(
+            f"prepare needs a PIL image, not {type(image).__name__}; call load_image first")
     processor = _one_view(processor)
     seen = IMAGE_MODES[mode](image.convert('RGB'), processor)
     if isinstance(seen, Image.Image): seen = seen, (1, 1)
     tiles, grid = seen
     return _pixels(tiles, processor), grid
 
+# %% ../../nbs/10_data.images.ipynb #46c1d06e
 def _pixels(tiles, processor) -> torch.Tensor:
     "What the processor makes of tiles, by its table where that is the same"
     table = pixel_table(processor)
@@ -329,7 +350,8 @@ def _pixels(tiles, processor) -> torch.Tensor:
 # %% ../../nbs/10_data.images.ipynb #8648b112
 def _one_view(processor):
     "LLaVA-NeXT's processor makes tiles by itself; CLIP's, with its settings, does what is left to do"
-    if not type(processor).__name__.startswith('LlavaNextImageProcessor'): return processor
+    if not type(processor).__name__.startswith('LlavaNextImageProcessor'):
+        return processor
     from transformers import CLIPImageProcessorPil
     settings = processor.to_dict()
     settings.pop('image_processor_type', None)

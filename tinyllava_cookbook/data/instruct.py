@@ -106,6 +106,7 @@ lists, boxes or coordinates; turn positions into words (on the left, behind, nex
 Say only what follows from what you are told. Where that is not enough, ask something else."""
 FORM = 'Reply with JSON and nothing else: {"turns": [{"question": "...", "answer": "..."}, ...]}'
 
+# %% ../../nbs/17_data.instruct.ipynb #29d8cc63
 def reply_json(
     turns:list[Turn],  # Questions and answers
 ) -> str:              # As the writer replies
@@ -208,8 +209,10 @@ the door, which takes a free hand, and the one with a suitcase has only one. So 
 on a dry day, and it helps to stand back and let people off first.""")])]))
 
 # %% ../../nbs/17_data.instruct.ipynb #da6a540e
-_LEAK = re.compile(r'\bcaptions?\b|\bbounding box|\bcoordinates?\b|\b[01]?\.\d\d', re.I)
+_LEAK = re.compile(r'\bcaptions?\b|\bbounding box|\bcoordinates?\b|\b[01]?\.\d\d',
+                   re.I)
 
+# %% ../../nbs/17_data.instruct.ipynb #fd45bb5c
 def _check_turn(t) -> Turn:
     "A turn of two texts that give nothing away"
     if not isinstance(t, dict):

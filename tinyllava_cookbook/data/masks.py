@@ -17,7 +17,8 @@ def spell_token(
     text = tokenizer.decode([i], clean_up_tokenization_spaces=False)
     marked = str(tokenizer.convert_ids_to_tokens(i)).startswith('▁')
     if marked and not text.startswith(' '): text = ' ' + text
-    return text.replace('\n', '\u21b5').replace('\ufffd', '\u00b7') or ' '
+    return text.replace('\n', '\u21b5').replace(
+        '\ufffd', '\u00b7') or ' '
 
 # %% ../../nbs/10_data.masks.ipynb #f0a47f4d
 def token_kinds(
@@ -33,7 +34,8 @@ def token_kinds(
         run = run + 1 if i in image_ids or i < 0 else 0
         if run > 1: out[-1] = (f'[image x {run}]', 'image')
         elif run: out.append(('[image]', 'image'))
-        else: out.append((spell_token(i, tokenizer), 'given' if label == IGNORE else 'supervised'))
+        else:
+            out.append((spell_token(i, tokenizer), 'given' if label == IGNORE else 'supervised'))
     return out
 
 # %% ../../nbs/10_data.masks.ipynb #6ec3b4f6
@@ -57,16 +59,19 @@ def lay_out(
 # %% ../../nbs/10_data.masks.ipynb #5c5debba
 _COLOURS = dict(supervised='#9ecae1', image='#c7e9c0', given='#f0f0f0')
 
+# %% ../../nbs/10_data.masks.ipynb #e7d95771
 def _draw_token(ax, x:int, y:int, text:str, kind:str):
     "A coloured box with a character in each place; an empty square for what the font lacks"
     from matplotlib.font_manager import findfont, get_font
     from matplotlib.patches import Rectangle
     known = get_font(findfont('monospace')).get_charmap()
-    box = Rectangle((x + .04, y - .42), len(text) - .08, .84, fc=_COLOURS[kind], lw=0)
+    box = Rectangle((x + .04, y - .42), len(text) - .08, .84, fc=_COLOURS[kind],
+                    lw=0)
     ax.add_patch(box)
     for k, c in enumerate(text):
         drawn = c if c.isprintable() and ord(c) in known else '\u25a1'
-        ax.text(x + k + .5, y, drawn, ha='center', va='center', fontsize=6.5, family='monospace', parse_math=False)
+        ax.text(x + k + .5, y, drawn, ha='center', va='center', fontsize=6.5,
+                family='monospace', parse_math=False)
 
 # %% ../../nbs/10_data.masks.ipynb #a77b6313
 def show_mask(
@@ -83,11 +88,13 @@ def show_mask(
     spots = lay_out(token_kinds(ids, labels, tokenizer, image_ids), columns)
     kept = [o for o in spots if o[1] < max_lines]
     left = len(spots) - len(kept)
-    if left: kept.append((0, max_lines, f'... and {left} more', 'given'))
+    if left:
+        kept.append((0, max_lines, f'... and {left} more', 'given'))
     n_lines = kept[-1][1] + 1 if kept else 1
     fig, ax = plt.subplots(figsize=(4, .17 * n_lines + .05), dpi=72)
     ax.set_position((0, 0, 1, 1))
     ax.set(xlim=(-.5, columns + 2), ylim=(n_lines - .4, -.6))
     ax.axis('off')
-    for x, y, text, kind in kept: _draw_token(ax, x, y, text, kind)
+    for x, y, text, kind in kept:
+        _draw_token(ax, x, y, text, kind)
     return fig

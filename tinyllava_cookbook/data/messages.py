@@ -123,7 +123,8 @@ def marked_message(
     if m['role'] == 'assistant':
         return dict(m, content=wrap_words(m['content'], answer, end))
     pieces = [m['content']]
-    if m['role'] == 'user': pieces = m['content'].split(IMAGE_TOKEN)
+    if m['role'] == 'user':
+        pieces = m['content'].split(IMAGE_TOKEN)
     wrapped = [wrap_words(o, words, end) if o.strip() else o
                for o in pieces]
     return dict(m, content=IMAGE_TOKEN.join(wrapped))

@@ -27,7 +27,8 @@ def _cu_seqlens(position_ids):
     starts = (position_ids[0] == 0).nonzero()[:, 0]
     borders = torch.cat([starts, torch.tensor([position_ids.numel()])]).int()
     longest = int(borders.diff().max())
-    return dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=longest, max_length_k=longest)
+    return dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=longest,
+                max_length_k=longest)
 
 # %% ../../nbs/15_data.packing.ipynb #83286d60
 def _filled_up(collator, samples) -> list:
@@ -83,9 +84,12 @@ def measure(
     encoder,      # An `Encoder`, or `None`
 ) -> tuple[int, int, int]:  # Tokens, images and image tokens
     "What one sample takes"
-    if encoder is None: return len(row['input_ids']), len(row.get('pixel_values', ())), 0
+    if encoder is None:
+        return len(row['input_ids']), len(row.get(
+            'pixel_values', ())), 0
     sample = row if isinstance(row, Sample) else read_sample(row, i)
-    with naming(f"sample {sample.id!r}"): ids, _, images = encoder.tokens(sample)
+    with naming(f"sample {sample.id!r}"):
+        ids, _, images = encoder.tokens(sample)
     return len(ids), images, ids.count(encoder.image_token_id)
 
 # %% ../../nbs/15_data.packing.ipynb #8dfeceaa
@@ -108,7 +112,8 @@ def _stamp(row, i:int) -> list:
             found.append((str(path), facts.st_size, facts.st_mtime_ns))
     return found
 
-def _plain(o): return [type(o).__name__, vars(o) or str(o)] if hasattr(o, '__dict__') else str(o)
+def _plain(o):
+    return [type(o).__name__, vars(o) or str(o)] if hasattr(o, '__dict__') else str(o)
 
 # %% ../../nbs/15_data.packing.ipynb #ccd64d40
 def _tokenizer_facts(tokenizer) -> list:
@@ -124,12 +129,15 @@ def lengths_key(
 ) -> str:      # Hexadecimal digits
     "Hash of the data and of all that decides lengths"
     digest = hashlib.sha256(__version__.encode())
-    def add(o): digest.update(json.dumps(o, default=_plain).encode())
+    def add(o):
+        digest.update(json.dumps(o, default=_plain).encode())
     add({k: v for k, v in vars(encoder).items() if k != 'tokenizer'})
     add(_tokenizer_facts(encoder.tokenizer))
-    mark = getattr(ds, '_fingerprint', None)   # a HF dataset knows its content's
+    # a HF dataset knows its content's
+    mark = getattr(ds, '_fingerprint', None)
     for part in ds if mark is None else [mark]: add(part)
-    if encoder.patch_grid: add(parallel_map(ds, _stamp, 'image files', progress=False))
+    if encoder.patch_grid:
+        add(parallel_map(ds, _stamp, 'image files', progress=False))
     return digest.hexdigest()[:32]
 
 # %% ../../nbs/15_data.packing.ipynb #a1e2ad8a
@@ -147,7 +155,8 @@ def _save(key, counts):
 # %% ../../nbs/15_data.packing.ipynb #ad316c22
 class _Some:
     "Places and what is there in `ds`; the error, where it cannot be had"
-    def __init__(self, ds, places): self.ds,self.places = ds,places.tolist()
+    def __init__(self, ds, places):
+        self.ds,self.places = ds,places.tolist()
     def __len__(self): return len(self.places)
     def __getitem__(self, k):
         i = self.places[k]
@@ -160,7 +169,8 @@ def _measured(ds, encoder, counts, workers, progress) -> dict:
     "Fill in what is not known; index -> what is wrong, of those that cannot be encoded"
     places, bad = np.flatnonzero(counts[0] == 0), {}
     if not len(places): return bad
-    found = parallel_map(_Some(ds, places), partial(_try_measure, encoder), 'lengths', workers, progress, 2000)
+    found = parallel_map(_Some(ds, places), partial(_try_measure, encoder),
+                         'lengths', workers, progress, 2000)
     for i, (*numbers, error) in zip(places.tolist(), found):
         counts[:, i] = numbers
         if error is not None: bad[i] = error
@@ -181,7 +191,8 @@ def lengths(
     counts = _cached(key, len(ds))
     known = np.count_nonzero(counts[0])
     bad = _measured(ds, encoder, counts, workers, progress)
-    if key and np.count_nonzero(counts[0]) > known: _save(key, counts)
+    if key and np.count_nonzero(counts[0]) > known:
+        _save(key, counts)
     if bad and on_bad_sample == 'raise':
         some = '; '.join(list(bad.values())[:3]) + ('; ...' if len(bad) > 3 else '')
         raise ValueError(f"{len(bad)} of {len(ds)} samples cannot be encoded: {some}")
@@ -199,11 +210,14 @@ class PackSampler:
         **limits,          # For `plan_packs`: `max_images`, `max_patches`, `cost`
     ):
         self.tokens = np.asarray(getattr(lengths, 'tokens', lengths))
-        self.samples = int(np.count_nonzero(self.tokens))   # those that are planned
-        self.plan = lambda epoch: plan_packs(lengths, budget, seed, epoch, world_size, **limits)[rank]
+        # those that are planned
+        self.samples = int(np.count_nonzero(self.tokens))
+        self.plan = lambda epoch: plan_packs(
+            lengths, budget, seed, epoch, world_size, **limits)[rank]
         self.set_epoch(0)
 
     def set_epoch(self, epoch:int):
-        if epoch != getattr(self, 'epoch', None): self.epoch,self.packs = epoch,self.plan(epoch)
+        if epoch != getattr(self, 'epoch', None):
+            self.epoch,self.packs = epoch,self.plan(epoch)
     def __len__(self) -> int: return len(self.packs)
     def __iter__(self): return iter(self.packs)

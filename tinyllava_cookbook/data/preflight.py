@@ -146,7 +146,6 @@ def report_table(
     out += [_limit_line(r, row) for row in _forecast(r)]
     return '\n'.join([*out, f'{r.seconds:.1f} s, '
                             f'{r.samples/r.seconds:,.0f} samples a second'])
-
 Report.__repr__ = report_table
 
 # %% ../../nbs/16_data.preflight.ipynb #b9eb0d86

@@ -393,7 +393,8 @@ def _rendered(t:HFTemplate, messages:list[dict],
     out, at, before = [], 0, ''
     for fmt, whose, words in _split(t, messages, text, generate):
         i = 0   # supervised: fmt[:i] and fmt[j:]
-        if before == 'a': i = _end_of_turn(t.tokenizer, fmt, generate)
+        if before == 'a':
+            i = _end_of_turn(t.tokenizer, fmt, generate)
         if i is None and not generate:
             out.append(Part(t.tokenizer.eos_token, True))
         i = i or 0

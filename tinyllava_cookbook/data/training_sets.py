@@ -24,24 +24,25 @@ class TrainingSet:
     size:str       # To download, about
     images:dict    # Folder beside the file -> where it comes from
     about:str      # What it teaches
-
 training_sets = Registry('training set')
 _HUB = 'huggingface.co/datasets/'
 _OPENAI = 'CC BY 4.0, and the terms of OpenAI'
-
 for _name,*_row in (
     ('llava-558k', 558_128, 'blip_laion_cc_sbu_558k.json', f'{_HUB}liuhaotian/LLaVA-Pretrain',
      'those of LAION, CC3M and SBU; captions by BLIP', '27 GB',
      {'images': 'images.zip of the same page'}, 'alignment: short captions'),
     ('llava-595k', 595_375, 'chat.json', f'{_HUB}liuhaotian/LLaVA-CC3M-Pretrain-595K',
      'that of CC3M', '7 GB',
-     {'images': 'images.zip of the same page'}, 'alignment: captions of CC3M, filtered'),
+     {'images': 'images.zip of the same page'},
+     'alignment: captions of CC3M, filtered'),
     ('llava-158k', 157_712, 'llava_instruct_150k.json', f'{_HUB}liuhaotian/LLaVA-Instruct-150K',
      _OPENAI, '20 GB',
-     {'train2017': 'images.cocodataset.org/zips/train2017.zip'}, 'instructions: conversation, detail, reasoning'),
+     {'train2017': 'images.cocodataset.org/zips/train2017.zip'},
+     'instructions: conversation, detail, reasoning'),
     ('scienceqa', 12_726, 'llava_train_QCM-LEA.json', 'scienceqa.github.io; tinyllava data scienceqa --convert DIR',
      'CC BY-NC-SA 4.0', '1 GB',
-     {'train': 'scienceqa.s3.us-west-1.amazonaws.com/images/train.zip'}, 'multiple choice with explanation')):
+     {'train': 'scienceqa.s3.us-west-1.amazonaws.com/images/train.zip'},
+     'multiple choice with explanation')):
     training_sets.register(_name, TrainingSet(*_row))
 
 # %% ../../nbs/16_data.training_sets.ipynb #1ceefff6
@@ -60,16 +61,17 @@ _BY_GPT4V = _SHARE | {o: 'docs/Data.md of github.com/ShareGPT4Omni/ShareGPT4V'
     for o in ('share_textvqa/images', 'web-celebrity/images', 'web-landmark/images', 'wikiart/images')}
 _V = f'{_HUB}Lin-Chen/ShareGPT4V'
 _NC = 'CC BY-NC 4.0, and the terms of OpenAI'
-
 for _name,*_row in (
     ('llava-665k', 665_298, 'llava_v1_5_mix665k.json', f'{_HUB}liuhaotian/LLaVA-Instruct-150K',
-     f'{_OPENAI}; images under their own', '80 GB', _MIX, 'instructions: mix of LLaVA-1.5'),
+     f'{_OPENAI}; images under their own', '80 GB', _MIX,
+     'instructions: mix of LLaVA-1.5'),
     ('sharegpt4v-pt', 1_245_902, 'share-captioner_coco_lcs_sam_1246k_1107.json', _V,
      _NC, '150 GB', _SHARE, 'alignment: long captions by Share-Captioner'),
     ('sharegpt4v-100k', 102_025, 'sharegpt4v_instruct_gpt4-vision_cap100k.json', _V,
      _NC, '150 GB', _BY_GPT4V, 'long captions by GPT-4V'),
     ('sharegpt4v-665k', 665_058, 'sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json', _V,
-     _NC, '230 GB', _MIX | _BY_GPT4V, 'instructions: LLaVA-1.5 with 23K details by GPT-4V')):
+     _NC, '230 GB', _MIX | _BY_GPT4V,
+     'instructions: LLaVA-1.5 with 23K details by GPT-4V')):
     training_sets.register(_name, TrainingSet(*_row))
 
 # %% ../../nbs/16_data.training_sets.ipynb #653013aa
@@ -84,11 +86,13 @@ def _first_images(path, each):
             if len(paths) < each: paths.append(image)
     return found, n
 
+# %% ../../nbs/16_data.training_sets.ipynb #f2d77769
 def _places(name, folder):
     "Where images of a set may start from, by its layout"
     first = training_sets[name].images
     return [folder/o for o in first if '/' not in o] + [folder, folder.parent, folder/'data']
 
+# %% ../../nbs/16_data.training_sets.ipynb #7b7db465
 @dataclass
 class SetReport:
     "A folder beside what is known of a training set"
@@ -99,7 +103,8 @@ class SetReport:
     @property
     def ok(self) -> bool: return not self.problems
     def __repr__(self) -> str:
-        if self.ok: return f'{self.name}: {self.samples:,} samples, as published, with their images'
+        if self.ok:
+            return f'{self.name}: {self.samples:,} samples, as published, with their images'
         return f'{self.name}:\n' + '\n'.join(f'  {o}' for o in self.problems)
 
 # %% ../../nbs/16_data.training_sets.ipynb #6b748be4
@@ -112,13 +117,16 @@ def check_set(
     known,folder = training_sets[name], Path(folder).expanduser()
     path = folder/known.file
     if not path.is_file():
-        return SetReport(name, [f'{str(path)!r} is missing; it is published at {known.home}'], None)
+        return SetReport(name,
+                         [f'{str(path)!r} is missing; it is published at {known.home}'],
+                         None)
     found,n = _first_images(path, each)
     problems = [] if n == known.samples else [f'{known.file} holds {n:,} samples; published are {known.samples:,}']
     for where,images in found.items():
         lost = [o for o in images if not any((place/o).is_file() for place in _places(name, folder))]
         if not lost: continue
-        near = (o for part,o in known.images.items() if part.startswith(where) or where.startswith(part))
+        near = (o for part,
+                o in known.images.items() if part.startswith(where) or where.startswith(part))
         problems.append(f'{lost[0]!r} is not beside the file, nor others of {where!r}; '
                         f'it comes from {next(near, known.home)}')
     return SetReport(name, problems, n)
@@ -128,15 +136,19 @@ _LETTERS = 'ABCDE'
 
 def _single(text): return text.replace('  ', ' ').strip()
 
+# %% ../../nbs/16_data.training_sets.ipynb #4653bf67
 def scienceqa_turns(
     problem:dict,          # Of `problems.json`
 ) -> tuple[str,str]:       # Question and answer
     "A problem of ScienceQA in the form QCM-LEA"
     context = problem['hint'].strip() or 'N/A'
-    choices = ' '.join(f'({_LETTERS[i]}) {choice}' for i,choice in enumerate(problem['choices']))
-    question = _single(f"Question: {problem['question']}\nContext: {context}\nOptions: {choices}\n")
+    choices = ' '.join(f'({_LETTERS[i]}) {choice}' for i,
+                       choice in enumerate(problem['choices']))
+    question = _single(
+        f"Question: {problem['question']}\nContext: {context}\nOptions: {choices}\n")
     letter = _LETTERS[problem['answer']]
-    answer = _single(f"Answer: {problem['lecture']} {problem['solution']} The answer is {letter}.")
+    answer = _single(
+        f"Answer: {problem['lecture']} {problem['solution']} The answer is {letter}.")
     return question.replace('Question: ', ''), answer.replace('Answer: ', '')
 
 # %% ../../nbs/16_data.training_sets.ipynb #048a2648
@@ -148,6 +160,7 @@ def _sqa_record(id, problem):
     record = dict(id=id) | (dict(image=f'{id}/{image}') if image else {})
     return record | dict(conversations=[{'from': who, 'value': text} for who,text in turns])
 
+# %% ../../nbs/16_data.training_sets.ipynb #e5db26ce
 def convert_scienceqa(
     folder,              # With `problems.json` and `pid_splits.json`
     out=None,            # A .json file; `None`: llava_SPLIT_QCM-LEA.json in the folder
@@ -160,13 +173,16 @@ def convert_scienceqa(
             raise FileNotFoundError(f"{str(folder/name)!r} is missing; "
                 "it is in data/scienceqa of github.com/lupantech/ScienceQA")
     problems,splits = read_json(folder/'problems.json'), read_json(folder/'pid_splits.json')
-    if split not in splits: raise ValueError(f"no split {split!r}; choose from {sorted(splits)}")
+    if split not in splits:
+        raise ValueError(f"no split {split!r}; choose from {sorted(splits)}")
     out = Path(out) if out else folder/f'llava_{split}_QCM-LEA.json'
     return write_json(out, [_sqa_record(id, problems[id]) for id in splits[split]])
 
 # %% ../../nbs/16_data.training_sets.ipynb #d4984d28
-def _said_last(record): return record['conversations'][-1]['value'].strip()
+def _said_last(record):
+    return record['conversations'][-1]['value'].strip()
 
+# %% ../../nbs/16_data.training_sets.ipynb #1ca00f5d
 def without_details(
     mix,       # `llava_v1_5_mix665k.json`
     details,   # `detail_23k.json` of LLaVA-Instruct-150K

@@ -11,9 +11,11 @@ from collections import Counter
 from pathlib import Path
 from ..core import SHORT, read_json
 from .items import (BENCHES, SOURCES, Bench, Item, answer_row, bench, check_text, checked, checked_rows,
-                                           image_file, incomplete, lacking, load_benchmark, need)
+                                           image_file, incomplete, lacking,
+                                           load_benchmark, need)
 from .multiple_choice import (LETTERS, Encoded, load_mmbench, load_mmmu, load_scienceqa, mmbench_rows,
-                                                     mmmu_prompt, options, place_images)
+                                                     mmmu_prompt, options,
+                                                     place_images)
 from .records import read_jsonl, read_table
 from .scoring import score_items, score_table, scores
 from .yesno import MME_TASKS, POPE_CATEGORIES, POPE_OFFSETS, load_pope, mme_incomplete
@@ -52,6 +54,7 @@ def load_questions(
 _VQA_SPLITS = dict(val='val2014',
                    test='test2015') | {'test-dev': 'test-dev2015'}
 
+# %% ../../nbs/54_eval.benchmarks.ipynb #b7560d4e
 def _vqav2_absent(data_dir, split, items):
     "Questions without annotation, and the reverse"
     if split!='val':

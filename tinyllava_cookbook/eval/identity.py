@@ -33,6 +33,7 @@ def fingerprint(
 _CHANGES_NOTHING = '_name_or_path', 'name_or_path', 'transformers_version', 'architectures', 'is_local', \
     'local_files_only'
 
+# %% ../../nbs/47_eval.identity.ipynb #c6a32c11
 def _settled(found):
     "A configuration as JSON holds it, without what says only where it came from, and without what is not set"
     if isinstance(found, dict):

@@ -18,7 +18,8 @@ from .items import as_written, find
 from .results import Score
 from .records import match, read_answers, said
 from .requests import (LLAVAW_RULE, MMBENCH_PROMPT, MMVET_PROMPT, grade_answer, llavaw_request,
-                                              match_choice, mmbench_request, mmvet_grade, mmvet_request)
+                                              match_choice, mmbench_request,
+                                              mmvet_grade, mmvet_request)
 from .scoring import by_mmvet_id, llavabench, llavaw_parse, mmvet, mmvet_subset
 
 # %% ../../nbs/55_eval.judge.ipynb #e841c947

@@ -111,7 +111,8 @@ class Model(Base):
         name = rank_device() if device=='auto' else device
         self.device = pick_device(name)
         dtype = pick_dtype(self.device, dtype)
-        self.model, self.processor = load(pretrained, device=self.device, dtype=dtype)
+        self.model, self.processor = load(pretrained, device=self.device,
+                                          dtype=dtype)
         self.task_dict = getattr(self, 'task_dict', {})
         _log.warning('numbers of this run: %s', LABEL)
 
@@ -158,7 +159,8 @@ def answer_loss(
 ) -> tuple[float,bool]:  # Mean loss over the answer's tokens, and whether the model would say it
     "How unlikely an answer is"
     said = [*messages, dict(role='assistant', content=answer.strip())]
-    one = processor.encoder(max_length=None)(Sample('request', said, images))
+    one = processor.encoder(max_length=None)(Sample(
+        'request', said, images))
     batch = {}
     for key,value in one.items():
         if key in ('input_ids', 'labels'): value = value[None]

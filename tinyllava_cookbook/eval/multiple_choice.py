@@ -29,6 +29,7 @@ def options(
 # %% ../../nbs/53_eval.multiple_choice.ipynb #4b591a75
 _SQA_KEYS = 'question', 'choices', 'answer', 'hint', 'image', 'subject', 'split'
 
+# %% ../../nbs/53_eval.multiple_choice.ipynb #d0683ee5
 def _sqa_question(data_dir, id, problem):
     "An item of a problem"
     hint = f"Context: {problem['hint']}\n" if problem['hint'] else ''
@@ -89,7 +90,8 @@ def place_images(
     named = [number for number in numbers if number in images]
     rest = [number for number in images if number not in named]
     mark = lambda found: IMAGE_TOKEN if int(found[1]) in images else found[0]
-    text = f'{IMAGE_TOKEN}\n'*len(rest) + re.sub(r'<image (\d)>', mark, text)
+    text = f'{IMAGE_TOKEN}\n'*len(rest) + re.sub(
+        r'<image (\d)>', mark, text)
     return text, [images[number] for number in rest + named]
 
 # %% ../../nbs/53_eval.multiple_choice.ipynb #854b77e0
@@ -106,6 +108,7 @@ def _mmmu_item(id, image, prompt, answer, choices):
 # %% ../../nbs/53_eval.multiple_choice.ipynb #c464807c
 _MMMU_COLUMNS = 'id', 'question', 'options', 'answer', 'question_type'
 
+# %% ../../nbs/53_eval.multiple_choice.ipynb #c31fba04
 def _mmmu_parquet(path, every):
     "Items of one subject, with the first image or with every one"
     from pyarrow.parquet import read_table
@@ -142,7 +145,8 @@ def _mmmu_annotated(data_dir, path):
     for row in read_json(path):
         checked(row, ('id', 'prompt'), path)
         image = row.get('image')
-        if image: image = need(data_dir, f'mmmu/all_images/{image}')
+        if image:
+            image = need(data_dir, f'mmmu/all_images/{image}')
         choices = list(row.get('index2ans', {}).values())
         prompt = row['prompt'].replace('<image>', '').strip()
         yield _mmmu_item(row['id'], image, prompt,
@@ -172,7 +176,8 @@ def load_mmmu(
 # %% ../../nbs/53_eval.multiple_choice.ipynb #9445e000
 def _absent(cell):
     "Is a cell empty, as LLaVA reads it?"
-    return cell is None or cell.strip().lower() in ('', 'nan', 'none')
+    return cell is None or cell.strip().lower() in (
+        '', 'nan', 'none')
 
 def _mmbench_choices(row):
     "Options up to the first that is empty"
@@ -219,7 +224,8 @@ def load_mmbench(
     seen = {}
     items = []
     for row in rows:
-        text = raw.get(row['image'], row['image'])   # later releases name the row that has it
+        # later releases name the row that has it
+        text = raw.get(row['image'], row['image'])
         decoded = Encoded(base64.b64decode(text))
         image = seen.setdefault(hash(text), decoded)
         items.append(Item(int(row['index']), image,

@@ -173,7 +173,8 @@ def _cut(text, longest=240):
 # %% ../../nbs/56_eval.report.ipynb #9d6c0528
 def _turn(item, text):
     gold = item.answer
-    if not isinstance(gold, str): gold = ' / '.join(dict.fromkeys(gold))
+    if not isinstance(gold, str):
+        gold = ' / '.join(dict.fromkeys(gold))
     return _cut(item.prompt), _cut(text), _cut(gold)
 
 # %% ../../nbs/56_eval.report.ipynb #9d1f6dce
@@ -273,7 +274,8 @@ def write_page(
     sections = [bench_section(name, result, items[name],
                               Path(folder)/name, k)
                 for name,result in results.items()]
-    table = results_table(results, splits)._repr_html_()   # escapes its cells itself
+    # escapes its cells itself
+    table = results_table(results, splits)._repr_html_()
     table = render('{{ table|safe }}', table=table)
     return write_html(path, title, _EVALUATION, _STYLE,
                       table=table, sections=sections)
@@ -294,7 +296,8 @@ def write_xlsx(
         how = 'pip install "tinyllava_cookbook[xlsx]"'
         raise ImportError(f'writing a spreadsheet needs the xlsxwriter '
                           f'package: {how}') from None
-    with replacing(path) as part, xlsxwriter.Workbook(part, dict(constant_memory=True)) as book:
+    with replacing(path) as part, xlsxwriter.Workbook(
+        part, dict(constant_memory=True)) as book:
         book.set_properties(dict(created=datetime(2000, 1, 1)))
         sheet = book.add_worksheet('Sheet1')
         for i,row in enumerate(rows):
@@ -339,7 +342,8 @@ def _submit_mmbench(rows, data_dir, split, path):
     for row in table: row['index'] = int(row['index'])
     for row in table:
         row['prediction'] = by_id[str(row['index'])]['text']
-    names = [name for name in _MMBENCH if name in table[0]]        # the test file has no answers
+    # the test file has no answers
+    names = [name for name in _MMBENCH if name in table[0]]
     cells = [[row[name] for name in names] for row in table]
     return write_xlsx(path.with_suffix('.xlsx'), [names, *cells])
 

@@ -115,6 +115,7 @@ LLAVAW_RULE = (
 # %% ../../nbs/54_eval.requests.ipynb #0662685b
 _SYSTEM = 'You are a helpful and precise assistant for checking the quality of the answer.'
 
+# %% ../../nbs/54_eval.requests.ipynb #aa407934
 def llavaw_request(
     caption:str|list[str],  # What the image shows
     question:str,           # What was asked
@@ -140,6 +141,7 @@ Z. Your should output a single uppercase character in A, B, C, D (if they are va
 _EXAMPLE = 'Example {}: \nQuestion: {}?\nOptions: {}\nAnswer: {}\nYour output: {}'
 _MAIN = 'What is the main object in image', 'A. teddy bear B. rabbit C. cat D. dog'
 
+# %% ../../nbs/54_eval.requests.ipynb #88887a30
 def mmbench_request(
     question:str,   # MMBench's question
     choices:dict,   # Letter to option

@@ -70,7 +70,8 @@ def rank_device(
     local = env.get('LOCAL_RANK', env.get('SLURM_LOCALID'))
     count = torch.cuda.device_count()
     if local is None or not count: return 'auto'
-    return f'cuda:{int(local)%count}'  # SLURM may show each task one GPU only
+    # SLURM may show each task one GPU only
+    return f'cuda:{int(local)%count}'
 
 # %% ../../nbs/57_eval.run.ipynb #4d43198f
 def answer_chats(
@@ -122,7 +123,8 @@ def _answer_rest(model, processor, batches, done, shard, bar, **how):
 
 # %% ../../nbs/57_eval.run.ipynb #cf236bb3
 def _bar(name, batches, rank, progress):
-    hide = None if progress and not rank else True     # `None`: no bar where the output is no terminal, such as a log
+    # `None`: no bar where the output is no terminal, such as a log
+    hide = None if progress and not rank else True
     return tqdm(total=sum(map(len, batches)),
                 unit=' answers', desc=name, disable=hide)
 
@@ -148,7 +150,8 @@ def _same_questions(items, mine, done, folder):
     place = f"{str(folder)!r} answers question"
     for item in items:
         row = done.get(str(item.id))
-        if row and row['prompt']!=item.record.get('prompt', item.prompt):
+        if row and row['prompt']!=item.record.get(
+            'prompt', item.prompt):
             said = row['prompt'][:60]
             raise ValueError(f"{place} {item.id!r} with another "
                              f"prompt, {said!r}; {ANEW}")

@@ -81,7 +81,8 @@ scores = Registry('score', 'scores')
 def _exact(items, texts):
     right = [exact_match(text, item.answer)
              for item,text in zip(items, texts)]
-    return right, dict(by_kind=accuracy_by_kind(right, [item.kind for item in items]))
+    return right, dict(by_kind=accuracy_by_kind(
+        right, [item.kind for item in items]))
 
 # %% ../../nbs/53_eval.scoring.ipynb #2b265634
 @scores.register('pope')
@@ -386,6 +387,7 @@ for _f in (vqav2, gqa, textvqa, scienceqa, pope,
            mme, mmvet, mmmu, mmbench, llavabench):
     SCORERS.register(_f.__name__, _f)
 
+# %% ../../nbs/53_eval.scoring.ipynb #da676abe
 def score_file(
     bench:str,       # A key of `SCORERS`
     annotations,     # The benchmark's own files, see the table

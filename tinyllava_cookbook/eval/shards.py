@@ -80,7 +80,8 @@ def read_shards(
     "All complete lines that any process has written"
     done = {}
     for path in sorted(Path(folder).glob('rank-*.jsonl')):
-        *lines, _ = path.read_bytes().split(b'\n')  # what follows the last line break is under way
+        # what follows the last line break is under way
+        *lines, _ = path.read_bytes().split(b'\n')
         for number,line in enumerate(lines, 1):
             row = _shard_row(line)
             if row is None:

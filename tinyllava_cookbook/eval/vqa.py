@@ -78,7 +78,8 @@ def textvqa_normalize(
     s:str, # An answer as it was given
 ) -> str:  # The form that is compared
     "EvalAI's normalizer, which TextVQA's scorer and LLaVA's submissions use"
-    s = s.lower().replace(',', '').replace('?', '').replace("'s", " 's").strip()
+    s = s.lower().replace(',', '').replace('?', '').replace(
+        "'s", " 's").strip()
     return _normal(_plain(s), r'(?<=\d),+(?=\d)')
 
 # %% ../../nbs/51_eval.vqa.ipynb #7ccc64c5
@@ -272,7 +273,8 @@ def gqa_distribution(
         preds.setdefault(group, Counter())[pred] += 1
     total = 0
     for group,expected in golds.items():
-        total = total + sum(expected.values())*_chi_square(expected, preds[group])
+        total = total + sum(expected.values())*_chi_square(
+            expected, preds[group])
     return total/len(pairs)/100 if pairs else 0.
 
 # %% ../../nbs/51_eval.vqa.ipynb #b44a11c8

@@ -34,6 +34,7 @@ BENCHMARKS = dict(vqav2='VQAv2', gqa='GQA',
                   mme='MME', mmmu='MMMU', mmbench='MMBench',
                   llavabench='LLaVA-W') # Name here -> name in the papers
 
+# %% ../../nbs/58_eval.zoo.ipynb #483de661
 @dataclass(frozen=True)
 class Published:
     "One row of a published table"
@@ -112,7 +113,6 @@ def _zoo() -> list[Published]:
     return (_rows('paper', [*first, 'mmvet', 'pope', 'llavabench', 'mme', 'mmbench'], paper)
             + _rows('factory', [*first, 'mmvet', 'pope', 'mme', 'mmmu'], factory)
             + _rows('llava', [*first, 'pope', 'mme', 'mmbench', 'llavabench', 'mmvet'], llava))
-
 ZOO = _zoo()
 
 # %% ../../nbs/58_eval.zoo.ipynb #9287b699
@@ -139,6 +139,7 @@ def zoo_table(
 _MARKS = dict(paper='s', factory='o',
               llava='^')   # By source
 
+# %% ../../nbs/58_eval.zoo.ipynb #431fe6cf
 def _legend(ax, mine):
     "What each mark and color means"
     names = dict(paper='TinyLLaVA',
@@ -192,7 +193,8 @@ def plot_zoo(
     if ax is None:
         _,ax = plt.subplots(figsize=(4,2.8), dpi=72)
     _draw_published(ax, bench)
-    if mine and bench in mine['scores']: _draw_mine(ax, bench, mine)
+    if mine and bench in mine['scores']:
+        _draw_mine(ax, bench, mine)
     ax.set(xscale='log', xlim=(.5, 20), xlabel='billion parameters',
            title=BENCHMARKS[bench])
     ticks = {.5: '½'} | {n: str(n) for n in (1, 2, 4, 8, 16)}

@@ -56,7 +56,8 @@ def settled(
 ) -> str:             # Without what the next token may still change
     "The part of a growing text that is final"
     text = text.strip().rstrip('\ufffd')   # half a character
-    begun = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    begun = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
+                default=0)
     return text[:len(text)-begun].rstrip()
 
 # %% ../../nbs/41_infer.batching.ipynb #e062041c
@@ -150,7 +151,9 @@ class SampleRows(LogitsProcessor):
     def __call__(self, input_ids:Tensor, scores_bv:Tensor) -> Tensor:
         for i,row in enumerate(self.rows):
             job = row.job
-            if job.temperature: scores_bv[i] = draw_scores(scores_bv[i], job.temperature, job.top_p, row.random)
+            if job.temperature:
+                scores_bv[i] = draw_scores(scores_bv[i], job.temperature, job.top_p,
+                                           row.random)
         return scores_bv
 
 # %% ../../nbs/41_infer.batching.ipynb #3c7c98e5
@@ -166,7 +169,8 @@ class FeedRows(BaseStreamer):
     def put(self, value:Tensor):
         if value.dim() == 2: return   # the prompts
         self.step()
-        for row,token in zip(self.rows, value.tolist()): row.feed(token)
+        for row,token in zip(self.rows, value.tolist()):
+            row.feed(token)
 
     def end(self): pass
 
@@ -207,8 +211,10 @@ def answer_jobs(
     counts.largest = max(counts.largest, len(jobs))
     def step(): counts.steps += 1
     answer_ids(model, processor, [job.prompt for job in jobs], [image for job in jobs for image in job.images],
-        max_new_tokens=max(job.max_new_tokens for job in jobs), logits_processor=[SampleRows(rows)],
-        streamer=FeedRows(rows, step), stopping_criteria=StoppingCriteriaList([RowsOver(rows)]))
+        max_new_tokens=max(job.max_new_tokens for job in jobs),
+        logits_processor=[SampleRows(rows)],
+        streamer=FeedRows(rows, step),
+        stopping_criteria=StoppingCriteriaList([RowsOver(rows)]))
     for row in rows: _count(row, counts)
 
 # %% ../../nbs/41_infer.batching.ipynb #0b7e20da
@@ -231,7 +237,8 @@ def next_batch(
     while waiting and len(taken) < max_rows:
         job = waiting[0]
         longest = max(longest, len(job.prompt) + job.max_new_tokens)
-        if taken and longest * (len(taken) + 1) > max_tokens: break
+        if taken and longest * (len(taken) + 1) > max_tokens:
+            break
         taken.append(waiting.pop(0))
     return taken
 
@@ -268,7 +275,8 @@ def _drop_left(batcher):
 # %% ../../nbs/41_infer.batching.ipynb #c5bfdd9a
 def _answer_alone(batcher, job:Job):
     "Answer one job; its error is its own"
-    try: answer_jobs(batcher.model, batcher.processor, [job], batcher.counts)
+    try:
+        answer_jobs(batcher.model, batcher.processor, [job], batcher.counts)
     except Exception as error:
         batcher.counts.failed += 1
         job.tell(error)
@@ -277,9 +285,11 @@ def _answer_alone(batcher, job:Job):
 def _answer_batch(batcher, jobs:list[Job]):
     "Answer a batch, or after an error each of its jobs alone"
     if len(jobs) == 1: return _answer_alone(batcher, jobs[0])
-    try: answer_jobs(batcher.model, batcher.processor, jobs, batcher.counts)
+    try:
+        answer_jobs(batcher.model, batcher.processor, jobs, batcher.counts)
     except Exception:
-        for job in [job for job in jobs if not job.finish]: _answer_alone(batcher, job)
+        for job in [job for job in jobs if not job.finish]:
+            _answer_alone(batcher, job)
 
 # %% ../../nbs/41_infer.batching.ipynb #e129d57d
 def _answer_all(batcher):
@@ -287,10 +297,13 @@ def _answer_all(batcher):
     while not batcher.closed:
         _collect(batcher)
         _drop_left(batcher)
-        batcher.running = next_batch(batcher.waiting, batcher.max_rows, batcher.max_tokens)
-        if batcher.running: _answer_batch(batcher, batcher.running)
+        batcher.running = next_batch(batcher.waiting, batcher.max_rows,
+                                     batcher.max_tokens)
+        if batcher.running:
+            _answer_batch(batcher, batcher.running)
         batcher.running = []
-    while not batcher.inbox.empty(): _receive(batcher, batcher.inbox.get())
+    while not batcher.inbox.empty():
+        _receive(batcher, batcher.inbox.get())
     for job in batcher.waiting: job.cancel()
     _drop_left(batcher)
 

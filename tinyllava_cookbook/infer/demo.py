@@ -71,10 +71,12 @@ def where_it_looked(
     "Attention of each word of an answer over the last image"
     if not images: return dict(image=None, tokens=[])
     question = turns[-1]['content'].replace(IMAGE_TOKEN, '').strip()
-    found = answer_attention(service.model, service.processor, small_copy(images[-1]), question, answer)
+    found = answer_attention(service.model, service.processor,
+                             small_copy(images[-1]), question, answer)
     maps = coarse(found.heat()[:MAP_TOKENS])
     shares = found.on_image().tolist()
-    tokens = [dict(text=text, share=share, map=one) for text,share,one in zip(found.tokens, shares, maps)]
+    tokens = [dict(text=text, share=share, map=one) for text, share,
+              one in zip(found.tokens, shares, maps)]
     return dict(image=_as_url(found.image), tokens=tokens)
 
 # %% ../../nbs/67_infer.demo.ipynb #b85d4992
@@ -87,7 +89,8 @@ def answer_tokens(
     template = chat_template(processor.template)
     of = dict(tokenizer=processor.tokenizer, image_token_id=processor.image_token_id)
     before,_ = template.encode(turns, **of, generate=True)
-    whole,labels = template.encode([*turns, dict(role='assistant', content=answer)], **of)
+    whole,labels = template.encode([*turns, dict(role='assistant', content=answer)],
+                                   **of)
     supervised = [id_ for id_,label in zip(whole, labels) if label != IGNORE]
     last = sum(label != IGNORE for label in labels[len(before):])
     return supervised[-last:-1]
@@ -103,7 +106,8 @@ def pixel_inputs(
     pixels = torch.cat([processor.pixels(image) for image in images])
     inputs = dict(pixel_values=pixels.to(model.device, model.dtype))
     if processor.image_mode == 'anyres':
-        inputs['image_sizes'] = torch.tensor([image.size[::-1] for image in images], device=model.device)
+        inputs['image_sizes'] = torch.tensor(
+            [image.size[::-1] for image in images], device=model.device)
     return inputs
 
 # %% ../../nbs/67_infer.demo.ipynb #34b7cc60
@@ -120,10 +124,13 @@ def next_words(
     prompt = prompt_ids(processor, turns, images)
     new = answer_tokens(processor, turns, answer)[:MAP_TOKENS]
     ids = torch.tensor([prompt + new], device=model.device)
-    rows = torch.arange(len(prompt) - 1, len(prompt) - 1 + len(new), device=model.device)
-    out = model(input_ids=ids, **pixel_inputs(service, images), logits_to_keep=rows, use_cache=False)
+    rows = torch.arange(len(prompt) - 1, len(prompt) - 1 + len(new),
+                        device=model.device)
+    out = model(input_ids=ids, **pixel_inputs(service, images), logits_to_keep=rows,
+                use_cache=False)
     values,words = out.logits[0].float().softmax(-1).topk(n)
-    return [_step(processor, *one) for one in zip(new, words.tolist(), values.tolist())]
+    return [_step(processor, *one) for one in zip(
+        new, words.tolist(), values.tolist())]
 
 # %% ../../nbs/67_infer.demo.ipynb #45dd1b4d
 def _step(processor, token, words, values):
@@ -141,15 +148,18 @@ PAGE = {
 SECURE = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; " \
     "form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
 
+# %% ../../nbs/67_infer.demo.ipynb #9f0bf113
 def add_page(
     app:FastAPI,  # Changed in place
 ):
     "Serve the page's files"
     def add(path, name, kind):
         body = (package_data('demo')/name).read_bytes()
-        headers = {'Content-Security-Policy': SECURE, 'X-Content-Type-Options': 'nosniff'}
+        headers = {'Content-Security-Policy': SECURE,
+                   'X-Content-Type-Options': 'nosniff'}
         @app.get(path)
-        async def file(): return Response(body, media_type=kind, headers=headers)
+        async def file():
+            return Response(body, media_type=kind, headers=headers)
     for path,(name,kind) in PAGE.items(): add(path, name, kind)
 
 # %% ../../nbs/67_infer.demo.ipynb #3ea7900f
@@ -162,11 +172,14 @@ async def look_inside(
     def work():
         turns,images = conversation(asked.messages, service.policy)
         service.room(prompt_ids(service.processor, turns, images))
-        return service.batcher.call(lambda: view(service, turns, images, asked.answer)).result()
+        return service.batcher.call(lambda: view(
+            service, turns, images, asked.answer)).result()
     try: return await run_in_threadpool(work)
     except RequestError: raise
-    except ValueError as error: raise RequestError(str(error)) from None
+    except ValueError as error:
+        raise RequestError(str(error)) from None
 
+# %% ../../nbs/67_infer.demo.ipynb #bd102c23
 def add_demo(
     app:FastAPI,      # Changed in place
     service:Service,  # Whose model
@@ -175,7 +188,9 @@ def add_demo(
     add_page(app)
 
     @app.post('/demo/look')
-    async def look(body: Inside): return await look_inside(service, body, where_it_looked)
+    async def look(body: Inside):
+        return await look_inside(service, body, where_it_looked)
 
     @app.post('/demo/words')
-    async def words(body: Inside): return dict(steps=await look_inside(service, body, next_words))
+    async def words(body: Inside):
+        return dict(steps=await look_inside(service, body, next_words))

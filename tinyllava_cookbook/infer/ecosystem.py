@@ -21,9 +21,11 @@ def message_row(
     "A sample as TRL reads it"
     first,*rest = sample['messages']
     if any(IMAGE_TOKEN in turn['content'] for turn in rest):
-        raise ValueError(f"sample {sample.get('id')!r} has an {IMAGE_TOKEN} after its first turn, where TRL puts none")
+        raise ValueError(
+            f"sample {sample.get('id')!r} has an {IMAGE_TOKEN} after its first turn, where TRL puts none")
     text = re.sub(rf'\s*{IMAGE_TOKEN}\s*', ' ', first['content']).strip()
-    return dict(images=list(sample.get('images') or []), messages=[{**first, 'content': text}, *rest])
+    return dict(images=list(sample.get('images') or []),
+                messages=[{**first, 'content': text}, *rest])
 
 # %% ../../nbs/44_infer.ecosystem.ipynb #5c9cda1d
 def message_dataset(

@@ -21,7 +21,8 @@ from ..model.checkpoints import load
 from ..model.llms import stop_ids
 
 # %% ../../nbs/40_infer.generate.ipynb #09081824
-def _as_list(images): return [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
+def _as_list(images):
+    return [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
 
 # %% ../../nbs/40_infer.generate.ipynb #ba74a108
 def user_turn(
@@ -32,7 +33,8 @@ def user_turn(
     marks = text.count(IMAGE_TOKEN)
     if not marks: text = f'{IMAGE_TOKEN}\n'*n_images + text
     elif marks!=n_images:
-        raise ValueError(f"{marks} {IMAGE_TOKEN} in {text[:60]!r} for {n_images} images; they must be equally many")
+        raise ValueError(
+            f"{marks} {IMAGE_TOKEN} in {text[:60]!r} for {n_images} images; they must be equally many")
     return dict(role='user', content=text)
 
 # %% ../../nbs/40_infer.generate.ipynb #5a544b80
@@ -47,12 +49,14 @@ def prompt_ids(
     n = ids.count(p.image_token_id)
     sizes = [image_size(o) for o in images] if p.image_mode=='anyres' else [None]*n
     if len(sizes)!=n:
-        raise ValueError(f"{len(sizes)} images for {n} {IMAGE_TOKEN}; with 'anyres' their sizes decide how many tokens")
+        raise ValueError(
+            f"{len(sizes)} images for {n} {IMAGE_TOKEN}; with 'anyres' their sizes decide how many tokens")
     counts = iter(map(p.n_tokens, sizes))
     return [i for o in ids for i in [o]*(next(counts) if o==p.image_token_id else 1)]
 
 # %% ../../nbs/40_infer.generate.ipynb #c82c61e9
-def _key(image): return str(image) if isinstance(image, (str,Path)) else id(image)
+def _key(image):
+    return str(image) if isinstance(image, (str,Path)) else id(image)
 
 def _pixels(processor, images):
     "Pixels of all images of a batch, each distinct one opened and prepared once; for 'anyres' also their sizes"
@@ -68,7 +72,8 @@ def _check_room(model, prompts):
     longest = max(map(len, prompts))
     room = getattr(model.config.text_config, 'max_position_embeddings', None)
     if room and longest >= room:
-        raise ValueError(f"a prompt of {longest} tokens, but the model reads {room}; shorten it")
+        raise ValueError(
+            f"a prompt of {longest} tokens, but the model reads {room}; shorten it")
 
 # %% ../../nbs/40_infer.generate.ipynb #9d436c79
 def _left_padded(rows, pad) -> dict:
@@ -85,7 +90,8 @@ def _batch(model, processor, prompts, images, blind=False):
     pad = processor.tokenizer.pad_token_id
     b = _left_padded(prompts, pad)
     if images: b |= _pixels(processor, images)
-    if images: b['pixel_values'] = b['pixel_values'].to(model.dtype)
+    if images:
+        b['pixel_values'] = b['pixel_values'].to(model.dtype)
     if images and blind: b['pixel_values'].zero_()
     return {k: v.to(model.device) for k,v in b.items()}
 
@@ -144,18 +150,22 @@ def _with_prefixes(model, processor, prefixes, images, rows, rests, blind):
 def _inputs(model, processor, prompts, images, blind):
     "Inputs of `generate`, what rows share computed once"
     shared = shared_prefixes(processor, prompts, images) if images and len(prompts) > 1 else None
-    if shared is None or _slides(model.config.text_config): return _batch(model, processor, prompts, images, blind)
+    if shared is None or _slides(model.config.text_config):
+        return _batch(model, processor, prompts, images, blind)
     _check_room(model, prompts)
     return _with_prefixes(model, processor, *shared, blind)
 
 # %% ../../nbs/40_infer.generate.ipynb #cb07ec8d
 def _ends(processor):
     "Ids that end an answer: the template's end of turn, the tokenizer's end"
-    return stop_ids(processor.tokenizer, chat_template(processor.template, processor.tokenizer).stop)
+    return stop_ids(processor.tokenizer,
+                    chat_template(processor.template, processor.tokenizer).stop)
 
 def _how(temperature):
-    if temperature: return dict(do_sample=True, temperature=temperature)
-    return dict(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None)
+    if temperature:
+        return dict(do_sample=True, temperature=temperature)
+    return dict(do_sample=False, num_beams=1, temperature=None, top_p=None,
+                top_k=None)
 
 # %% ../../nbs/40_infer.generate.ipynb #01a07546
 class FiniteLogits(LogitsProcessor):
@@ -166,7 +176,8 @@ class FiniteLogits(LogitsProcessor):
                 "too low; load another checkpoint, or with dtype='float32'")
         return scores
 
-def _cut(ids, ends): return ids[:next((i for i,o in enumerate(ids) if o in ends), len(ids))]
+def _cut(ids, ends):
+    return ids[:next((i for i,o in enumerate(ids) if o in ends), len(ids))]
 
 # %% ../../nbs/40_infer.generate.ipynb #8aa87263
 @torch.inference_mode()
@@ -182,7 +193,8 @@ def answer_ids(
 ) -> list[list[int]]:       # Ids of each answer, without its stop
     "Answer one batch of prompts"
     pad, ends = processor.tokenizer.pad_token_id, _ends(processor)
-    how = dict(_how(temperature), eos_token_id=ends, pad_token_id=pad, use_cache=True)
+    how = dict(_how(temperature), eos_token_id=ends, pad_token_id=pad,
+               use_cache=True)
     how['logits_processor'] = [FiniteLogits(), *kwargs.pop('logits_processor', [])]
     was = model.training
     model.eval()
@@ -205,7 +217,8 @@ def answers(
     progress:bool=True,     # Show a bar
 ) -> list[str]:             # In the order of the questions
     "Answer many questions, greedily and in batches"
-    if batch_size<1: raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    if batch_size<1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     images = [_as_list(o) for o in (images if images is not None else [None]*len(questions))]
     if len(images)!=len(questions):
         raise ValueError(f"{len(images)} images for {len(questions)} questions; give one entry each, None for none")
@@ -216,7 +229,8 @@ def answers(
         for k in range(0, len(order), batch_size):
             some = order[k:k+batch_size]
             shown = [o for i in some for o in images[i]]
-            new = answer_ids(model, processor, [prompts[i] for i in some], shown, max_new_tokens, blind)
+            new = answer_ids(model, processor, [prompts[i] for i in some], shown,
+                             max_new_tokens, blind)
             res |= {i: processor.tokenizer.decode(o, skip_special_tokens=True).strip() for i,o in zip(some, new)}
             bar.update(len(some))
     return [res[i] for i in range(len(prompts))]
@@ -226,12 +240,14 @@ class _Cancel(StoppingCriteria):
     "Stops when told to"
     def __init__(self): self.told = threading.Event()
     def __call__(self, input_ids, scores, **kw):
-        return torch.full((len(input_ids),), self.told.is_set(), device=input_ids.device)
+        return torch.full((len(input_ids),), self.told.is_set(),
+                          device=input_ids.device)
 
 # %% ../../nbs/40_infer.generate.ipynb #8ffbf01f
 def _stripped(pieces):
     "The same text without white space at its ends, while it is still coming"
-    held = None              # white space that may turn out to be the end; `None` before the first word
+    # white space that may turn out to be the end; `None` before the first word
+    held = None
     for piece in pieces:
         piece = piece.lstrip() if held is None else held+piece
         body = piece.rstrip()
@@ -241,7 +257,8 @@ def _stripped(pieces):
 # %% ../../nbs/40_infer.generate.ipynb #069abe72
 def _stream(model, processor, prompt, images, **kw):
     "Pieces of the answer to one prompt, while it is generated"
-    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True,
+                                    skip_special_tokens=True)
     cancel, failed = _Cancel(), []
     kw.update(streamer=streamer, stopping_criteria=StoppingCriteriaList([cancel]))
     def work():
@@ -271,7 +288,8 @@ def open_model(
 ) -> tuple:            # Model and processor
     "A model with its processor, loaded if need be"
     if isinstance(model, (str,Path)):
-        config = Path(model)/'config.json'      # its age tells a folder that was trained again
+        # its age tells a folder that was trained again
+        config = Path(model)/'config.json'
         return _load_once(str(model), config.stat().st_mtime_ns if config.exists() else None, device)
     if processor is None:
         raise ValueError(f"a {type(model).__name__} needs its processor; "
@@ -307,7 +325,8 @@ class ChatSession:
         for piece in _stream(self.model, self.processor, ids, images, **self.kw):
             said.append(piece)
             yield piece
-        self.messages,self.shown,self._next = turns+[dict(role='assistant', content=''.join(said))], images, []
+        self.messages,self.shown,self._next = turns+[dict(
+            role='assistant', content=''.join(said))], images, []
 
     def ask(self, text:str, image=None) -> str:
         "Ask and wait for the whole answer"
@@ -326,7 +345,8 @@ def stream(
     temperature:float=0,    # 0: always the likeliest token
 ):                          # Yields pieces of the answer
     "Ask one question and read the answer as it comes"
-    yield from ChatSession(model, processor, image, max_new_tokens=max_new_tokens, temperature=temperature).stream(text)
+    yield from ChatSession(model, processor, image, max_new_tokens=max_new_tokens,
+                           temperature=temperature).stream(text)
 
 # %% ../../nbs/40_infer.generate.ipynb #8c8d5438
 def chat(

@@ -22,7 +22,8 @@ BITS = 32, 16, 8, 4   # For which weights are told
 
 def _quantized(model:nn.Module) -> dict:
     "Linear layers that `load(quantization=)` stores in fewer bits"
-    return {id(m.weight): m for m in model.language_model.modules() if isinstance(m, nn.Linear)}
+    return {id(m.weight): m for m in model.language_model.modules() if isinstance(
+        m, nn.Linear)}
 
 # %% ../../nbs/41_infer.memory.ipynb #1a465e57
 def weight_bytes(
@@ -30,12 +31,14 @@ def weight_bytes(
     bits:int=16,      # One of `BITS`
 ) -> float:           # Bytes
     "What the weights take"
-    if bits not in BITS: raise ValueError(f"{bits} bits; choose from {list(BITS)}")
+    if bits not in BITS:
+        raise ValueError(f"{bits} bits; choose from {list(BITS)}")
     parameters = {id(p): p.numel() for p in model.parameters()}
     if bits >= 16: return sum(parameters.values())*bits/8
     few = _quantized(model)
     rest = 2*sum(n for key,n in parameters.items() if key not in few)
-    if bits == 4: return rest + NF4*sum(parameters[key] for key in few)
+    if bits == 4:
+        return rest + NF4*sum(parameters[key] for key in few)
     return rest + sum(parameters[key] + 4*m.out_features for key,m in few.items())
 
 # %% ../../nbs/41_infer.memory.ipynb #a63fc19e
@@ -119,7 +122,8 @@ def _card_row(need, gpu):
     return row | dict(tokens_per_second=f'< {speed:.0f}' if speed else '?')
 
 def _as_row(need, gpu):
-    told = dict(total=need.total, fits=need.fits(gpu), tokens_per_second=tokens_per_second(need, gpu))
+    told = dict(total=need.total, fits=need.fits(gpu),
+                tokens_per_second=tokens_per_second(need, gpu))
     return vars(need) | told
 
 # %% ../../nbs/41_infer.memory.ipynb #439ea10d
@@ -132,14 +136,17 @@ class InferenceBudget:
     card:GPU                      # The card
     needs:list[InferenceMemory]   # One for each of `BITS`
 
-    def table(self) -> Table: return Table(_card_row(o, self.card) for o in self.needs)
+    def table(self) -> Table:
+        return Table(_card_row(o, self.card) for o in self.needs)
     def __repr__(self) -> str:
         model = f'{self.name}, {self.parameters/1e9:.2f} B parameters, {self.needs[0].tokens} tokens'
         return f'{model}, on one {self.gpu} of {self.card.gib:g} GiB, {self.card.dtype}\n{self.table()!r}'
     def to_dict(self) -> dict:
         "For JSON"
-        found = dict(model=self.name, parameters=self.parameters, gpu=self.gpu, gib=self.card.gib)
-        return found | dict(dtype=self.card.dtype, bits=[_as_row(o, self.card) for o in self.needs])
+        found = dict(model=self.name, parameters=self.parameters, gpu=self.gpu,
+                     gib=self.card.gib)
+        return found | dict(dtype=self.card.dtype,
+                            bits=[_as_row(o, self.card) for o in self.needs])
 
 # %% ../../nbs/41_infer.memory.ipynb #296e3687
 def inference_budget(

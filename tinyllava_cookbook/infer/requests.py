@@ -24,6 +24,7 @@ from ..sources import fetch, open_regular, read_data_url, short
 # %% ../../nbs/42_infer.requests.ipynb #db87e1da
 logger = logging.getLogger('tinyllava_cookbook.serve')
 
+# %% ../../nbs/42_infer.requests.ipynb #df0e8cd9
 class RequestError(ValueError):
     "A request that is refused"
     def __init__(self,
@@ -77,8 +78,10 @@ def _file_bytes(name:str, policy:Policy) -> bytes:
     folder = Path(policy.folder).resolve()
     file = (folder/name.removeprefix('file:').removeprefix('//')).resolve()
     if not file.is_relative_to(folder) or not file.is_file():
-        raise RequestError(f"no image {short(name)} in the folder that requests may read", code='file_refused')
-    with open_regular(file, 'image file') as opened: return opened.read(policy.image_bytes + 1)
+        raise RequestError(f"no image {short(name)} in the folder that requests may read",
+                           code='file_refused')
+    with open_regular(file, 'image file') as opened:
+        return opened.read(policy.image_bytes + 1)
 
 # %% ../../nbs/42_infer.requests.ipynb #429f3c4c
 def _remote_bytes(url:str, policy:Policy) -> bytes:
@@ -93,8 +96,10 @@ def _data_bytes(url:str, policy:Policy) -> bytes:
     "The bytes of a data URL"
     head = url[:100].partition(',')[0]
     if not head[5:].lower().startswith('image/'):
-        raise RequestError(f"{short(head)} is not the beginning of an image; it starts with data:image/")
-    if len(url) > policy.image_bytes*4//3 + 200: return b' '*(policy.image_bytes + 1)
+        raise RequestError(
+            f"{short(head)} is not the beginning of an image; it starts with data:image/")
+    if len(url) > policy.image_bytes*4//3 + 200:
+        return b' '*(policy.image_bytes + 1)
     return read_data_url(url)
 
 # %% ../../nbs/42_infer.requests.ipynb #ba14ccd3
@@ -105,11 +110,15 @@ def image_bytes(
     "The file that a request means"
     kind = url[:12].partition(':')[0].lower()
     if kind == 'data': data = _data_bytes(url, policy)
-    elif kind in ('http', 'https'): data = _remote_bytes(url, policy)
+    elif kind in ('http', 'https'):
+        data = _remote_bytes(url, policy)
     elif kind == 'file': data = _file_bytes(url, policy)
-    else: raise RequestError(f"the image {short(url)} is no data URL; send data:image/png;base64,...")
+    else:
+        raise RequestError(
+            f"the image {short(url)} is no data URL; send data:image/png;base64,...")
     if len(data) > policy.image_bytes:
-        raise RequestError(f"an image of more than {policy.image_bytes:,} bytes; shrink it", 413, 'image_too_large')
+        raise RequestError(f"an image of more than {policy.image_bytes:,} bytes; shrink it",
+                           413, 'image_too_large')
     return data
 
 # %% ../../nbs/42_infer.requests.ipynb #215403be
@@ -126,7 +135,8 @@ def request_image(
                 "shrink it", 413, 'image_too_large')
         return load_image(data)
     except RequestError: raise
-    except (OSError, ValueError) as error: raise RequestError(str(error), code='invalid_image') from None
+    except (OSError, ValueError) as error:
+        raise RequestError(str(error), code='invalid_image') from None
 
 # %% ../../nbs/42_infer.requests.ipynb #d73e9446
 class Strict(BaseModel):
@@ -199,8 +209,10 @@ def invalid_request(
     first = errors[0]
     place = '.'.join(str(o) for o in first['loc'] if o != 'body') or 'the body'
     said = first['msg']
-    if first['type'] == 'extra_forbidden': said = 'this server does not know it; leave it out'
-    elif first['type'] == 'json_invalid': place,said = 'the body', f"no JSON: {first['ctx']['error']}"
+    if first['type'] == 'extra_forbidden':
+        said = 'this server does not know it; leave it out'
+    elif first['type'] == 'json_invalid':
+        place,said = 'the body', f"no JSON: {first['ctx']['error']}"
     given = first.get('input')
     shown = f' (given: {short(str(given))})' if isinstance(given, (str, int, float)) else ''
     return RequestError(f"{place}: {said}{shown}", param=place)
@@ -211,14 +223,19 @@ def turn_text(
 ) -> str:             # As our messages have it
     "The text of a turn, with its images marked"
     parts = message.content
-    if isinstance(parts, str): parts = [TextPart(type='text', text=parts)]
-    texts = [part.text for part in parts if isinstance(part, TextPart)]
+    if isinstance(parts, str):
+        parts = [TextPart(type='text', text=parts)]
+    texts = [part.text for part in parts if isinstance(
+        part, TextPart)]
     if any(IMAGE_TOKEN in text for text in texts):
-        raise RequestError(f"the text holds {IMAGE_TOKEN!r}; send an image as a part of type image_url")
+        raise RequestError(
+            f"the text holds {IMAGE_TOKEN!r}; send an image as a part of type image_url")
     n_images = len(parts) - len(texts)
     if n_images and message.role != 'user':
-        raise RequestError(f"an image in a turn of the {message.role}; images belong to the user's turns")
-    if len(texts) < 2: return user_turn(''.join(texts), n_images)['content']
+        raise RequestError(
+            f"an image in a turn of the {message.role}; images belong to the user's turns")
+    if len(texts) < 2:
+        return user_turn(''.join(texts), n_images)['content']
     return '\n'.join(part.text if isinstance(part, TextPart) else IMAGE_TOKEN for part in parts)
 
 # %% ../../nbs/42_infer.requests.ipynb #aca206d9
@@ -226,13 +243,16 @@ def image_urls(
     messages:list[Message],  # Of a request
 ) -> list[str]:              # In order
     "Addresses of all images of a conversation"
-    lists = [m.content for m in messages if not isinstance(m.content, str)]
+    lists = [m.content for m in messages if not isinstance(
+        m.content, str)]
     parts = [part for content in lists for part in content]
-    return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+    return [part.image_url.url for part in parts if isinstance(
+        part, ImagePart)]
 
 # %% ../../nbs/42_infer.requests.ipynb #cb3b3c3e
 ROLES = dict(developer='system')   # What OpenAI's newer models call it
 
+# %% ../../nbs/42_infer.requests.ipynb #bc8f41cf
 def conversation(
     messages:list[Message],  # Of a request
     policy:Policy,           # What is allowed
@@ -240,8 +260,10 @@ def conversation(
     "Messages and images of a request"
     urls = image_urls(messages)
     if len(urls) > policy.images:
-        raise RequestError(f"{len(urls)} images; this server takes {policy.images} a request", code='too_many_images')
+        raise RequestError(f"{len(urls)} images; this server takes {policy.images} a request",
+                           code='too_many_images')
     if messages[-1].role != 'user':
-        raise RequestError(f"the last turn is of the {messages[-1].role}; it must be the user's")
+        raise RequestError(
+            f"the last turn is of the {messages[-1].role}; it must be the user's")
     turns = [dict(role=ROLES.get(m.role, m.role), content=turn_text(m)) for m in messages]
     return turns, [request_image(url, policy) for url in urls]

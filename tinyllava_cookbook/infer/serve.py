@@ -52,15 +52,21 @@ def check_headers(
     headers = headers_of(scope)
     host = headers.get('host', '')
     if hosts and host.rpartition(':')[0] not in hosts and host not in hosts:
-        raise RequestError(f"the host {short(host)} is not this server; choose from {list(hosts)}", 403, 'wrong_host')
+        raise RequestError(f"the host {short(host)} is not this server; choose from {list(hosts)}",
+                           403, 'wrong_host')
     origin = headers.get('origin')
     if origin is not None and origin.partition('://')[2] != host:
-        raise RequestError(f"a page of {short(origin)} may not use this server", 403, 'wrong_origin')
+        raise RequestError(f"a page of {short(origin)} may not use this server",
+                           403, 'wrong_origin')
     given = headers.get('authorization', '').removeprefix('Bearer ')
-    if key and scope['path'] not in OPEN and not hmac.compare_digest(given.encode(), key.encode()):
-        raise RequestError("no valid key; send it as 'Authorization: Bearer KEY'", 401, 'invalid_api_key')
-    if scope['method'] == 'POST' and headers.get('content-type', '').partition(';')[0].strip() != 'application/json':
-        raise RequestError("the body must be JSON; send 'Content-Type: application/json'", 415, 'wrong_type')
+    if key and scope['path'] not in OPEN and not hmac.compare_digest(
+        given.encode(), key.encode()):
+        raise RequestError("no valid key; send it as 'Authorization: Bearer KEY'",
+                           401, 'invalid_api_key')
+    if scope['method'] == 'POST' and headers.get(
+        'content-type', '').partition(';')[0].strip() != 'application/json':
+        raise RequestError("the body must be JSON; send 'Content-Type: application/json'",
+                           415, 'wrong_type')
 
 # %% ../../nbs/45_infer.serve.ipynb #795c0fd0
 async def read_body(
@@ -71,18 +77,24 @@ async def read_body(
     body = bytearray()
     while True:
         message = await receive()
-        if message['type'] == 'http.disconnect': raise RequestError('the client left', code='client_left')
+        if message['type'] == 'http.disconnect':
+            raise RequestError('the client left', code='client_left')
         body += message.get('body', b'')
-        if len(body) > most: raise RequestError(f"a request of more than {most:,} bytes", 413, 'request_too_large')
+        if len(body) > most:
+            raise RequestError(f"a request of more than {most:,} bytes", 413,
+                               'request_too_large')
         if not message.get('more_body'): return bytes(body)
 async def body_in_time(
     receive:Callable, # Of ASGI
     policy:Policy,    # Limits of size and time
 ) -> bytes:           # The whole body
     "Read a request within its time"
-    try: return await asyncio.wait_for(read_body(receive, policy.body_bytes), policy.seconds)
+    try:
+        return await asyncio.wait_for(read_body(receive, policy.body_bytes),
+                                      policy.seconds)
     except asyncio.TimeoutError:
-        raise RequestError(f"a request that was not complete after {policy.seconds:g} s", 408, 'too_slow') from None
+        raise RequestError(f"a request that was not complete after {policy.seconds:g} s",
+                           408, 'too_slow') from None
 
 # %% ../../nbs/45_infer.serve.ipynb #f8676428
 class Guard:
@@ -102,10 +114,12 @@ class Guard:
         self.under_way = 0
 
     async def __call__(self, scope, receive, send):
-        if scope['type'] != 'http': return await self.app(scope, receive, send)
+        if scope['type'] != 'http':
+            return await self.app(scope, receive, send)
         send = self.metrics.watch(scope, send)
         try: receive = await self.admit(scope, receive)
-        except RequestError as error: return await refuse(scope, error)(scope, receive, send)
+        except RequestError as error:
+            return await refuse(scope, error)(scope, receive, send)
         self.under_way += 1
         try: await self.app(scope, receive, send)
         finally: self.under_way -= 1
@@ -115,7 +129,8 @@ class Guard:
         check_headers(scope, self.key, self.hosts)
         policy = self.service.policy
         if scope['path'] not in OPEN and self.under_way >= policy.requests:
-            raise RequestError(f"{self.under_way} requests are under way; try again soon", 429, 'busy')
+            raise RequestError(f"{self.under_way} requests are under way; try again soon",
+                               429, 'busy')
         parts = [dict(type='http.request', body=await body_in_time(receive, policy))]
         async def replay(): return parts.pop() if parts else await receive()
         return replay
@@ -123,6 +138,7 @@ class Guard:
 # %% ../../nbs/45_infer.serve.ipynb #8f9ba711
 ROUTES = '/v1/chat/completions', '/v1/models', '/metrics', '/health'   # Others are counted as one
 
+# %% ../../nbs/45_infer.serve.ipynb #3664ff2a
 class Metrics:
     "What Prometheus is told"
     def __init__(self,
@@ -130,8 +146,10 @@ class Metrics:
     ):
         self.service = service
         self.registry = CollectorRegistry()
-        self.requests = Counter('tinyllava_requests', 'Responses', ['path', 'status'], registry=self.registry)
-        self.seconds = Histogram('tinyllava_request_seconds', 'Time of a request', ['path'], registry=self.registry)
+        self.requests = Counter('tinyllava_requests', 'Responses',
+                                ['path', 'status'], registry=self.registry)
+        self.seconds = Histogram('tinyllava_request_seconds', 'Time of a request',
+                                 ['path'], registry=self.registry)
         self.registry.register(self)
 
     def watch(self, scope, send):
@@ -139,8 +157,10 @@ class Metrics:
         path = scope['path'] if scope['path'] in ROUTES else 'other'
         began = time.monotonic()
         async def counted(message):
-            if message['type'] == 'http.response.start': self.requests.labels(path, message['status']).inc()
-            elif not message.get('more_body'): self.seconds.labels(path).observe(time.monotonic() - began)
+            if message['type'] == 'http.response.start':
+                self.requests.labels(path, message['status']).inc()
+            elif not message.get('more_body'):
+                self.seconds.labels(path).observe(time.monotonic() - began)
             await send(message)
         return counted
 
@@ -151,7 +171,8 @@ class Metrics:
             kind = GaugeMetricFamily if name == 'largest' else CounterMetricFamily
             yield kind(f'tinyllava_batch_{name}', f'{name} of the batcher', value)
         waiting = len(batcher.waiting) + batcher.inbox.qsize()
-        yield GaugeMetricFamily('tinyllava_waiting', 'Requests that wait for a batch', waiting)
+        yield GaugeMetricFamily('tinyllava_waiting',
+                                'Requests that wait for a batch', waiting)
 
 # %% ../../nbs/45_infer.serve.ipynb #a49b4552
 class EventStream(StreamingResponse):
@@ -160,7 +181,8 @@ class EventStream(StreamingResponse):
         job:Job,                      # Cancelled in the end
         events:AsyncIterator[str],    # From `chunks`
     ):
-        super().__init__(events, media_type='text/event-stream', headers={'Cache-Control': 'no-store'})
+        super().__init__(events, media_type='text/event-stream',
+                         headers={'Cache-Control': 'no-store'})
         self.job = job
 
     async def __call__(self, scope, receive, send):
@@ -193,11 +215,13 @@ def add_routes(
 ):
     "Add the four addresses"
     @app.post('/v1/chat/completions')
-    async def chat(request: Request, body: ChatRequest): return await answer_chat(service, request, body)
+    async def chat(request: Request, body: ChatRequest):
+        return await answer_chat(service, request, body)
 
     @app.get('/v1/models')
     async def models():
-        model = dict(id=service.name, object='model', created=service.started, owned_by='tinyllava-cookbook')
+        model = dict(id=service.name, object='model', created=service.started,
+                     owned_by='tinyllava-cookbook')
         return dict(object='list', data=[model])
 
     @app.get('/metrics')
@@ -206,7 +230,8 @@ def add_routes(
         return Response(text, media_type='text/plain; version=0.0.4')
 
     @app.get('/health')
-    async def health(): return dict(status='ok', model=service.name)
+    async def health():
+        return dict(status='ok', model=service.name)
 
 # %% ../../nbs/45_infer.serve.ipynb #df9d3acb
 def add_errors(
@@ -214,18 +239,22 @@ def add_errors(
 ):
     "Every error in OpenAI's shape, and in the log"
     @app.exception_handler(RequestError)
-    async def refused(request, error): return refuse(request.scope, error)
+    async def refused(request, error):
+        return refuse(request.scope, error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request, error): return refuse(request.scope, invalid_request(error.errors()))
+    async def invalid(request, error):
+        return refuse(request.scope, invalid_request(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def no_route(request, error):
-        said = RequestError(f"{request.method} {short(request.url.path)}: {error.detail}", error.status_code)
+        said = RequestError(f"{request.method} {short(request.url.path)}: {error.detail}",
+                            error.status_code)
         return refuse(request.scope, said)
 
     @app.exception_handler(Exception)
-    async def broken(request, error): return refuse(request.scope, failed(error))
+    async def broken(request, error):
+        return refuse(request.scope, failed(error))
 
 # %% ../../nbs/45_infer.serve.ipynb #6c351677
 def new_app(
@@ -238,7 +267,8 @@ def new_app(
     async def lifespan(app):
         yield
         service.batcher.close()
-    app = FastAPI(title='TinyLLaVA', lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title='TinyLLaVA', lifespan=lifespan, docs_url=None,
+                  redoc_url=None, openapi_url=None)
     metrics = Metrics(service)
     add_routes(app, service, metrics)
     add_errors(app)
@@ -255,8 +285,10 @@ def open_socket(
     if f'[{host}]' not in LOOPBACK and host not in LOOPBACK and not key:
         raise ValueError(f"{host!r} can be reached from other machines, so a key is needed: "
             "set the environment variable TINYLLAVA_API_KEY, or listen on 127.0.0.1")
-    try: return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
-    except OSError as error: raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
 
 # %% ../../nbs/45_infer.serve.ipynb #f3fe37dc
 def server_url(
@@ -284,11 +316,14 @@ def running(
 ):                         # Yields its address
     "A server in a thread, for the time of a block"
     server = new_server(app)
-    thread = threading.Thread(target=server.run, kwargs=dict(sockets=[sock]), daemon=True)
+    thread = threading.Thread(target=server.run, kwargs=dict(sockets=[sock]),
+                              daemon=True)
     thread.start()
     try:
-        while thread.is_alive() and not server.started: time.sleep(.005)
-        if not thread.is_alive(): raise RuntimeError("the server did not start; its log says why")
+        while thread.is_alive() and not server.started:
+            time.sleep(.005)
+        if not thread.is_alive():
+            raise RuntimeError("the server did not start; its log says why")
         yield server_url(sock)
     finally:
         server.should_exit = True
@@ -298,6 +333,7 @@ def running(
 # %% ../../nbs/45_infer.serve.ipynb #648b5841
 KEY_VARIABLE = 'TINYLLAVA_API_KEY'   # Holds what clients must know
 
+# %% ../../nbs/45_infer.serve.ipynb #27b3571b
 def serve(
     service:Service,         # Who answers
     host:str='127.0.0.1',    # Where to listen
@@ -310,6 +346,7 @@ def serve(
     local = host in LOOPBACK or f'[{host}]' in LOOPBACK
     app = new_app(service, key, LOOPBACK if local else ())
     extend(app)
-    print(f"{service.name} at {server_url(sock)}/v1{' with a key' if key else ''}; Ctrl-C stops it", flush=True)
+    print(f"{service.name} at {server_url(sock)}/v1{' with a key' if key else ''}; Ctrl-C stops it",
+          flush=True)
     try: new_server(app).run(sockets=[sock])
     finally: sock.close()

@@ -39,18 +39,21 @@ class Service:
 
     def check_model(self, name:str):
         if name == self.name: return
-        raise RequestError(f"no model {name!r}; choose from {[self.name]}", 404, 'model_not_found', 'model')
+        raise RequestError(f"no model {name!r}; choose from {[self.name]}", 404,
+                           'model_not_found', 'model')
 
     def prompt(self, messages:list[Message]) -> tuple[list, list]:
         "Token ids and images of a conversation"
         turns,images = conversation(messages, self.policy)
         try:
             with self.tokenizing: return prompt_ids(self.processor, turns, images), images
-        except ValueError as error: raise RequestError(str(error), param='messages') from None
+        except ValueError as error:
+            raise RequestError(str(error), param='messages') from None
 
     def room(self, prompt:list[int]) -> int:
         "Tokens that an answer can have"
-        most = getattr(self.model.config.text_config, 'max_position_embeddings', None) or 2**30
+        most = getattr(self.model.config.text_config, 'max_position_embeddings',
+                       None) or 2**30
         if len(prompt) < most: return most - len(prompt)
         raise RequestError(f"a prompt of {len(prompt)} tokens, but the model reads {most}; shorten it",
             code='context_length_exceeded', param='messages')
@@ -66,7 +69,8 @@ def new_job(
     asked = request.max_completion_tokens or request.max_tokens
     most = service.policy.new_tokens
     if asked and asked > most:
-        raise RequestError(f"max_tokens is {asked}; this server writes up to {most}", param='max_tokens')
+        raise RequestError(f"max_tokens is {asked}; this server writes up to {most}",
+                           param='max_tokens')
     prompt,images = service.prompt(request.messages)
     stops = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
     seed = {} if request.seed is None else dict(seed=request.seed)
@@ -81,8 +85,10 @@ class Listener:
         self.news = asyncio.Queue()
 
     def tell(self, news):
-        try: self.loop.call_soon_threadsafe(self.news.put_nowait, news)
-        except RuntimeError: logger.info('the server has stopped: an answer is not sent')
+        try:
+            self.loop.call_soon_threadsafe(self.news.put_nowait, news)
+        except RuntimeError:
+            logger.info('the server has stopped: an answer is not sent')
 
     async def pieces(self) -> AsyncIterator:
         "Texts, then the `Finish`; an error is raised"
@@ -100,7 +106,8 @@ async def finish_or_leave(
 ) -> Finish:            # Of the answer
     "Wait for the answer, or for the client to hang up"
     async def gone():
-        while (await request.receive())['type'] != 'http.disconnect': pass
+        while (await request.receive())['type'] != 'http.disconnect':
+            pass
         job.cancel()
     watching = asyncio.create_task(gone())
     try:
@@ -117,7 +124,8 @@ def usage(
 ) -> dict:          # Numbers of tokens
     "What an answer cost"
     read = len(job.prompt)
-    return dict(prompt_tokens=read, completion_tokens=finish.tokens, total_tokens=read + finish.tokens)
+    return dict(prompt_tokens=read, completion_tokens=finish.tokens,
+                total_tokens=read + finish.tokens)
 
 # %% ../../nbs/43_infer.service.ipynb #d9525ecf
 def envelope(
@@ -125,7 +133,8 @@ def envelope(
     model:str,  # Its name
 ) -> dict:      # What answers have in common
     "The outer part of an answer"
-    return dict(id=f'chatcmpl-{uuid.uuid4().hex}', object=kind, created=int(time.time()), model=model)
+    return dict(id=f'chatcmpl-{uuid.uuid4().hex}', object=kind,
+                created=int(time.time()), model=model)
 
 # %% ../../nbs/43_infer.service.ipynb #1273fa80
 def completion(
@@ -135,8 +144,10 @@ def completion(
 ) -> dict:          # The body of a response
     "An answer as a whole"
     message = dict(role='assistant', content=finish.text)
-    choice = dict(index=0, message=message, finish_reason=finish.reason, logprobs=None)
-    return envelope('chat.completion', model) | dict(choices=[choice], usage=usage(job, finish))
+    choice = dict(index=0, message=message, finish_reason=finish.reason,
+                  logprobs=None)
+    return envelope('chat.completion', model) | dict(
+        choices=[choice], usage=usage(job, finish))
 
 # %% ../../nbs/43_infer.service.ipynb #771aefdf
 def event(
@@ -159,17 +170,21 @@ async def chunks(
     yield chunk(dict(role='assistant', content=''))
     try:
         async for news in listener.pieces():
-            if isinstance(news, str): yield chunk(dict(content=news))
+            if isinstance(news, str):
+                yield chunk(dict(content=news))
     except Exception as error:
         yield event(failed(error).body())
         return
     yield chunk({}, news.reason)
-    if with_usage: yield event(outer | dict(choices=[], usage=usage(job, news)))
+    if with_usage:
+        yield event(outer | dict(choices=[], usage=usage(job, news)))
     yield 'data: [DONE]\n\n'
 
+# %% ../../nbs/43_infer.service.ipynb #4bd065a4
 def failed(
     error:Exception,  # Of the batcher
 ) -> RequestError:    # What the client is told
     "An error of the model: in full in the log, without its inside for the client"
     logger.error('an answer failed', exc_info=error)
-    return RequestError('the model failed to answer; the log of the server says why', 500, 'generation_failed')
+    return RequestError('the model failed to answer; the log of the server says why',
+                        500, 'generation_failed')

@@ -88,7 +88,8 @@ def _nf4(layer):
     "The same layer, its weight in 4 bits"
     import bitsandbytes as bnb
     kw = dict(quant_type='nf4', compress_statistics=True)
-    new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, False, device='meta', **kw)
+    new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, False,
+                            device='meta', **kw)
     new.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, module=new,
         **kw).to(layer.weight.device)
     new.bias = layer.bias
@@ -110,7 +111,8 @@ def quantize(
 def _float_weight(layer):
     "What a 4-bit weight stands for"
     import bitsandbytes as bnb
-    return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return bnb.functional.dequantize_4bit(layer.weight.data,
+                                          layer.weight.quant_state)
 
 # %% ../../nbs/28_model.adapters.ipynb #85199ae7
 def _take(state, name, layer):
@@ -124,7 +126,8 @@ def _take(state, name, layer):
     if (len(up), down.shape[1]) != tuple(weight.shape):
         raise ValueError(f"the adapter of {name} is for a weight of {(len(up), down.shape[1])}, "
             f"but that is {tuple(weight.shape)}")
-    new = weight.float() + up.to(weight.device) @ down.to(weight.device) * layer.scaling['default']
+    new = weight.float() + up.to(
+        weight.device) @ down.to(weight.device) * layer.scaling['default']
     if f'{name}.lora_magnitude_vector.default.weight' in state:
         length = get('lora_magnitude_vector.default.weight').to(new)
         new = new*(length/torch.linalg.norm(new, dim=1))[:, None]
@@ -171,7 +174,8 @@ def _config(layers, also):
     alpha = first.lora_alpha['default']
     return LoraConfig(r=r, lora_alpha=alpha,
         lora_dropout=getattr(first.lora_dropout['default'], 'p', 0.),
-        target_modules=list(layers), use_dora=first.use_dora['default'], modules_to_save=list(also)
+        target_modules=list(layers), use_dora=first.use_dora['default'],
+        modules_to_save=list(also)
         or None,
         rank_pattern={name:module.r['default'] for name,module in layers.items()
         if module.r['default'] != r},

@@ -34,7 +34,6 @@ class Architecture:
         kind = fields.pop('model_type')
         if kind == 'openelm': _openelm_classes()
         return AutoConfig.for_model(kind, **fields)
-
 architectures = Registry('architecture', 'architectures')
 
 # %% ../../nbs/29_model.architecture.ipynb #3a9b5b99
@@ -54,7 +53,6 @@ def register_architectures(
 _TOWER = ('image_size patch_size hidden_size intermediate_size '
           'num_hidden_layers num_attention_heads')
 _DINO = 'image_size patch_size hidden_size num_hidden_layers num_attention_heads'
-
 register_architectures('clip_vision_model', _TOWER, [
     ('openai/clip-vit-large-patch14-336', 336, 14, 1024, 4096, 24, 16, {}, 303507456),
     ('openai/clip-vit-large-patch14', 224, 14, 1024, 4096, 24, 16, {}, 303179776)])
@@ -69,7 +67,6 @@ register_architectures('dinov2', _DINO, [
 _LLM = ('hidden_size intermediate_size num_hidden_layers '
         'num_attention_heads num_key_value_heads vocab_size')
 _TIED = dict(tie_word_embeddings=True)
-
 register_architectures('llama', _LLM, [
     ('TinyLlama/TinyLlama-1.1B-Chat-v1.0', 2048, 5632, 22, 32, 4, 32000, {}, 1100048384),
     ('lmsys/vicuna-7b-v1.5', 4096, 11008, 32, 32, 32, 32000, {}, 6738415616),
@@ -86,7 +83,6 @@ register_architectures('mistral', _LLM, [
 
 # %% ../../nbs/29_model.architecture.ipynb #f174415d
 _HEADS_128 = _TIED | dict(head_dim=128)
-
 register_architectures('qwen2', _LLM, [
     ('Qwen/Qwen1.5-0.5B', 1024, 2816, 24, 16, 16, 151936, _TIED, 463987712),
     ('Qwen/Qwen1.5-1.8B', 2048, 5504, 24, 16, 16, 151936, {}, 1836828672),
@@ -129,7 +125,6 @@ def _openelm(width, layers, head):
     return dict(ffn_multipliers=[round(.5 + 3.5*x, 2) for x in grows], num_query_heads=queries,
         num_kv_heads=[n//4 for n in queries], share_input_output_layers=True,
         normalize_qk_projections=True, vocab_size=32000, max_context_length=2048)
-
 register_architectures('openelm', 'model_dim num_transformer_layers head_dim', [
     (name, *shape, _openelm(*shape), parameters) for name,shape,parameters in (
         ('apple/OpenELM-270M', (1280, 16, 64), 271527168),
@@ -159,11 +154,13 @@ _ALIASES = {
     'microsoft/Phi-3-mini-128k-instruct': 'microsoft/Phi-3-mini-4k-instruct',
     'microsoft/Phi-3.5-mini-instruct': 'microsoft/Phi-3-mini-4k-instruct'}
 
+# %% ../../nbs/29_model.architecture.ipynb #d60812f9
 def known_name(
     name:str,    # As in a recipe
 ) -> str:        # A key of `architectures`, or `name` itself
     "The published component that has the same shape"
-    name = _ALIASES.get(name, name).replace('/SmolLM-', '/SmolLM2-')   # of one shape
+    # of one shape
+    name = _ALIASES.get(name, name).replace('/SmolLM-', '/SmolLM2-')
     base = re.sub('-Chat$|-Instruct$', '', name)
     return next((o for o in (base, f'{base}-Instruct') if o in architectures), name)
 
@@ -177,6 +174,7 @@ def _from_hub(name):
             f"no architecture {name!r}: not among {architectures.names()}, and the Hub does not give it "
             f"({type(error).__name__}); give a folder with its config.json") from None
 
+# %% ../../nbs/29_model.architecture.ipynb #8659f726
 def _shipped(name):
     "The folder of an ingredient"
     try: return ingredient(name)
@@ -199,7 +197,8 @@ def part_config(
     if name in architectures: return architectures[name].load()
     folder = Path(name)
     if folder.is_dir() and not (folder/'config.json').exists():
-        raise FileNotFoundError(f"{name!r} has no config.json; give the folder of a checkpoint")
+        raise FileNotFoundError(
+            f"{name!r} has no config.json; give the folder of a checkpoint")
     place = name if folder.is_dir() or '/' in name else _shipped(name)
     if Path(place).is_dir(): check_folder(place)   # sizes that can be built
     config = _from_hub(place)
@@ -212,9 +211,11 @@ def _cached_model(vision, llm, mix, fields):
     vision_config = part_config(vision, mix=mix)
     text_config = part_config(llm)
     config = VLMConfig(vision_config=vision_config, text_config=text_config,
-                       image_token_id=text_config.vocab_size - 1, **json.loads(fields))
+                       image_token_id=text_config.vocab_size - 1,
+                       **json.loads(fields))
     return meta_vlm(config)
 
+# %% ../../nbs/29_model.architecture.ipynb #25dee9d1
 def meta_vlm(
     config:VLMConfig,  # Of any model
 ) -> nn.Module:        # A `VLMForConditionalGeneration` on the meta device

@@ -42,7 +42,8 @@ def markdown_table(
 ) -> str:            # Markdown
     "A table for a model card; its values bring no markup with them"
     lines = [' | '.join(head), ' | '.join(['---']*len(head))]
-    for row in rows: lines.append(' | '.join(map(plain_markdown, row)))
+    for row in rows:
+        lines.append(' | '.join(map(plain_markdown, row)))
     return '\n'.join(f'| {line} |' for line in lines)
 
 # %% ../../nbs/26_model.card.ipynb #c8ef7647
@@ -53,7 +54,8 @@ def weight_shapes(
     shapes = {}
     for path in sorted(Path(folder).glob('model*.safetensors')):
         with safe_open(path, 'pt') as file:
-            for name in file.keys(): shapes[name] = file.get_slice(name).get_shape()
+            for name in file.keys():
+                shapes[name] = file.get_slice(name).get_shape()
     return shapes
 
 # %% ../../nbs/26_model.card.ipynb #6dbeb3c8
@@ -62,6 +64,7 @@ _PARTS = {
     'connector': ('connector.', 'multi_modal_projector.', 'image_newline'),
     'language model': 'language_model.'}
 
+# %% ../../nbs/26_model.card.ipynb #f45f09d0
 def part_sizes(
     folder,               # A checkpoint
 ) -> dict[str,float]:     # Million parameters, in the order of the data
@@ -69,17 +72,20 @@ def part_sizes(
     sizes = dict.fromkeys(_PARTS, 0.)
     for name,shape in weight_shapes(folder).items():
         name = flat_name(name)
-        part = next(part for part,starts in _PARTS.items() if name.startswith(starts))
+        part = next(part for part,
+                    starts in _PARTS.items() if name.startswith(starts))
         sizes[part] += np.prod(shape)/1e6
     return {part: size for part,size in sizes.items() if size}
 
 # %% ../../nbs/26_model.card.ipynb #87bdfb30
-def _mode(tune): return tune if isinstance(tune, str) else tune.get('mode', 'frozen')
+def _mode(tune):
+    return tune if isinstance(tune, str) else tune.get('mode', 'frozen')
 
 def _trainable(stage):
     "The parts that a stage trains, and how"
     modes = {part: _mode(tune) for part,tune in stage.get('tune', {}).items()}
-    return ', '.join(f'{part} {mode}' for part,mode in modes.items() if mode != 'frozen')
+    return ', '.join(f'{part} {mode}' for part,
+                     mode in modes.items() if mode != 'frozen')
 
 # %% ../../nbs/26_model.card.ipynb #38419694
 def stages_table(
@@ -88,9 +94,11 @@ def stages_table(
     "The stages of a recipe"
     rows = []
     for stage in recipe.get('stages', []):
-        numbers = [stage.get(field, '') for field in ('global_batch_size', 'lr', 'epochs')]
+        numbers = [stage.get(field, '') for field in (
+            'global_batch_size', 'lr', 'epochs')]
         rows.append([stage['name'], _trainable(stage), *numbers])
-    return markdown_table(['stage', 'trainable', 'batch', 'learning rate', 'epochs'], rows)
+    return markdown_table(['stage', 'trainable', 'batch', 'learning rate', 'epochs'],
+                          rows)
 
 # %% ../../nbs/26_model.card.ipynb #5d4dac6d
 def _score_row(name, result):
@@ -98,7 +106,8 @@ def _score_row(name, result):
     published = result['published']
     ends = published.get('interval')
     interval = '{:.2f} to {:.2f}'.format(*ends) if ends else ''
-    return [name, result.get('split', ''), published['metric'], f"{published['score']:.2f}", interval]
+    return [name, result.get('split', ''), published['metric'],
+            f"{published['score']:.2f}", interval]
 
 # %% ../../nbs/26_model.card.ipynb #a9f1bfdc
 def scores_table(
@@ -173,7 +182,8 @@ def model_card(
     "Say what a checkpoint is, how it was trained, how well it does and how to run it"
     folder = Path(folder)
     recipe = _recipe_of(folder, recipe)
-    card = _CARD.format(**_about(read_json(folder/'config.json'), folder, name or folder.name))
+    card = _CARD.format(**_about(read_json(folder/'config.json'), folder,
+                                 name or folder.name))
     if recipe:
         named = code_markdown(recipe.get('name', '?'))
         card += f"\n## Training\n\nRecipe {named}.\n\n{stages_table(recipe)}\n"

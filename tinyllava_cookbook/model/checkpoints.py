@@ -41,7 +41,8 @@ def saved_plugins(
 ) -> dict:  # As `held_plugins` gives it; mostly empty
     "The plugins that a model's parts come from"
     config = model.config
-    towers = [o for o in model.modules() if isinstance(o, PreTrainedModel) and o.config is not config]
+    towers = [o for o in model.modules() if isinstance(
+        o, PreTrainedModel) and o.config is not config]
     types = {o.config.model_type: type(o.config) for o in towers}
     family = getattr(config.text_config, 'llm_family', None) or config.text_config.model_type
     parts = [('connector', config.connector), ('template', config.template),
@@ -76,6 +77,7 @@ KEEP_PRECISE = ['model.vision_tower', 'model.connector',
 _BITS = {'4bit': dict(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True),
     '8bit': dict(load_in_8bit=True)}
 
+# %% ../../nbs/26_model.checkpoints.ipynb #a2102f10
 def quantization_config(
     name:str,               # '4bit' or '8bit'
     dtype=torch.bfloat16,   # Precision in which 4-bit weights are multiplied
@@ -86,7 +88,8 @@ def quantization_config(
     if not find_spec('bitsandbytes'):
         raise ImportError("quantization needs bitsandbytes; pip install bitsandbytes")
     more = {'bnb_4bit_compute_dtype': dtype} if name == '4bit' else {}
-    return BitsAndBytesConfig(llm_int8_skip_modules=KEEP_PRECISE, **_BITS[name], **more)
+    return BitsAndBytesConfig(llm_int8_skip_modules=KEEP_PRECISE, **_BITS[name],
+                              **more)
 
 # %% ../../nbs/26_model.checkpoints.ipynb #1891bcfe
 _PROCESSOR = 'processor_config.json', 'tokenizer_config.json', 'chat_template.jinja'
@@ -135,6 +138,7 @@ def verify_files(
 # %% ../../nbs/26_model.checkpoints.ipynb #9d034ce2
 _ALIKE = 'image_token_id', 'image_seq_length', 'image_token_grid', 'image_mode', 'template'
 
+# %% ../../nbs/26_model.checkpoints.ipynb #d5ef7a26
 def _check_halves(model, processor, path):
     "An error where model and processor do not belong together"
     config = model.config
@@ -160,7 +164,8 @@ def _open_ours(path, trusted, **kwargs):
     "Model and processor of a folder of ours"
     _check_whole(path, trusted)
     with reading(path, 'checkpoint'):
-        model = load_strict(VLMForConditionalGeneration, path, current=current_name, **kwargs)
+        model = load_strict(VLMForConditionalGeneration, path, current=current_name,
+                            **kwargs)
         processor = load_processor(path)
         _check_halves(model, processor, path)
     return model, processor
@@ -170,7 +175,8 @@ def _placed(device, dtype, quantization, device_map):
     "Arguments of `from_pretrained` that decide precision and place"
     kwargs = {'dtype': 'auto' if dtype == 'file' else pick_dtype(device, str(dtype or 'auto'))}
     if quantization:
-        kwargs['quantization_config'] = quantization_config(quantization, pick_dtype(device))
+        kwargs['quantization_config'] = quantization_config(
+            quantization, pick_dtype(device))
     if device_map or quantization:
         kwargs['device_map'] = device_map or {'': str(device)}
     return kwargs
@@ -207,7 +213,8 @@ def load(
     if kind == 'ours':
         model,processor = _open_ours(path, trust_remote_code, **kwargs)
     else:
-        model,processor = _open_foreign(readers[kind](path, llm, vision), path, config, **kwargs)
+        model,processor = _open_foreign(readers[kind](path, llm, vision), path,
+                                        config, **kwargs)
     if verify:
         verify_files(path)
     return model if 'device_map' in kwargs else model.to(device), processor
@@ -223,7 +230,8 @@ def with_template(
     jinja = processor.chat_template if name == 'hf' else None
     model.config.template = name
     try:
-        return model, processor_for(model.config, processor.image_processor, processor.tokenizer, jinja)
+        return model, processor_for(model.config, processor.image_processor,
+                                    processor.tokenizer, jinja)
     except (KeyError, ValueError):
         model.config.template = before
         raise

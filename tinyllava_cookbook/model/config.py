@@ -42,7 +42,8 @@ class VLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self.tie_word_embeddings = bool(getattr(self.text_config, 'tie_word_embeddings', False))
+        self.tie_word_embeddings = bool(getattr(
+            self.text_config, 'tie_word_embeddings', False))
 
 # %% ../../nbs/22_model.config.ipynb #ed0bb0ed
 def _check_derived(config, n_tokens):

@@ -81,7 +81,8 @@ class MLP(Connector):
         depth:int=2, # Number of linear layers
     ):
         super().__init__(d_vis, d_llm)
-        more = [layer for _ in range(depth-1) for layer in (nn.GELU(), nn.Linear(d_llm, d_llm))]
+        more = [layer for _ in range(depth-1) for layer in (
+            nn.GELU(), nn.Linear(d_llm, d_llm))]
         self.layers = nn.Sequential(nn.Linear(d_vis, d_llm), *more)
 
     def forward(self, x_bnv:Tensor) -> Tensor:
@@ -124,7 +125,8 @@ class AvgPool(MLP):
         return F.avg_pool2d(x_bvhw, self.k)
     def forward(self, x_bnv:Tensor) -> Tensor:
         rows,cols = _blocks(x_bnv.shape[1], self.k, self.grid)
-        x_bvhw = x_bnv.transpose(1, 2).unflatten(2, (rows*self.k, cols*self.k))
+        x_bvhw = x_bnv.transpose(1, 2).unflatten(
+            2, (rows*self.k, cols*self.k))
         return super().forward(self.pool(x_bvhw).flatten(2).transpose(1, 2))
 
 # %% ../../nbs/21_model.connectors.ipynb #03412802
@@ -191,7 +193,8 @@ class Resampler(Connector):
         super().__init__(d_vis, d_llm)
         self.proj = nn.Linear(d_vis, d_llm)
         self.queries = nn.Parameter(torch.randn(n_queries, d_llm))
-        self.layers = nn.ModuleList(PerceiverLayer(d_llm, heads, d_head) for _ in range(depth))
+        self.layers = nn.ModuleList(PerceiverLayer(
+            d_llm, heads, d_head) for _ in range(depth))
         self.norm = nn.LayerNorm(d_llm)
 
     def n_tokens(self, n_patches):
@@ -329,7 +332,8 @@ def connector(
 # linear, MLP
 _PEER = [(r'^(weight|bias)$', r'proj.\1'), (r'^(\d+)\.', r'layers.\1.'),
     (r'^clip\.', 'first.'), (r'^dinov2\.', 'second.'),                                          # MoF
-    (r'^linear\.', 'proj.'), (r'^latents$', 'queries'), (r'^(layers\.\d+)\.0\.(?:to_)?', r'\1.'),
+    (r'^linear\.', 'proj.'), (r'^latents$', 'queries'),
+    (r'^(layers\.\d+)\.0\.(?:to_)?', r'\1.'),
     # resampler
     (r'\.norm_media\.', '.norm_x.'), (r'\.norm_latents\.', '.norm_q.'),
     (r'^(layers\.\d+)\.1\.(?=\d)', r'\1.ff.'),
@@ -338,9 +342,11 @@ _PEER = [(r'^(weight|bias)$', r'proj.\1'), (r'^(\d+)\.', r'layers.\1.'),
     (r'\.self\.([qkv])\w+\.', r'.\1.'),
     (r'\.(attn|cross)\.output\.dense\.', r'.\1.out.'),
     (r'\.(attn|cross)\.output\.LayerNorm\.', r'.\1.norm.'),
-    (r'\.intermediate_query\.dense\.', '.ff.0.'), (r'\.output_query\.dense\.', '.ff.2.'),
+    (r'\.intermediate_query\.dense\.', '.ff.0.'),
+    (r'\.output_query\.dense\.', '.ff.2.'),
     (r'\.output_query\.LayerNorm\.', '.norm.')]
 
+# %% ../../nbs/21_model.connectors.ipynb #766152ad
 def peer_weights(
     weights:dict[str,Tensor], # As TinyLLaVA Factory saved them, perhaps with `_connector.` in front
 ) -> dict[str,Tensor]:        # For `load_state_dict`

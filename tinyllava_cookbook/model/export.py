@@ -17,8 +17,10 @@ from huggingface_hub import HfApi, save_torch_state_dict
 from PIL import Image
 from torch import Tensor
 from transformers import (AutoModelForCausalLM, AutoProcessor, CLIPImageProcessorPil,
-    LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessorPil, LlavaNextConfig,
-    LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil, LlavaNextProcessor, LlavaProcessor)
+    LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessorPil,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil,
+    LlavaNextProcessor, LlavaProcessor)
 
 from ..core import quiet, read_json, write_json
 from ..data.images import pinpoints, prepare, target_size
@@ -45,7 +47,8 @@ def select_strategy(
 
 # %% ../../nbs/27_model.export.ipynb #3f7e6dd9
 def _noise(w, h):
-    pixels = np.random.default_rng(w).integers(0, 255, (h, w, 3), dtype='uint8')
+    pixels = np.random.default_rng(w).integers(
+        0, 255, (h, w, 3), dtype='uint8')
     return Image.fromarray(pixels)
 
 # %% ../../nbs/27_model.export.ipynb #0ef97666
@@ -55,7 +58,8 @@ def _settings(image_processor, **over):
     drop = 'image_processor_type', 'processor_class', 'image_grid_pinpoints'
     settings = {key: value for key,value in image_processor.to_dict().items() if key not in drop}
     settings['crop_size'] = {'height': h, 'width': w}
-    settings['do_center_crop'] = bool(getattr(image_processor, 'do_center_crop', False))
+    settings['do_center_crop'] = bool(getattr(
+        image_processor, 'do_center_crop', False))
     return settings | over
 
 # %% ../../nbs/27_model.export.ipynb #8f5662a7
@@ -63,14 +67,17 @@ def _counterpart(image_processor, mode):
     "The image processor of `transformers` that should do the same"
     crops = getattr(image_processor, 'do_center_crop', False)
     if mode == 'pad':
-        return LlavaImageProcessorPil(**_settings(image_processor, do_pad=True))
+        return LlavaImageProcessorPil(**_settings(
+            image_processor, do_pad=True))
     if mode == 'anyres':
         points = pinpoints(image_processor)
-        return LlavaNextImageProcessorPil(**_settings(image_processor, image_grid_pinpoints=points))
+        return LlavaNextImageProcessorPil(**_settings(
+            image_processor, image_grid_pinpoints=points))
     if mode == 'squash' and crops:
         h,w = target_size(image_processor)
         size = dict(height=h, width=w)
-        return CLIPImageProcessorPil(**_settings(image_processor, size=size, do_center_crop=False))
+        return CLIPImageProcessorPil(**_settings(
+            image_processor, size=size, do_center_crop=False))
     return image_processor
 
 # %% ../../nbs/27_model.export.ipynb #e948641e
@@ -97,7 +104,8 @@ def _head_is_plain(model):
     seed = torch.Generator().manual_seed(0)
     with torch.no_grad():
         h = 1e3*torch.randn(2, head.weight.shape[1], generator=seed).to(head.weight)
-        return torch.allclose(model.output_head(h), h @ head.weight.T, rtol=.02, atol=1)
+        return torch.allclose(model.output_head(h), h @ head.weight.T, rtol=.02,
+                              atol=1)
 
 # %% ../../nbs/27_model.export.ipynb #d3e66928
 def _misfits_of_weights(model):
@@ -172,7 +180,8 @@ def llava_hf_config(
         vision_feature_select_strategy=select_strategy(ours),
         vision_feature_layer=ours.vision_feature_layer,
         image_seq_length=ours.image_seq_length, architectures=[cls.__name__],
-        dtype=str(model.dtype)[6:], tie_word_embeddings=ours.tie_word_embeddings, **tiles,
+        dtype=str(model.dtype)[6:], tie_word_embeddings=ours.tie_word_embeddings,
+        **tiles,
         tinyllava_cookbook={'template': ours.template, 'image_mode': ours.image_mode})
 
 # %% ../../nbs/27_model.export.ipynb #c06986d2
@@ -189,7 +198,8 @@ def llava_hf_state(
     "The tensors as `transformers` writes them"
     config = model.config
     state = {flat_name(name): tensor for name,tensor in model.state_dict().items()}
-    state.pop('language_model.lm_head.bias', None)   # zeros, or it would not fit
+    # zeros, or it would not fit
+    state.pop('language_model.lm_head.bias', None)
     if config.tie_word_embeddings:                   # one copy is enough
         state.pop('language_model.lm_head.weight')
     if config.scale_image_features:
@@ -204,7 +214,8 @@ _NESTED_ROPE = {   # Kinds of layers, and where version 4.57 reads their base
 
 def _rope_bases(rope):
     "The bases of the rotary settings under their old names"
-    kinds = [kind for kind in _NESTED_ROPE if isinstance(rope.get(kind), dict)]
+    kinds = [kind for kind in _NESTED_ROPE if isinstance(
+        rope.get(kind), dict)]
     if not kinds:
         return {'rope_theta': rope['rope_theta']} if 'rope_theta' in rope else {}
     return {_NESTED_ROPE[kind]: rope[kind]['rope_theta'] for kind in kinds if 'rope_theta' in rope[kind]}
@@ -221,7 +232,8 @@ def old_rope_fields(
     if 'partial_rotary_factor' in rope:
         fields['partial_rotary_factor'] = rope['partial_rotary_factor']
     other = {name: value for name,value in rope.items() if name not in ('rope_theta', 'partial_rotary_factor')}
-    if other.get('rope_type', 'default') != 'default': fields['rope_scaling'] = other
+    if other.get('rope_type', 'default') != 'default':
+        fields['rope_scaling'] = other
     return fields
 
 # %% ../../nbs/27_model.export.ipynb #507b9300
@@ -234,7 +246,8 @@ def llava_hf_processor(
     rows,_ = patch_grid(config.vision_config)
     height,_ = target_size(processor.image_processor)
     return cls(
-        hf_image_processor(processor), processor.tokenizer, chat_template=processor.chat_template,
+        hf_image_processor(processor), processor.tokenizer,
+        chat_template=processor.chat_template,
         image_token=processor.image_token, patch_size=height//rows,
         vision_feature_select_strategy=select_strategy(config),
         num_additional_image_tokens=n_prefix(config.vision_config))
@@ -248,7 +261,8 @@ def _same_inputs(processor, proc, device, path):
     theirs = proc(**question).to(device)
     for name in ours:
         tensor = theirs[name]
-        if tensor.dim() == 5: tensor = tensor.flatten(0, 1)   # tiles of one image
+        if tensor.dim() == 5:
+            tensor = tensor.flatten(0, 1)   # tiles of one image
         if not torch.equal(ours[name], tensor):
             raise ValueError(f"{str(path)!r}: its processor gives other {name}")
     return ours, theirs
@@ -260,7 +274,9 @@ def compare_llava(
     path,              # The exported folder
 ) -> float:            # Largest difference of logits, relative to the largest logit
     "Ask both the same; an error where they differ"
-    with quiet(): proc = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    with quiet():
+        proc = AutoProcessor.from_pretrained(
+            path, trust_remote_code=False)
     _,cls,_ = llava_kind(model.config)
     exported = load_strict(cls, path, dtype=model.dtype).to(model.device)
     ours,theirs = _same_inputs(processor, proc, model.device, path)
@@ -312,7 +328,8 @@ def _write(out, config, state, processor, generation):
     _write_config(out, config)
     generation.save_pretrained(out)
     _write_processor(out, processor)
-    for file in out.glob('*.safetensors'): shutil.copymode(out/'config.json', file)
+    for file in out.glob('*.safetensors'):
+        shutil.copymode(out/'config.json', file)
     return out
 
 # %% ../../nbs/27_model.export.ipynb #f3c89a93
@@ -329,7 +346,8 @@ def to_llava(
     if reasons := why_not_llava(model, processor, oldest):
         raise ValueError(f"cannot be exported to LLaVA: {'; '.join(reasons)}")
     proc = llava_hf_processor(processor, model.config)
-    out = _write(out, llava_hf_config(model), llava_hf_state(model), proc, model.generation_config)
+    out = _write(out, llava_hf_config(model), llava_hf_state(model), proc,
+                 model.generation_config)
     if check: compare_llava(model, processor, out)
     if recipe is not None:
         write_json(out/'recipe.json', recipe.to_dict() if hasattr(recipe, 'to_dict') else recipe)
@@ -401,5 +419,6 @@ def push_to_hub(
         card.write_text(model_card(folder, name=repo), encoding='utf-8')
     api = api or HfApi()
     url = api.create_repo(repo, private=private, exist_ok=True)
-    api.upload_folder(repo_id=repo, folder_path=str(folder), allow_patterns=list(_UPLOAD))
+    api.upload_folder(repo_id=repo, folder_path=str(folder),
+                      allow_patterns=list(_UPLOAD))
     return str(url)

@@ -25,7 +25,8 @@ def new_connector(
     kwargs = dict(config.connector_kwargs or {})
     if config.connector == 'mof_mlp' and hasattr(vision, 'both'):
         kwargs.setdefault('d_first', vision.both[0].hidden_size)
-    conn = connector(config.connector, vision.hidden_size, text.hidden_size, **kwargs)
+    conn = connector(config.connector, vision.hidden_size, text.hidden_size,
+                     **kwargs)
     if config.image_mode == 'anyres':
         conn.image_newline = nn.Parameter(torch.randn(text.hidden_size)/text.hidden_size**.5)
     return conn
@@ -42,7 +43,8 @@ def image_layout(
         raise ValueError(
             f"image_sizes go with image_mode 'anyres', this model's is {config.image_mode!r}")
     def tiles(size):
-        return tuple(pair//edge for pair,edge in zip(best_canvas(size, points), tile))
+        return tuple(pair//edge for pair,
+                     edge in zip(best_canvas(size, points), tile))
     return [(tiles(pair), anyres_n_tokens(pair, config.image_token_grid, points, tile))
         for pair in map(tuple, image_sizes)]
 
@@ -72,7 +74,8 @@ def _join_images(config, x_tnd, image_sizes, newline):
         raise ValueError(
             f"{len(x_tnd)} tiles, but images of {sizes} have {sum(counts)}; let the processor make them")
     each = zip(x_tnd.split(counts), sizes, grids)
-    return [join_tiles(x, size, config.image_token_grid, grid, newline) for x,size,grid in each]
+    return [join_tiles(x, size, config.image_token_grid, grid, newline) for x, size,
+            grid in each]
 
 # %% ../../nbs/22_model.features.ipynb #549b3afb
 def connect_features(
@@ -89,9 +92,11 @@ def connect_features(
     newline = getattr(conn, 'image_newline', None)
     scale = config.text_config.hidden_size**.5 if config.scale_image_features else 1
     if image_sizes is not None:
-        return [features*scale for features in _join_images(config, x, image_sizes, newline)]
+        return [features*scale for features in _join_images(
+            config, x, image_sizes, newline)]
     if newline is not None:
-        x = x + 0*newline   # takes part, so no process waits for its gradient
+        # takes part, so no process waits for its gradient
+        x = x + 0*newline
     return x*scale
 
 # %% ../../nbs/22_model.features.ipynb #fea7000d

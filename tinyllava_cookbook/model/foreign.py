@@ -74,6 +74,7 @@ _OLD_DEFAULTS = {'dinov2': {'patch_size': 16}}
 # fields of old, now inside `rope_parameters`
 _ROPE = {'rope_theta', 'rope_scaling', 'partial_rotary_factor'}
 
+# %% ../../nbs/25_model.foreign.ipynb #8e2d2245
 def old_config(
     kind:str,     # A model type of `transformers`
     fields:dict,  # Fields of an old configuration, among others
@@ -105,7 +106,8 @@ def _select(strategy, vision_config):
 def _trained(text_config, name):
     "How TinyLLaVA trains this language model: the template of its scripts, the images multiplied or not"
     family = llm_families[text_config.model_type]
-    chat = text_config.model_type == 'qwen2' and re.search('instruct|chat', str(name), re.I)
+    chat = text_config.model_type == 'qwen2' and re.search(
+        'instruct|chat', str(name), re.I)
     return dict(template='qwen2_instruct' if chat
         else family.template, scale_image_features=family.scales_images)
 
@@ -121,7 +123,8 @@ def factory_config(
 ) -> dict:              # Fields of `VLMConfig`
     "TinyLLaVA Factory's config.json in our words"
     cfg = read_object(Path(path)/'config.json')
-    vision,text = (_half(cfg, half, path) for half in ('vision_config', 'text_config'))
+    vision,text = (_half(cfg, half, path) for half in (
+        'vision_config', 'text_config'))
     how = _select(cfg['vision_feature_select_strategy'], vision)
     # it has the configuration of the first alone
     if str(cfg.get('vision_model_name_or_path')).startswith('mof:'):
@@ -156,7 +159,8 @@ def find_tokenizer(
 ):               # The tokenizer
     "The tokenizer of a checkpoint, or of what it was made from"
     with quiet():
-        return _found(load_tokenizer, 'tokenizer', path, TOKENIZER_FILES, 'llm', given, named)
+        return _found(load_tokenizer, 'tokenizer', path, TOKENIZER_FILES, 'llm',
+                      given, named)
 
 # %% ../../nbs/25_model.foreign.ipynb #35c0bf87
 def find_image_processor(
@@ -176,7 +180,8 @@ def load_processor(
     "The processor of a folder, checked, and without code that it may bring"
     check_folder(path)
     with reading(path, 'processor'):
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(
+            path, trust_remote_code=False)
         as_sentencepiece(processor.tokenizer, path)
     return processor
 
@@ -260,10 +265,12 @@ def _bench_text(cfg, path, state):
         fields['use_qkv_bias'] = any(name.endswith('q_proj.bias') for name in state)
     return old_config(kind, fields)
 
+# %% ../../nbs/25_model.foreign.ipynb #a7c2017d
 def _zero_bias(text_config, state):
     "Phi's output layer has a bias in `transformers`, and had none inside LLaVA"
     if text_config.model_type == 'phi':
-        state.setdefault('language_model.lm_head.bias', torch.zeros(text_config.vocab_size))
+        state.setdefault('language_model.lm_head.bias',
+                         torch.zeros(text_config.vocab_size))
 
 # %% ../../nbs/25_model.foreign.ipynb #7ca45401
 def _bench_vision(state, vision, layer):
@@ -292,7 +299,8 @@ def _read_bench(path, llm, vision):
     text_config = _bench_text(cfg, path, state)
     place = vision or cfg['mm_vision_tower']
     eyes = find_image_processor(path, vision, cfg['mm_vision_tower'])
-    vision_config,more,layer = _bench_vision(state, place, cfg['mm_vision_select_layer'])
+    vision_config,more,layer = _bench_vision(
+        state, place, cfg['mm_vision_select_layer'])
     select = _select(cfg.get('mm_vision_select_feature', 'patch'), vision_config)
     _zero_bias(text_config, state)
     return Foreign(dict(vision_config=vision_config, text_config=text_config,
@@ -342,6 +350,7 @@ def _eyes(image_processor):
     cls = CLIPImageProcessorPil if kw.get('do_center_crop') else SiglipImageProcessorPil
     return cls(**kw), 'anyres' if tiles else 'pad'
 
+# %% ../../nbs/25_model.foreign.ipynb #d596fd3f
 def _generation(path):
     "How a model of `transformers` answers by default"
     with reading(path, 'generation_config.json'):
@@ -355,7 +364,8 @@ def _untie(hf, state):
     embedding,output = (state.get(name) for name in _ENDS)
     if hf.tie_word_embeddings or embedding is None or output is None:
         return
-    same = embedding.shape == output.shape and torch.equal(embedding, output)
+    same = embedding.shape == output.shape and torch.equal(
+        embedding, output)
     if not same:
         hf.text_config.tie_word_embeddings = False
 
@@ -383,6 +393,7 @@ def _read_llava(path, llm, vision):
 _ROWS = [f'language_model.{o}'
     for o in ('model.embed_tokens.weight', 'lm_head.weight', 'lm_head.bias')]
 
+# %% ../../nbs/25_model.foreign.ipynb #84ac5dc1
 def _add_image_token(f):
     "Give the image a token before there is a model: new rows are the mean of the others"
     f.tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)],
@@ -396,7 +407,8 @@ def _add_image_token(f):
         return
     for name,rows in ((name, f.state[name]) for name in _ROWS if name in f.state):
         mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
-        f.state[name] = torch.cat([rows, mean.expand(id_+1 - len(rows), *rows.shape[1:])])
+        f.state[name] = torch.cat([rows,
+                                   mean.expand(id_+1 - len(rows), *rows.shape[1:])])
     text_config.vocab_size = id_+1
 
 # %% ../../nbs/25_model.foreign.ipynb #2d0c34ec
@@ -417,12 +429,14 @@ def build(
     "Model and processor from what was read"
     _add_image_token(f)
     model = load_strict(VLMForConditionalGeneration, path, current=current_name,
-        named=lambda k: rename(flat_name(k), f.names, back=True), config=VLMConfig(**f.config),
+        named=lambda k: rename(flat_name(k), f.names, back=True),
+        config=VLMConfig(**f.config),
         state_dict=f.state,
         **kwargs)
     model.config.name_or_path = str(path)
     _prove(model)
-    processor = processor_for(model.config, f.image_processor, f.tokenizer, f.chat_template)
+    processor = processor_for(model.config, f.image_processor, f.tokenizer,
+                              f.chat_template)
     tok = f.tokenizer
     check_tokenizer(tok, len(model.get_input_embeddings().weight), path)
     model.generation_config = f.generation or GenerationConfig(bos_token_id=tok.bos_token_id,

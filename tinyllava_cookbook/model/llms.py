@@ -84,7 +84,8 @@ llm_families.register('phi', LLMFamily(templates=('phi',)))
 llm_families.register('phi3', LLMFamily(templates=('phi3',)))
 llm_families.register('stablelm', LLMFamily(templates=('phi', 'stablelm_zephyr')))
 # Qwen 1.5 to 2.5
-llm_families.register('qwen2', LLMFamily(templates=('qwen2_base', 'qwen2_instruct', 'chatml')))
+llm_families.register('qwen2',
+                      LLMFamily(templates=('qwen2_base', 'qwen2_instruct', 'chatml')))
 llm_families.register('qwen3', LLMFamily(templates=('chatml', 'qwen2_base')))
 llm_families.register('gemma', LLMFamily(templates=('gemma',), scales_images=True))
 llm_families.register('gemma2', LLMFamily(capped_logits, templates=('gemma',)))
@@ -98,6 +99,7 @@ _any = tuple(o for o in templates.names()
 llm_families.register('generic', LLMFamily(templates=_any))
 llm_families.register('generic_unpacked', LLMFamily(templates=_any, packs=False))
 
+# %% ../../nbs/22_model.llms.ipynb #13783181
 def family_of(
     config,      # Configuration of a language model
 ) -> LLMFamily:  # Its family
@@ -135,6 +137,7 @@ def default_template(
 # One of them makes a tokenizer
 TOKENIZER_FILES = 'tokenizer.json', 'tokenizer.model', 'vocab.json'
 
+# %% ../../nbs/22_model.llms.ipynb #8ccecee6
 def load_tokenizer(
     path,  # A folder with a tokenizer, or `owner/name` on the Hub
 ):         # The tokenizer, with padding set
@@ -147,14 +150,16 @@ def load_tokenizer(
         check_folder(path)
         pieces_of(path)   # an error that names the file
     with reading(path, 'tokenizer'):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False)
         as_sentencepiece(tokenizer, path)
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
         raise ValueError(
             f"{kind} of {str(path)!r} gives no offsets; convert it to a tokenizer.json")
     for name in 'vocab_file', 'merges_file':
-        tokenizer.init_kwargs.pop(name, None)   # paths, which would be saved with it
+        # paths, which would be saved with it
+        tokenizer.init_kwargs.pop(name, None)
     set_padding(tokenizer)
     return tokenizer
 
@@ -182,7 +187,8 @@ def _raw(path):
         raw = PreTrainedConfig.get_config_dict(path)[0]
     inner = raw.get('text_config', raw)
     if not isinstance(inner, dict):
-        raise ValueError(f"{str(path)!r}: text_config of config.json is {inner!r}, not an object")
+        raise ValueError(
+            f"{str(path)!r}: text_config of config.json is {inner!r}, not an object")
     return inner
 
 # %% ../../nbs/22_model.llms.ipynb #0fbd79c2
@@ -243,7 +249,9 @@ def save_code(
 
 # %% ../../nbs/22_model.llms.ipynb #214e57cc
 def _far(a, b, floor):
-    return ((a-b).norm()/b.norm()).item() > max(floor, 8*torch.finfo(b.dtype).eps)   # not rounding
+    # not rounding
+    return ((a-b).norm()/b.norm()).item() > max(
+        floor, 8*torch.finfo(b.dtype).eps)
 
 # %% ../../nbs/22_model.llms.ipynb #c7350870
 def _positions(*lengths):
@@ -262,10 +270,12 @@ def _probe(llm, logits, ids):
     emb = llm.get_input_embeddings()(ids)
     h = _decode(llm, emb, _positions(12))
     mask = torch.tensor([[0]*3 + [1]*12]).to(ids.device)
-    padded = _decode(llm, torch.cat([emb[:, :3], emb], 1), torch.cat([0*_positions(3), _positions(12)], 1), mask)
+    padded = _decode(llm, torch.cat([emb[:, :3], emb], 1),
+                     torch.cat([0*_positions(3), _positions(12)], 1), mask)
     other = torch.cat([emb[:, 5:10], emb[:, 5:]], 1)
     shared = [_decode(llm, o, _positions(5, 7))[:, 5:] for o in (emb, other)]
-    return h, padded[:, 3:], logits(llm, h), llm(ids, use_cache=False).logits, shared
+    return h, padded[:, 3:], logits(llm, h), llm(
+        ids, use_cache=False).logits, shared
 
 # %% ../../nbs/22_model.llms.ipynb #46c3306e
 @quiet()
@@ -281,7 +291,8 @@ def prove_llm(
     device = llm.get_input_embeddings().weight.device
     try:
         h,padded,ours,own,shared = _probe(llm, logits, ids.to(device))
-    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError,
+            TypeError, ValueError) as e:
         raise ValueError(f"cannot use {kind!r}: its decoder, fed with embeddings and positions, "
             f"fails with {e}") from e
     if not torch.equal(ours, own):
@@ -320,7 +331,8 @@ def load_llm(
     words = load_tokenizer(path if tokenizer is None
         else checkpoint_path(tokenizer, 'tokenizer_config.json'))
     llm = load_strict(AutoModelForCausalLM, path, dtype=dtype, **kwargs)
-    check_tokenizer(words, len(llm.get_input_embeddings().weight), tokenizer or path, added=False)
+    check_tokenizer(words, len(llm.get_input_embeddings().weight),
+                    tokenizer or path, added=False)
     if brought or name != cfg.model_type:
         packs = prove_llm(llm, llm_families[name].logits)
         llm.config.llm_family = name if packs else 'generic_unpacked'
@@ -344,7 +356,8 @@ def add_image_token(
     token:str=IMAGE_TOKEN, # How the token is written
 ) -> int:                  # Its id
     "Give the image a token of its own"
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)],
+                         special_tokens=True)
     id_ = tokenizer.convert_tokens_to_ids(token)
     if id_ >= llm.get_input_embeddings().weight.shape[0]:
         _grow(llm, id_+1)

@@ -50,5 +50,6 @@ def supervised_loss(
     y_t = labels[keep].to(h_btd.device)
     total = _summed_loss(head, h_td, y_t, chunk) if len(y_t) else (0*h_btd).sum()
     if n_items is None: n_items = max(1, len(y_t))
-    if isinstance(n_items, Tensor): n_items = n_items.to(total.device)
+    if isinstance(n_items, Tensor):
+        n_items = n_items.to(total.device)
     return total / n_items

@@ -18,6 +18,7 @@ _LINEARS = {   # Theirs and ours
     'multi_modal_projector.linear_1.': 'connector.layers.0.',
     'multi_modal_projector.linear_2.': 'connector.layers.2.'}
 
+# %% ../../nbs/24_model.names.ipynb #a4c4e5e3
 def llava_names(
     tower:str='vision_model.',       # From `tower_prefix`
 ) -> tuple[tuple[str,str],...]:      # Prefixes, theirs and ours; the first fitting one is the published layout

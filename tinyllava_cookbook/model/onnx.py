@@ -23,8 +23,10 @@ class VisionGraph(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pixel_values:Tensor) -> Tensor: return self.model.image_features(pixel_values)
+    def forward(self, pixel_values:Tensor) -> Tensor:
+        return self.model.image_features(pixel_values)
 
+# %% ../../nbs/29_model.onnx.ipynb #c974d1c5
 class EmbedGraph(nn.Module):
     "Ids to embeddings"
     def __init__(self,
@@ -33,7 +35,8 @@ class EmbedGraph(nn.Module):
         super().__init__()
         self.embed = model.get_input_embeddings()
 
-    def forward(self, ids_bt:Tensor) -> Tensor: return self.embed(ids_bt)
+    def forward(self, ids_bt:Tensor) -> Tensor:
+        return self.embed(ids_bt)
 
 # %% ../../nbs/29_model.onnx.ipynb #5e7f358d
 class LanguageGraph(nn.Module):
@@ -47,14 +50,18 @@ class LanguageGraph(nn.Module):
     def forward(self, emb_btd:Tensor, past:list[Tensor], positions_bt:Tensor) -> tuple:
         config = self.model.config.text_config
         cache = DynamicCache(config=config)
-        for layer in range(len(past)//2): cache.update(past[2*layer], past[2*layer + 1], layer)
+        for layer in range(len(past)//2):
+            cache.update(past[2*layer], past[2*layer + 1], layer)
         out = self.model.language_model(inputs_embeds=emb_btd, past_key_values=cache, use_cache=True,
             output_attentions=True, position_ids=positions_bt)
-        logits = self.model.output_head(out.last_hidden_state[:, -1:])
+        logits = self.model.output_head(out.last_hidden_state[
+            :, -1:])
         rows_lht = torch.stack([attention[0, :, -1] for attention in out.attentions])
-        longer = [tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        longer = [tensor for layer in out.past_key_values.layers for tensor in (
+            layer.keys, layer.values)]
         return logits, rows_lht, *longer
 
+# %% ../../nbs/29_model.onnx.ipynb #daef6b27
 def empty_cache(
     model,        # A `VLMForConditionalGeneration`
     length:int=0, # Tokens
@@ -69,9 +76,11 @@ def empty_cache(
 def _write(graph, inputs, shapes, file):
     "Export one graph"
     with quiet(), torch.inference_mode():
-        program = torch.onnx.export(graph.eval(), inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
+        program = torch.onnx.export(graph.eval(), inputs, dynamo=True,
+                                    dynamic_shapes=shapes, verbose=False)
         program.save(str(file))
 
+# %% ../../nbs/29_model.onnx.ipynb #eeaa51f8
 def export_onnx(
     model,        # A `VLMForConditionalGeneration` in float32 on the CPU
     image_size:tuple[int,int], # Height and width of its pixels
@@ -80,18 +89,23 @@ def export_onnx(
     "Write a model as three graphs"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if model.dtype != torch.float32: raise ValueError(f"the model is in {model.dtype}; load it with dtype='float32'")
+    if model.dtype != torch.float32:
+        raise ValueError(f"the model is in {model.dtype}; load it with dtype='float32'")
     was = model.config.text_config._attn_implementation
     model.set_attn_implementation('eager')
-    new,past = torch.export.Dim('new', min=1), torch.export.Dim('past', min=0)
+    new,past = torch.export.Dim('new', min=1), torch.export.Dim(
+        'past', min=0)
     emb = EmbedGraph(model)(torch.arange(5)[None]).detach()
     cache = empty_cache(model, 7)
     try:
         blank = torch.zeros(2, 3, *image_size)
-        _write(VisionGraph(model), (blank,), ({0: torch.export.Dim('n')},), folder/'vision.onnx')
-        _write(EmbedGraph(model), (torch.arange(5)[None],), ({1: new},), folder/'embed.onnx')
+        _write(VisionGraph(model), (blank,), ({0: torch.export.Dim('n')},),
+               folder/'vision.onnx')
+        _write(EmbedGraph(model), (torch.arange(5)[None],), ({1: new},),
+               folder/'embed.onnx')
         shapes = {1: new}, [{2: past}]*len(cache), {1: new}
-        _write(LanguageGraph(model), (emb, cache, torch.arange(7, 12)[None]), shapes, folder/'language.onnx')
+        _write(LanguageGraph(model), (emb, cache, torch.arange(7, 12)[None]),
+               shapes, folder/'language.onnx')
     finally: model.set_attn_implementation(was)
     return folder
 
@@ -107,7 +121,8 @@ class OnnxModel:
         self.n_past = len(self.language.get_inputs()) - 2
 
     def run(self, session, *arrays) -> list:
-        return session.run(None, {o.name: a for o,a in zip(session.get_inputs(), arrays)})
+        return session.run(None,
+                           {o.name: a for o,a in zip(session.get_inputs(), arrays)})
 
     def embeddings(self, ids, pixel_values, image_token_id:int):
         "Embeddings of a prompt, image features in their places"

@@ -73,8 +73,10 @@ def find_blocks(
 # %% ../../nbs/22_model.packed_attention.ipynb #32a4c2d8
 def _alone(batch_size, q_length, kv_length, q_offset, attention_mask, use_vmap):
     "Is it one whole row, without padding and cache?"
-    if attention_mask is not None or use_vmap or torch.compiler.is_compiling(): return False
-    return batch_size == 1 and q_length == kv_length > 1 and isinstance(q_offset, int) and q_offset == 0
+    if attention_mask is not None or use_vmap or torch.compiler.is_compiling():
+        return False
+    return batch_size == 1 and q_length == kv_length > 1 and isinstance(
+        q_offset, int) and q_offset == 0
 
 # %% ../../nbs/22_model.packed_attention.ipynb #aa4e8664
 def packed_mask(
@@ -91,10 +93,13 @@ def packed_mask(
     **kwargs,                    # For the usual mask
 ):                               # `Blocks`, or a mask as for sdpa
     "The mask of a row of samples, for 'packed' attention"
-    if not allow_is_causal_skip and _alone(batch_size, q_length, kv_length, q_offset, attention_mask, use_vmap):
-        if blocks := find_blocks(mask_function, q_length, device): return blocks
+    if not allow_is_causal_skip and _alone(batch_size, q_length, kv_length,
+                                           q_offset, attention_mask, use_vmap):
+        if blocks := find_blocks(mask_function, q_length, device):
+            return blocks
     return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip, use_vmap=use_vmap, device=device, **kwargs)
+        allow_is_causal_skip=allow_is_causal_skip, use_vmap=use_vmap, device=device,
+        **kwargs)
 
 # %% ../../nbs/22_model.packed_attention.ipynb #c2c7327a
 def _repeated(x_bhtd, groups):
@@ -105,7 +110,8 @@ def _capped(q, k, v, seen, scale, dropout, cap):
     "Attention whose scores are bounded before the softmax, which no fused kernel on a CPU does"
     scores = q @ k.mT * scale
     scores = torch.tanh(scores/cap)*cap
-    if seen is not None: scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     return F.dropout(weights, dropout) @ v
 
@@ -115,10 +121,14 @@ def _attend(q, k, v, seen, scale, dropout, cap):
     groups = q.shape[1]//k.shape[1]
     if cap is None and seen is None:
         how = dict(is_causal=True, enable_gqa=groups > 1)
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, **how)
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, scale=scale, **how)
     k, v = _repeated(k, groups), _repeated(v, groups)
-    if cap is None: return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, scale=scale)
-    if seen is None: seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if cap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, dropout_p=dropout, scale=scale)
+    if seen is None:
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     return _capped(q, k, v, seen, scale, dropout, cap)
 
 # %% ../../nbs/22_model.packed_attention.ipynb #a0f56c67
@@ -131,12 +141,15 @@ def _band(start, stop, first, window, device):
 def _sample(q, k, v, window, *how):
     "Attention within one sample"
     n = q.shape[2]
-    if window is None or window >= n: return _attend(q, k, v, None, *how)
+    if window is None or window >= n:
+        return _attend(q, k, v, None, *how)
     out = []
     for start in range(0, n, window):
-        stop, first = min(n, start + window), max(0, start - window + 1)
+        stop, first = min(n, start + window), max(
+            0, start - window + 1)
         seen = _band(start, stop, first, window, q.device)
-        out.append(_attend(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], seen, *how))
+        out.append(_attend(q[:, :, start:stop], k[:, :, first:stop],
+                           v[:, :, first:stop], seen, *how))
     return torch.cat(out, 2)
 
 # %% ../../nbs/22_model.packed_attention.ipynb #ebb805e4
@@ -157,22 +170,26 @@ def takes_varlen(
     "Can one call compute all samples?"
     half = q.dtype in (torch.float16, torch.bfloat16)
     heads = q.shape[-1] == v.shape[-1] <= 256 and q.shape[-1]%8 == 0
-    return q.is_cuda and half and heads and cap is None and not dropout and _varlen() is not None
+    return q.is_cuda and half and heads and cap is None and not dropout and _varlen(
+        ) is not None
 
 # %% ../../nbs/22_model.packed_attention.ipynb #c210e6ed
 def _in_one_call(q, k, v, blocks, scale):
     "All samples by the variable-length kernel"
     borders, longest = blocks.borders(q.device), max(blocks.lengths)
     window = (-1 if blocks.window is None else blocks.window - 1, 0)
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (
+        q, k, v))
     grouped = dict(enable_gqa=True) if q.shape[1] != k.shape[1] else {}
-    return _varlen()(q, k, v, borders, borders, longest, longest, scale=scale, window_size=window, **grouped)[None]
+    return _varlen()(q, k, v, borders, borders, longest, longest, scale=scale,
+                     window_size=window, **grouped)[None]
 
 # %% ../../nbs/22_model.packed_attention.ipynb #1bf0b00b
 def _one_by_one(q, k, v, blocks, scale, dropout, cap):
     "Each sample by itself"
     parts = zip(*(x.split(list(blocks.lengths), 2) for x in (q, k, v)))
-    return torch.cat([_sample(*o, blocks.window, scale, dropout, cap).transpose(1, 2) for o in parts], 1)
+    return torch.cat([_sample(*o, blocks.window, scale, dropout, cap).transpose(1, 2) for o in parts],
+                     1)
 
 # %% ../../nbs/22_model.packed_attention.ipynb #f23516fd
 def packed_attention(
@@ -191,12 +208,15 @@ def packed_attention(
         if takes_varlen(query, value, dropout, softcap):
             return _in_one_call(query, key, value, attention_mask, scaling), None
         scale = query.shape[-1]**-.5 if scaling is None else scaling
-        return _one_by_one(query, key, value, attention_mask, scale, dropout, softcap), None
+        return _one_by_one(query, key, value, attention_mask, scale, dropout,
+                           softcap), None
     if softcap is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask,
+                                      dropout, scaling, **kwargs)
     seen = attention_mask if attention_mask is None else attention_mask.bool()
     scale = query.shape[-1]**-.5 if scaling is None else scaling
-    if seen is None and query.shape[2] != key.shape[2]: seen = torch.ones(1, 1, dtype=torch.bool, device=query.device)
+    if seen is None and query.shape[2] != key.shape[2]:
+        seen = torch.ones(1, 1, dtype=torch.bool, device=query.device)
     return _attend(query, key, value, seen, scale, dropout, softcap).transpose(1, 2), None
 
 # %% ../../nbs/22_model.packed_attention.ipynb #6126b9a1
@@ -229,7 +249,8 @@ def row_attention(
     "Within it, the model computes packed rows as chosen"
     before = llm.config._attn_implementation
     name = before if how is None else choose_attention(llm.config, how)
-    if say and name == PACKED: _say("packed rows: attention sample by sample; pack_attention=sdpa takes the dense mask")
+    if say and name == PACKED:
+        _say("packed rows: attention sample by sample; pack_attention=sdpa takes the dense mask")
     if name != before: llm.set_attn_implementation(name)
     try: yield name
     finally:

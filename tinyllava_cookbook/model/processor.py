@@ -32,7 +32,8 @@ _KEYS = 'image', 'url', 'path', 'base64', 'image_url', 'bytes'                  
 
 def _from_base64(text):
     "The image file that a text in base64 holds; the text itself if it holds none"
-    if len(text) < 24 or not re.fullmatch(r'[A-Za-z0-9+/\s]+={0,2}\s*', text): return text
+    if len(text) < 24 or not re.fullmatch(r'[A-Za-z0-9+/\s]+={0,2}\s*', text):
+        return text
     try: data = base64.b64decode(text)
     except binascii.Error: return text
     return data if data.startswith(_STARTS) else text
@@ -40,12 +41,16 @@ def _from_base64(text):
 def _from_array(x):
     "Rows, columns and colours, or colours first; 0 to 255, or floats of 0 to 1"
     x = x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
-    if x.ndim == 3 and x.shape[0] in (1, 3, 4) and x.shape[-1] not in (1, 3, 4): x = x.transpose(1, 2, 0)
-    if x.ndim not in (2, 3) or x.ndim == 3 and x.shape[-1] not in (1, 3, 4):
-        raise ValueError(f"an array of shape {x.shape} is no image; give (height, width, 3) or (3, height, width)")
+    if x.ndim == 3 and x.shape[0] in (1, 3, 4) and x.shape[-1] not in (1, 3, 4):
+        x = x.transpose(1, 2, 0)
+    if x.ndim not in (2, 3) or x.ndim == 3 and x.shape[-1] not in (
+        1, 3, 4):
+        raise ValueError(
+            f"an array of shape {x.shape} is no image; give (height, width, 3) or (3, height, width)")
     low,high = float(x.min()), float(x.max())
     if not 0 <= low <= high <= 255:     # NaN compares as false
-        raise ValueError(f"pixels from {low:g} to {high:g}; give 0 to 255, or floats from 0 to 1")
+        raise ValueError(
+            f"pixels from {low:g} to {high:g}; give 0 to 255, or floats from 0 to 1")
     if x.dtype.kind == 'f' and high <= 1: x = x*255
     return Image.fromarray((x[..., 0] if x.ndim == 3 and x.shape[-1] == 1 else x).round().astype('uint8'))
 
@@ -57,11 +62,15 @@ def open_image(
     "The image in `src`, in whatever form it comes"
     if isinstance(src, dict):
         found = [src[k] for k in _KEYS if src.get(k) is not None]
-        if not found: raise ValueError(f"a content block with {sorted(src)} holds no image; give one of {list(_KEYS)}")
+        if not found:
+            raise ValueError(
+                f"a content block with {sorted(src)} holds no image; give one of {list(_KEYS)}")
         return open_image(found[0], remote)
-    if isinstance(src, (np.ndarray, Tensor)): return load_image(_from_array(src))
+    if isinstance(src, (np.ndarray, Tensor)):
+        return load_image(_from_array(src))
     if isinstance(src, str):
-        if src[:7].lower() == 'file://': src = unquote(urlsplit(src).path)
+        if src[:7].lower() == 'file://':
+            src = unquote(urlsplit(src).path)
         elif src[:5].lower() == 'data:': src = read_data_url(src)
         else: src = _from_base64(src)
     return load_image(src, remote=remote)
@@ -71,8 +80,10 @@ def flat_images(
 ) -> list:         # In reading order
     "Images in a list"
     if images is None: return []
-    if isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4: return list(images)
-    if isinstance(images, (list, tuple)): return [image for inner in images for image in flat_images(inner)]
+    if isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
+        return list(images)
+    if isinstance(images, (list, tuple)):
+        return [image for inner in images for image in flat_images(inner)]
     return [images]
 
 # %% ../../nbs/24_model.processor.ipynb #429d5ccb
@@ -83,7 +94,9 @@ def _image_processor(processor, kwargs):
     over = {k: v for k,v in over.items() if k in type(processor).valid_kwargs.__annotations__ or k in own}
     return type(processor).from_dict(own, **over) if over else processor
 
-def _n_tokens(proc, eyes, size): return anyres_n_tokens(size, proc.image_token_grid, pinpoints(eyes), target_size(eyes))
+def _n_tokens(proc, eyes, size):
+    return anyres_n_tokens(size, proc.image_token_grid, pinpoints(eyes),
+                           target_size(eyes))
 
 def _n_tiles(proc, size):
     "Tiles of an image of this height and width, with the view of everything"
@@ -94,21 +107,24 @@ def _n_tiles(proc, size):
 
 def _pads(tokenizer, kwargs):
     "Does a call, or the tokenizer, say how to pad?"
-    given = tokenizer.init_kwargs, kwargs, kwargs.get('text_kwargs', {}), kwargs.get('common_kwargs', {})
+    given = tokenizer.init_kwargs, kwargs, kwargs.get('text_kwargs', {}), kwargs.get(
+        'common_kwargs', {})
     return any('padding' in settings for settings in given)
 
 # %% ../../nbs/24_model.processor.ipynb #bf93483a
 class ImagesAndText(ProcessorMixin):
     "Steps of a call that are not as in `transformers`: how images are opened, counted and prepared"
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        if videos is not None or audio is not None: raise ValueError("this processor reads images and text alone")
+        if videos is not None or audio is not None:
+            raise ValueError("this processor reads images and text alone")
         text = [text] if isinstance(text, str) else text if text is None else list(text)
         return None if images is None else [open_image(o) for o in flat_images(images)], text, None, None
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         if images is None and text is None: raise ValueError("give text, images or both")
         if text is None: return
-        if odd := [o for o in text if not isinstance(o, str)]: raise ValueError(f"text must be strings, not {odd[0]!r}")
+        if odd := [o for o in text if not isinstance(o, str)]:
+            raise ValueError(f"text must be strings, not {odd[0]!r}")
         n,m = sum(o.count(self.image_token) for o in text), len(images or [])
         if n != m: raise ValueError(f"{n} {self.image_token} in the text, but {m} images were given")
 
@@ -117,13 +133,15 @@ class ImagesAndText(ProcessorMixin):
         sizes = [image.size[::-1] for image in images]
         tiles = [prepare(image, eyes, self.image_mode)[0] for image in images]
         data = {'pixel_values': list(torch.cat(tiles).numpy())} if images else {}
-        if images and self.image_mode == 'anyres': data['image_sizes'] = [list(size) for size in sizes]
+        if images and self.image_mode == 'anyres':
+            data['image_sizes'] = [list(size) for size in sizes]
         return data, [self.image_token*self.n_tokens(size) for size in sizes]
 
     def _check_special_mm_tokens(self, text, text_inputs, modalities):
         want = sum(o.count(self.image_token) for o in text)
         have = sum(list(ids).count(self.image_token_id) for ids in text_inputs['input_ids'])
-        if have != want: raise ValueError(f"{have} of {want} image tokens left: truncation cut one; raise max_length")
+        if have != want:
+            raise ValueError(f"{have} of {want} image tokens left: truncation cut one; raise max_length")
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
         "How many tokens and tiles images of these heights and widths have; serving engines ask"
@@ -148,10 +166,12 @@ def stage_encoder(
     **kwargs,                # For `Encoder`
 ) -> 'Encoder':              # Maps a sample to ids, labels and pixels
     "What prepares training samples for a model"
-    from tinyllava_cookbook.data.datasets import Encoder   # here, because inference needs no dataset library
+    # here, because inference needs no dataset library
+    from tinyllava_cookbook.data.datasets import Encoder
     how = _tiling(processor, kwargs.pop('image_mode', None))
     return Encoder(processor.tokenizer, processor.image_processor, template or processor.template,
-        processor.image_token_id, processor.image_seq_length, max_length=max_length, **how, **kwargs)
+        processor.image_token_id, processor.image_seq_length, max_length=max_length,
+        **how, **kwargs)
 
 # %% ../../nbs/24_model.processor.ipynb #847484b3
 class VLMProcessor(ImagesAndText):

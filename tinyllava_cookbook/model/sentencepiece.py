@@ -43,7 +43,8 @@ def piece_merges(
     "The merges of a SentencePiece BPE model, in the order of its scores"
     numbers = {piece.piece: i for i,piece in enumerate(proto.pieces)}
     scores = {piece.piece: piece.score for piece in proto.pieces}
-    never = {piece.piece for piece in proto.pieces if piece.type in (_CONTROL, _BYTE, _UNKNOWN)}
+    never = {piece.piece for piece in proto.pieces if piece.type in (
+        _CONTROL, _BYTE, _UNKNOWN)}
     return generate_merges(numbers, scores, skip_tokens=never)
 
 # %% ../../nbs/21_model.sentencepiece.ipynb #6e84bdbc
@@ -74,6 +75,7 @@ def piece_normalizer(
     steps.append(normalizers.Replace(Regex(ends), ''))
     return normalizers.Sequence(steps)
 
+# %% ../../nbs/21_model.sentencepiece.ipynb #4ee615d5
 def piece_prefix(
     scheme:str, # 'first' piece of text, 'always' (after a special token, too), or 'never'
 ):              # A pre-tokenizer
@@ -90,8 +92,10 @@ def pieces_of(
 ):         # Contents of its `tokenizer.model`, or `None` where something else decides
     "What `tokenizer.model` holds, in a folder without `tokenizer.json`"
     file = Path(path)/'tokenizer.model'
-    return read_pieces(file) if file.exists() and not file.with_suffix('.json').exists() else None
+    return read_pieces(file) if file.exists() and not file.with_suffix(
+        '.json').exists() else None
 
+# %% ../../nbs/21_model.sentencepiece.ipynb #b8e61507
 def _scheme(backend, settings):
     "When a space is put in front: as the class of the tokenizer has it, else as the file has it"
     own = backend.pre_tokenizer
@@ -106,6 +110,7 @@ def _reopen(tokenizer, path):
     backend.normalizer = saved.normalizer
     backend.pre_tokenizer = saved.pre_tokenizer
 
+# %% ../../nbs/21_model.sentencepiece.ipynb #869dc5fb
 def as_sentencepiece(
     tokenizer,  # A fast tokenizer, as `transformers` opened it; changed in place
     path=None,  # Its folder, to reopen the steps that were saved there

@@ -21,6 +21,7 @@ from .vlm import causal_lm
 _SERVED = 'clip_vision_model', 'siglip_vision_model'   # Encoders that vLLM and llama.cpp have for a LLaVA
 _FILES = 'processor_config.json', 'preprocessor_config.json', 'tokenizer.json', 'chat_template.jinja'
 
+# %% ../../nbs/28_model.serving.ipynb #9ff6e3d7
 def _wanted_shapes(config):
     "Name to shape of all tensors of a LLaVA, by the names that serving engines read"
     _,cls,_ = llava_kind(config)
@@ -30,7 +31,8 @@ def _wanted_shapes(config):
     for name,tensor in shell.state_dict().items():
         published = rename(rename(name, names), names, back=True)
         wanted[published] = list(tensor.shape)
-    if config.tie_word_embeddings: del wanted['language_model.lm_head.weight']
+    if config.tie_word_embeddings:
+        del wanted['language_model.lm_head.weight']
     return wanted
 
 # %% ../../nbs/28_model.serving.ipynb #e5567a3f
@@ -106,7 +108,8 @@ def _write_projector(state, path):
     tensors = {}
     for name,tensor in _starting_with(state, 'multi_modal_projector.').items():
         number = 0 if 'linear_1' in name else 2
-        kind = name.removeprefix('linear_1').removeprefix('linear_2')   # .weight or .bias
+        # .weight or .bias
+        kind = name.removeprefix('linear_1').removeprefix('linear_2')
         tensors[f'model.mm_projector.{number}{kind}'] = tensor.float().cpu()
     torch.save(tensors, path)
 

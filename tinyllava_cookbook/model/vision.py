@@ -37,7 +37,8 @@ class VisionFamily:
 # %% ../../nbs/20_model.vision.ipynb #bbf9b0bb
 vision_families = Registry('vision family', 'vision_families')
 vision_families.register('clip_vision_model', VisionFamily(
-    lambda m,x: m.pre_layrnorm(m.embeddings(x)), lambda m: m.encoder.layers, prefix=1))
+    lambda m, x: m.pre_layrnorm(m.embeddings(x)), lambda m: m.encoder.layers,
+    prefix=1))
 vision_families.register('siglip_vision_model',
     VisionFamily(lambda m,x: m.embeddings(x), lambda m: m.encoder.layers))
 vision_families.register('dinov2',
@@ -69,9 +70,11 @@ def _stopped(model, pixels, depth):
     if depth < len(layers):
         def pre(m, args, kw):
             stop(args[0] if args else kw['hidden_states'])
-        hook = layers[depth].register_forward_pre_hook(pre, with_kwargs=True)
+        hook = layers[depth].register_forward_pre_hook(
+            pre, with_kwargs=True)
     else:
-        hook = layers[-1].register_forward_hook(lambda m,args,out: stop(out))
+        hook = layers[-1].register_forward_hook(
+            lambda m, args, out: stop(out))
     try:
         model(pixels)
     except _Stop as o:
@@ -106,7 +109,8 @@ def build_vision(
 ) -> PreTrainedModel: # With random weights
     "An encoder, without the pooling head that some have and none of their checkpoints fills"
     with quiet():
-        return AutoModel.from_config(config, trust_remote_code=False, **_extra(config))
+        return AutoModel.from_config(config, trust_remote_code=False,
+                                     **_extra(config))
 
 # %% ../../nbs/20_model.vision.ipynb #b1eb202c
 def _extra(config):
@@ -176,7 +180,8 @@ def load_image_processor(
     if Path(path).is_dir():
         check_folder(path)
     with reading(path, 'image processor'):
-        return AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
+        return AutoImageProcessor.from_pretrained(
+            path, trust_remote_code=False)
 
 # %% ../../nbs/20_model.vision.ipynb #cb86f6be
 def load_vision(
@@ -194,7 +199,8 @@ def load_vision(
     for tower in getattr(cfg, 'both', (cfg,)):
         n_prefix(tower)     # what cannot be used fails here
     kwargs |= _extra(cfg) | dict(config=cfg, dtype=dtype)
-    model = load_strict(AutoModel, path, lambda k: not k.startswith('vision_model.'), **kwargs)
+    model = load_strict(AutoModel, path,
+                        lambda k: not k.startswith('vision_model.'), **kwargs)
     if Path(path).is_dir():
         checkpoint_path(path, 'preprocessor_config.json')
     processor = load_image_processor(path)
@@ -205,7 +211,8 @@ def load_vision(
 def _keep(config, select, drop_first_patch=False):
     "The slice of tokens that `select` means"
     prefix = n_prefix(config)
-    kinds = {'patch': slice(max(prefix, int(drop_first_patch)), None), 'cls_patch': slice(None)}
+    kinds = {'patch': slice(max(prefix, int(drop_first_patch)), None),
+             'cls_patch': slice(None)}
     if prefix:
         kinds['cls'] = slice(1)
     if select not in kinds:
@@ -221,7 +228,8 @@ def n_patches(
 ) -> int:                         # Vectors per image
     "How many feature vectors one image gives"
     if hasattr(config, 'both'):
-        return config.times*n_patches(config.both[0], select, drop_first_patch)   # two towers
+        # two towers
+        return config.times*n_patches(config.both[0], select, drop_first_patch)
     rows,cols = patch_grid(config)
     return len(range(rows*cols + n_prefix(config))[_keep(config, select, drop_first_patch)])
 
@@ -286,6 +294,7 @@ def vision_features(
 # %% ../../nbs/20_model.vision.ipynb #8def6ac1
 MIXES = dict(concat=1, interleave=2)   # How the features of two towers come, and vectors per patch
 
+# %% ../../nbs/20_model.vision.ipynb #db842c2b
 class MoFConfig(PreTrainedConfig):
     "Two vision encoders that see the same pixels"
     model_type = 'mof_vision'
@@ -351,7 +360,8 @@ AutoModel.register(MoFConfig, MoFModel, exist_ok=True)
 # %% ../../nbs/20_model.vision.ipynb #1cb8c711
 def _load_two(first, second, dtype, mix, **kwargs):
     "Two towers as one, and the image processor of the first"
-    (one,processor),(other,_) = (load_vision(place, dtype, **kwargs) for place in (first, second))
+    (one,processor),(other,_) = (load_vision(
+        place, dtype, **kwargs) for place in (first, second))
     _fit(other.config, input_size(one.config))
     cfg = MoFConfig(first_config=one.config, second_config=other.config, mix=mix,
                     attn_implementation=one.config._attn_implementation)

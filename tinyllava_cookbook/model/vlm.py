@@ -41,9 +41,11 @@ def _decoder(text_config):
 def _output_layer(text_config, dtype):
     "A new output layer for the LLM"
     with torch.device('meta'):
-        llm = AutoModelForCausalLM.from_config(text_config, trust_remote_code=False)
+        llm = AutoModelForCausalLM.from_config(
+            text_config, trust_remote_code=False)
     own = llm.get_output_embeddings()
-    return nn.Linear(own.in_features, own.out_features, own.bias is not None, dtype=dtype)
+    return nn.Linear(own.in_features, own.out_features, own.bias is not None,
+                     dtype=dtype)
 
 # %% ../../nbs/23_model.vlm.ipynb #13c35ee6
 _UNEQUAL = ("{} image tokens in the text, but {} image features; let the processor write them, "
@@ -62,7 +64,9 @@ def scatter_images(
         torch._assert_async(here_bt.sum() == n_features, _UNLIKE)
     else:
         n_tokens = int(here_bt.sum())
-        if n_tokens != n_features: raise ValueError(_UNEQUAL.format(n_tokens, n_features))
+        if n_tokens != n_features:
+            raise ValueError(_UNEQUAL.format(
+                n_tokens, n_features))
     features = img_td.to(emb_btd.device, emb_btd.dtype)
     return emb_btd.masked_scatter(here_bt[..., None], features)
 
@@ -77,8 +81,10 @@ def encode_images(
 ) -> BaseModelOutputWithPooling:    # `pooler_output` holds one tensor for each image
     "Images before they meet the text: as the tower gives them, and as the LLM reads them"
     config = model.config.vision_config
-    if output_hidden_states is None: output_hidden_states = config.output_hidden_states
-    if output_attentions is None: output_attentions = config.output_attentions
+    if output_hidden_states is None:
+        output_hidden_states = config.output_hidden_states
+    if output_attentions is None:
+        output_attentions = config.output_attentions
     x_bnv = tower_features(model, pixel_values)
     tokens = list(connect_features(model, x_bnv, image_sizes))
     out = BaseModelOutputWithPooling(x_bnv, tokens)
@@ -147,7 +153,8 @@ def merge_inputs(
         here_bt = image_positions(model, input_ids, inputs_embeds)
         return scatter_images(emb_btd, here_bt, img), img
     if input_ids is not None and input_ids.shape[1] > 1:   # image tokens without an image are an error, too
-        scatter_images(emb_btd, image_positions(model, input_ids), emb_btd.new_zeros(0, 1))
+        scatter_images(emb_btd, image_positions(model, input_ids),
+                       emb_btd.new_zeros(0, 1))
     return _add_empty_image(model, emb_btd), None
 
 # %% ../../nbs/23_model.vlm.ipynb #7c1135c4
@@ -198,7 +205,8 @@ class VLMPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, **kwargs):
         save_code(self.get_decoder(), save_directory)
-        super().save_pretrained(save_directory, **{'save_original_format': False, **kwargs})
+        super().save_pretrained(save_directory,
+                                **{'save_original_format': False, **kwargs})
         for o in Path(save_directory).glob('*.safetensors'):   # safetensors makes files only their owner can read
             shutil.copymode(Path(save_directory)/'config.json', o)
 
@@ -230,14 +238,16 @@ class VLMModel(VLMPreTrainedModel):
     ) -> VLMModelOutput:
         "Hidden states after the last layer and its norm"
         encoded = (mm_encoder_outputs or {}).get('image')
-        emb_btd,img = merge_inputs(self, input_ids, pixel_values, image_sizes, inputs_embeds, encoded)
+        emb_btd,img = merge_inputs(self, input_ids, pixel_values, image_sizes,
+                                   inputs_embeds, encoded)
         if attention_mask is None and position_ids is not None and past_key_values is None:   # perhaps packed
             _check_packing(self.config.text_config, position_ids)
             kwargs.setdefault('use_cache', False)   # a cache would undo packing
         if position_ids is None: position_ids = _positions(attention_mask, emb_btd.shape[1])
         out = self.language_model(attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=emb_btd, **{**kwargs, 'return_dict': True})
-        return VLMModelOutput(out.last_hidden_state, out.past_key_values, out.hidden_states, out.attentions, img)
+        return VLMModelOutput(out.last_hidden_state, out.past_key_values,
+                              out.hidden_states, out.attentions, img)
 
 # %% ../../nbs/23_model.vlm.ipynb #043c5122
 _DECODERS = 'model.decoder', 'model', 'transformer', 'gpt_neox'   # What LLMs call the part below the output layer
@@ -350,9 +360,11 @@ class VLMWithHead(VLMPreTrainedModel, GenerationMixin):
         return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values,
             inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs)
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False,
+                                      input_ids=None, **kwargs):
         kwargs = self._prepare_multimodal_encoder_kwargs_for_generation(kwargs)   # a row takes all its images along
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **kwargs)
 
 # %% ../../nbs/23_model.vlm.ipynb #097ac9f8
 class VLMForConditionalGeneration(VLMWithHead):
@@ -404,7 +416,9 @@ def causal_lm(
 ) -> PreTrainedModel:                   # Of the class that its configuration says
     "Decoder and output layer as one causal language model"
     config = model.config.text_config
-    with torch.device('meta'): llm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    with torch.device('meta'):
+        llm = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False)
     at = next(n for n,m in llm.named_modules() if m is llm.get_decoder())
     llm.set_submodule(at, model.language_model)
     llm.set_output_embeddings(model.lm_head)
@@ -417,13 +431,15 @@ def _register_head(auto, names):
     auto.register(VLMConfig, VLMForConditionalGeneration, exist_ok=True)
     names[VLMConfig.model_type] = VLMForConditionalGeneration.__name__
 
+# %% ../../nbs/23_model.vlm.ipynb #26a2f78e
 def _register():
     "Make configuration and models known to `transformers`"
     kind = VLMConfig.model_type
     AutoConfig.register(kind, VLMConfig, exist_ok=True)
     AutoModel.register(VLMConfig, VLMModel, exist_ok=True)
     MODEL_MAPPING_NAMES[kind] = VLMModel.__name__
-    _register_head(AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    _register_head(AutoModelForImageTextToText,
+                   MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
     _register_head(AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
     renamings = [WeightRenaming(old, new) for old,new in _flat_patterns()]
     register_checkpoint_conversion_mapping(kind, renamings, overwrite=True)

@@ -59,7 +59,8 @@ def bake_one(
     model,log = _TRAIN[name](tok, cfg, seed, progress)
     folder = out/name
     _save(name, model, tok, folder, cfg)
-    made = dict(seed=seed, config=asdict(cfg), versions=versions(), threads=torch.get_num_threads())
+    made = dict(seed=seed, config=asdict(cfg), versions=versions(),
+                threads=torch.get_num_threads())
     made['report'] = _report(name, folder, tok, cfg)
     made['log'] = log
     made['seconds'] = round(time.perf_counter() - start, 1)

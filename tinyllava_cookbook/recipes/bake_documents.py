@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from ..core import IMAGE_TOKEN, SHORT
 from ..data.templates import chat_template
 from ..ingredients import tiny_tokenizer
-from ..microworld import (
-    ASK, PLACES, QA, Scene, caption, capitalized, questions, sample_scene, scene_text)
+from tinyllava_cookbook.microworld import (
+    ASK, PLACES, QA, Scene, caption, capitalized, questions, sample_scene,
+    scene_text)
 
 # %% ../../nbs/66_recipes.bake_documents.ipynb #eaccba62
 # Stands for a slot: a byte-level tokenizer writes it for nothing else.
@@ -61,7 +62,8 @@ def _turn(template:str, question:str, answer:str, kind:str) -> tuple[str,Parts]:
     "What the template puts before the scene, and what follows the scene"
     user = dict(role='user', content=f'{IMAGE_TOKEN}\n{question}')
     assistant = dict(role='assistant', content=answer)
-    first,*rest = chat_template(template).segments([user, assistant])
+    first,*rest = chat_template(template).segments([
+        user, assistant])
     before,_,after = first[0].partition(IMAGE_TOKEN)
     parts = [(after, 'given')]
     parts += [(text, kind if supervised else 'given') for text,supervised in rest]
@@ -89,6 +91,7 @@ def document(
 # Kinds of question asked once more, the hardest twice.
 AGAIN = 'color', 'place', 'count', 'choice', 'choice'
 
+# %% ../../nbs/66_recipes.bake_documents.ipynb #b5b732c5
 def random_document(
     rng:random.Random,  # Source of all choices
     slotted:float=.7,   # Fraction of scenes shown as slots

@@ -134,7 +134,8 @@ def batch_documents(
     ids,kinds,turns = zip(*(encode_document(doc, tok) for doc in docs))
     held = [text for doc in docs for text in doc.slots]
     slots = tok(held, add_special_tokens=False).input_ids if held else []
-    return Batch(_padded(ids, tok.pad_token_id), _padded(kinds, -1), _padded(turns, -1), slots)
+    return Batch(_padded(ids, tok.pad_token_id), _padded(kinds, -1),
+                 _padded(turns, -1), slots)
 
 # %% ../../nbs/67_recipes.bake_llm.ipynb #c19d29d5
 def embed_batch(
@@ -229,7 +230,8 @@ def _by_kind(scored:Scored, n:int, rng:random.Random, as_slots:bool) -> dict[str
 def _nats(scored:Scored, doc:Document, kind:str) -> Tensor:
     "Loss of each token of a kind"
     llm,tok = scored
-    logits,right,kinds,_ = text_logits(llm, batch_documents([doc], tok), tok.unk_token_id)
+    logits,right,kinds,_ = text_logits(llm, batch_documents([doc], tok),
+                                       tok.unk_token_id)
     nats = F.cross_entropy(logits, right, reduction='none')
     return nats[kinds == list(KINDS).index(kind)]
 

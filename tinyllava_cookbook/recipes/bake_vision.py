@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
 from ..core import seed_everything
-from ..microworld import (
-    COLORS, PLACES, SHAPES, SIZES, WORDS, Obj, Scene, at, caption, draw, phrase, sample_scene)
+from tinyllava_cookbook.microworld import (
+    COLORS, PLACES, SHAPES, SIZES, WORDS, Obj, Scene, at, caption, draw, phrase,
+    sample_scene)
 from .bake_llm import Bake, fit
 
 # %% ../../nbs/68_recipes.bake_vision.ipynb #d6eab074
@@ -51,7 +52,8 @@ def altered(
     change = rng.choice(['swap', 'word', 'shape', 'color', 'size', 'place'])
     others = [i for i,other in enumerate(objs) if other.color != obj.color]
     if change == 'word' and scene.word:
-        return replace(scene, word=rng.choice([word for word in WORDS if word != scene.word]))
+        return replace(scene,
+                       word=rng.choice([word for word in WORDS if word != scene.word]))
     if change == 'swap' and others:
         return replace(scene, objs=_swapped(objs, index, rng.choice(others)))
     if change in ('swap', 'word'):
@@ -63,12 +65,14 @@ def altered(
 # Tokens of a caption, padded: SigLIP reads the last position, so the length must be fixed.
 LENGTH = 40
 
+# %% ../../nbs/68_recipes.bake_vision.ipynb #b0f76f13
 def micro_siglip(
     tok:PreTrainedTokenizerFast, # For the text half
     cfg:Bake,                    # Sizes
 ) -> SiglipModel:
     "A new SigLIP"
-    sizes = dict(hidden_size=cfg.width, intermediate_size=2*cfg.width, num_attention_heads=cfg.heads)
+    sizes = dict(hidden_size=cfg.width, intermediate_size=2*cfg.width,
+                 num_attention_heads=cfg.heads)
     text = dict(sizes, num_hidden_layers=cfg.text_layers, vocab_size=len(tok),
         max_position_embeddings=LENGTH, projection_size=cfg.width)
     for name in ('pad_token_id', 'bos_token_id', 'eos_token_id'):
@@ -87,7 +91,8 @@ def micro_image_processor(
 ) -> SiglipImageProcessorPil:
     "Resizes bicubically to the encoder's size and scales pixels to -1..1, as SigLIP's own"
     size = dict(height=cfg.image_size, width=cfg.image_size)
-    return SiglipImageProcessorPil(size=size, resample=3, image_mean=[.5]*3, image_std=[.5]*3)
+    return SiglipImageProcessorPil(size=size, resample=3, image_mean=[.5]*3,
+                                   image_std=[.5]*3)
 
 # %% ../../nbs/68_recipes.bake_vision.ipynb #5210e64d
 def embed_text(
@@ -97,7 +102,8 @@ def embed_text(
     length:int=LENGTH,           # Tokens, padded
 ) -> Tensor:                     # (b, width), of length one
     "Where the text half puts the captions"
-    batch = tok(texts, padding='max_length', max_length=length, truncation=True, return_tensors='pt')
+    batch = tok(texts, padding='max_length', max_length=length, truncation=True,
+                return_tensors='pt')
     out = model.text_model(input_ids=batch.input_ids)
     return F.normalize(out.pooler_output, dim=-1)
 
@@ -166,7 +172,8 @@ class Contrast(nn.Module):
 
     def forward(self, scenes:list[Scene], rng:random.Random) -> tuple[Tensor,dict[str,float]]:
         images = [draw(scene, rng) for scene in scenes]
-        v,patches = embed_images(self.model, self.proc(images, return_tensors='pt')['pixel_values'])
+        v,patches = embed_images(self.model,
+                                 self.proc(images, return_tensors='pt')['pixel_values'])
         sims = v @ embed_text(self.model, self.tok, _shuffled_captions(scenes, rng)).T
         logits = sims*self.model.logit_scale.exp() + self.model.logit_bias
         whole = pair_loss(logits, torch.eye(*sims.shape, dtype=torch.bool))
@@ -176,7 +183,8 @@ class Contrast(nn.Module):
     def region_loss(self, scenes:list[Scene], patches:Tensor) -> Tensor:
         found = regions(scenes)
         texts = sorted({text for *_,text in found})
-        means = torch.stack([patches[image,where].mean(0) for image,where,_ in found])
+        means = torch.stack([patches[image,where].mean(0) for image, where,
+                             _ in found])
         r = F.normalize(self.head(means), dim=-1)
         sims = r @ embed_text(self.model, self.tok, texts, 12).T
         match = torch.tensor([[text == other for other in texts] for *_,text in found])
@@ -196,7 +204,8 @@ def train_siglip(
     contrast = Contrast(model, tok, micro_image_processor(cfg), cfg)
     def step():
         return contrast([sample_scene(rng) for _ in range(cfg.siglip_batch)], rng)
-    opt = torch.optim.AdamW(contrast.parameters(), lr=cfg.lr_siglip, betas=(.9, .98), weight_decay=.01)
+    opt = torch.optim.AdamW(contrast.parameters(), lr=cfg.lr_siglip,
+                            betas=(.9, .98), weight_decay=.01)
     return model, fit(step, opt, cfg.siglip_steps, 'micro-siglip', progress)
 
 # %% ../../nbs/68_recipes.bake_vision.ipynb #22a4207b
@@ -228,7 +237,8 @@ def _patch_rows(scene:Scene, patches:Tensor) -> list[tuple[str,Tensor,int]]:
         x = patches[region(obj.place)[-1]]
         rows += [(name, x, values.index(getattr(obj, name))) for name,values in _CLASSES.items()]
     if scene.word:
-        rows.append(('word', patches[region(scene.word_place)[-1]], WORDS.index(scene.word)))
+        rows.append(('word', patches[region(scene.word_place)[-1]],
+                     WORDS.index(scene.word)))
     return rows
 
 # %% ../../nbs/68_recipes.bake_vision.ipynb #a8eeb6bf
@@ -274,4 +284,5 @@ def seeing_report(
     train = _patch_table(model, proc, rng, n, 'train')
     test = _patch_table(model, proc, rng, n//5, 'test')
     probe = {name: round(linear_probe(*train[name], *test[name]), 4) for name in train}
-    return dict(retrieval=round(right, 4), choices=len(scenes), near_misses=round(hard, 4), probe=probe)
+    return dict(retrieval=round(right, 4), choices=len(scenes),
+                near_misses=round(hard, 4), probe=probe)

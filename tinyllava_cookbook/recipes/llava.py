@@ -11,6 +11,7 @@ from ..train.recipes import ALIGNMENT, INSTRUCTION, PLAN, Recipe, Stage, Tune, r
 # %% ../../nbs/71_recipes.llava.ipynb #f9924421
 _more = dict(activation_checkpointing=True, dataloader_num_workers=4)
 
+# %% ../../nbs/71_recipes.llava.ipynb #0e539565
 @recipes.register('llava_v1')
 def llava_v1(
     vision:str='openai/clip-vit-large-patch14',  # Vision tower
@@ -39,7 +40,8 @@ def llava_v15(
                      trainer=_more, corpus='llava-558k')
     finetune = Stage(**INSTRUCTION, **PLAN, lr=2e-5, global_batch_size=128, device_batch_size=16, trainer=_more,
                      corpus='llava-665k')
-    return Recipe('llava_v15', vision, llm, template='llama', image_mode='pad', stages=[pretrain, finetune])
+    return Recipe('llava_v15', vision, llm, template='llama', image_mode='pad',
+                  stages=[pretrain, finetune])
 
 # %% ../../nbs/71_recipes.llava.ipynb #3d40e1d1
 @recipes.register('llava_next')
@@ -59,4 +61,5 @@ def llava_next(
                      trainer=more, corpus='llava-558k')
     finetune = Stage('finetune', tune=tune, **long, lr=1e-5, global_batch_size=128, device_batch_size=4, trainer=more,
                      corpus='llava-760k')
-    return Recipe('llava_next', vision, llm, template='vicuna_v1', image_mode='anyres', stages=[pretrain, finetune])
+    return Recipe('llava_next', vision, llm, template='vicuna_v1',
+                  image_mode='anyres', stages=[pretrain, finetune])

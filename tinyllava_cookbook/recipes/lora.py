@@ -9,15 +9,19 @@ __all__ = ['tinyllava_lora', 'tinyllava_qlora', 'custom']
 from ..train.recipes import ALIGNMENT, PLAN, Recipe, Stage, Tune, recipes
 
 # %% ../../nbs/74_recipes.lora.ipynb #30f03a09
-_long = PLAN | dict(max_length=3072, trainer=dict(activation_checkpointing=True, dataloader_num_workers=8))
+_long = PLAN | dict(max_length=3072,
+                    trainer=dict(activation_checkpointing=True, dataloader_num_workers=8))
 _batch = dict(global_batch_size=128, corpus='llava-665k')
 
 def _by_adapter(name, mode, vision, llm, template):
     "TinyLLaVA's base recipe with adapters in stage 2"
     tune = dict(connector='full', llm=Tune(mode, r=128, alpha=256, dropout=.05))
-    pretrain = Stage(**ALIGNMENT, **_long, lr=1e-3, global_batch_size=256, device_batch_size=32, corpus='llava-558k')
-    finetune = Stage('finetune', tune=tune, **_long, **_batch, lr=2e-4, device_batch_size=8)
-    return Recipe(name, vision, llm, template=template, image_mode='squash', stages=[pretrain, finetune])
+    pretrain = Stage(**ALIGNMENT, **_long, lr=1e-3, global_batch_size=256,
+                     device_batch_size=32, corpus='llava-558k')
+    finetune = Stage('finetune', tune=tune, **_long, **_batch, lr=2e-4,
+                     device_batch_size=8)
+    return Recipe(name, vision, llm, template=template, image_mode='squash',
+                  stages=[pretrain, finetune])
 
 # %% ../../nbs/74_recipes.lora.ipynb #357ccb8b
 @recipes.register('tinyllava_lora')
@@ -55,5 +59,7 @@ def custom(
 
     LoRA of rank 128 and alpha 256 on the LLM, connector in full, 1e-4; 4 samples x 8 accumulated x 4 GPUs."""
     tune = dict(connector='full', llm=Tune('lora', r=128, alpha=256, dropout=.05))
-    finetune = Stage('finetune', tune=tune, **_long, **_batch, lr=1e-4, device_batch_size=4)
-    return Recipe('custom', vision, llm, template=template, image_mode='squash', start=start, stages=[finetune])
+    finetune = Stage('finetune', tune=tune, **_long, **_batch, lr=1e-4,
+                     device_batch_size=4)
+    return Recipe('custom', vision, llm, template=template, image_mode='squash',
+                  start=start, stages=[finetune])

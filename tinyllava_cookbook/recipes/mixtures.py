@@ -16,6 +16,7 @@ MIX = {   # Sources of the second stage
     'mix': dict(data='llava_v1_5_mix665k_without_details.json'),
     'details': dict(data='sharegpt4v_instruct_gpt4-vision_cap100k.json', share=23_000)}
 
+# %% ../../nbs/76_recipes.mixtures.ipynb #ee807da1
 @recipes.register('llava_v15_details')
 def llava_v15_details(
     vision:str='openai/clip-vit-large-patch14-336',  # Vision tower
@@ -27,5 +28,6 @@ def llava_v15_details(
     of ShareGPT4V's 100K captions by GPT-4V. Write the first source with `data.training_sets.without_details`."""
     base = llava_v15(vision, llm)
     pretrain,finetune = base.stages
-    mixed = replace(finetune, data={name: dict(source) for name,source in MIX.items()})
+    mixed = replace(finetune,
+                    data={name: dict(source) for name,source in MIX.items()})
     return replace(base, name='llava_v15_details', stages=[pretrain, mixed])

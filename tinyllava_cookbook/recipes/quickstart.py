@@ -64,8 +64,10 @@ def train_micro(
     "Run the stages of `r` on the micro world"
     files = dict(pretrain='pretrain.json', finetune='instruct.json')
     images = str(train/'images')
-    stages = [dataclasses.replace(stage, data=str(train/files[stage.name]), images=images) for stage in r.stages]
-    return train_recipe(dataclasses.replace(r, stages=stages), out, progress=progress)
+    stages = [dataclasses.replace(stage, data=str(train/files[stage.name]),
+                                  images=images) for stage in r.stages]
+    return train_recipe(dataclasses.replace(r, stages=stages), out,
+                        progress=progress)
 
 # %% ../../nbs/70_recipes.quickstart.ipynb #08064025
 def test_micro(
@@ -78,11 +80,13 @@ def test_micro(
 ) -> dict[str,dict]:     # Results of `answer_and_score`: 'seeing', 'blind', 'pope'
     "Exact match on held-out questions, seeing and blind, and POPE"
     how = dict(batch_size=batch_size, max_new_tokens=12, progress=progress)
-    asked = dict(seeing=(items, {}), blind=(items, dict(blind=True)), pope=(pope, dict(score='pope')))
+    asked = dict(seeing=(items, {}), blind=(items, dict(blind=True)),
+                 pope=(pope, dict(score='pope')))
     results = {}
     for name,(questions,more) in asked.items():
         with timed(seconds, name, progress):
-            results[name] = answer_and_score(model, processor, questions, **how, **more)
+            results[name] = answer_and_score(
+                model, processor, questions, **how, **more)
     return results
 
 # %% ../../nbs/70_recipes.quickstart.ipynb #1b9abd92
@@ -91,19 +95,22 @@ def _by_kind(result:dict) -> dict[str,float]:
     kinds = result['by_kind']
     return {kind: round(kinds[kind]['accuracy'], 4) for kind in ASK if kind in kinds}
 
+# %% ../../nbs/70_recipes.quickstart.ipynb #99b8525d
 def summary(
     results:dict[str,dict],  # From `test_micro`
     seconds:dict[str,float], # Per phase
     seed:int,                # Of the run
 ) -> dict:                   # What `results.json` holds
     "The numbers of a run"
-    seeing,blind,pope = (results[name] for name in ('seeing', 'blind', 'pope'))
+    seeing,blind,pope = (results[name] for name in (
+        'seeing', 'blind', 'pope'))
     interval = [round(end, 4) for end in seeing['ci']]
     categories = {kind: round(found['f1'], 4) for kind,found in pope['by_kind'].items()}
     accuracy = dict(overall=round(seeing['accuracy'], 4), ci=interval, questions=seeing['n'],
         by_kind=_by_kind(seeing))
     return dict(accuracy=accuracy, blind_accuracy=round(blind['accuracy'], 4),
-        blind_by_kind=_by_kind(blind), pope_f1=round(pope['f1'], 4), pope_by_category=categories,
+        blind_by_kind=_by_kind(blind), pope_f1=round(pope['f1'], 4),
+        pope_by_category=categories,
         seconds=seconds, seed=seed, versions=versions())
 
 # %% ../../nbs/70_recipes.quickstart.ipynb #20878bdc
@@ -112,9 +119,11 @@ def loss_curves(
 ):               # The figure
     "The loss of each stage"
     import matplotlib.pyplot as plt
-    fig,axs = plt.subplots(1, len(stages), figsize=(4*len(stages), 2.2), dpi=72, squeeze=False)
+    fig,axs = plt.subplots(1, len(stages), figsize=(4*len(stages), 2.2), dpi=72,
+                           squeeze=False)
     for ax,(name,result) in zip(axs[0], stages.items()):
-        plot_log(result.log, ax, f'{name}: {result.steps} steps, {result.seconds:.0f} s')
+        plot_log(result.log, ax,
+                 f'{name}: {result.steps} steps, {result.seconds:.0f} s')
     fig.tight_layout()
     plt.close(fig)
     return fig
@@ -126,6 +135,7 @@ _CARD = """<figure class="{{ side }}">{{ image }}
 
 truth: {{ row.answer }}{% endif %}</figcaption></figure>"""
 
+# %% ../../nbs/70_recipes.quickstart.ipynb #4077e794
 def sample_answers(
     results:dict,  # From `test_micro`
     pictures:dict, # Question id -> image
@@ -137,7 +147,8 @@ def sample_answers(
         rows = [row for row in results['seeing']['answers'] if row['correct'] == correct]
         one_a_kind = {row['kind']: row for row in rows}
         for row in list(one_a_kind.values())[:n]:
-            image = load_image(pictures[row['question_id']]).resize((128, 128), Image.Resampling.NEAREST)
+            image = load_image(pictures[row['question_id']]).resize(
+                (128, 128), Image.Resampling.NEAREST)
             cards.append(render(_CARD, side=side, row=row, image=image_tag(image)))
     return cards
 
@@ -157,7 +168,8 @@ def attention_maps(
             continue
         # Each from another part of the test, so another image.
         row = rows[len(rows)*(len(out)+1)//(len(kinds)+1)]
-        attention = answer_attention(model, processor, pictures[row['question_id']], row['prompt'])
+        attention = answer_attention(model, processor, pictures[row['question_id']],
+                                     row['prompt'])
         fig = show_attention(attention, size=1.6)
         plt.close(fig)
         out.append((f"{row['prompt']} {row['text']}", fig))
@@ -166,7 +178,6 @@ def attention_maps(
 # %% ../../nbs/70_recipes.quickstart.ipynb #b2ec8809
 _STYLE = """tr:last-child{font-weight:600} td i{display:block;height:.7rem;background:#4878a8}
 figure{padding:.6rem;border:1px solid #8886;border-radius:.4rem} .wrong{border-color:#c33}"""
-
 _REPORT = """<h1>{{ name }}: {{ '%.1f' % (100*accuracy.overall) }}% of {{ accuracy.questions }} held-out questions</h1>
 <p>95 % interval {{ '%.1f' % (100*accuracy.ci[0]) }}% to {{ '%.1f' % (100*accuracy.ci[1]) }}%;
 blind {{ '%.1f' % (100*blind_accuracy) }}%; POPE F1 {{ '%.3f' % pope_f1 }}; seed {{ seed }}.<br>
@@ -209,9 +220,12 @@ def write_report(
 def _baked(r:Recipe, out:Path, seed:int, progress:bool) -> Recipe:
     "The recipe with ingredients made anew"
     bake_ingredients(out, seed, progress=progress)
-    return dataclasses.replace(r, vision=str(out/'micro-siglip'), llm=str(out/'micro-llama'))
+    return dataclasses.replace(r, vision=str(out/'micro-siglip'),
+                               llm=str(out/'micro-llama'))
 
-def _report(out:Path, r:Recipe, trained:tuple, items:list[Item], results:dict, numbers:dict):
+# %% ../../nbs/70_recipes.quickstart.ipynb #7c7db2db
+def _report(out:Path, r:Recipe, trained:tuple, items:list[Item], results:dict,
+            numbers:dict):
     "The page of a run"
     model,processor,stages = trained
     pictures = {item.id: item.image for item in items}

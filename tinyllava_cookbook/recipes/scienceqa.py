@@ -21,6 +21,7 @@ def scienceqa(
     more = dict(activation_checkpointing=True, dataloader_num_workers=4)
     size = dict(global_batch_size=128, device_batch_size=16, trainer=more)
     pretrain = Stage(**ALIGNMENT, **PLAN, **size, lr=2e-3, corpus='llava-595k')
-    finetune = Stage(**INSTRUCTION, **PLAN | dict(epochs=12.), **size, lr=2e-5, corpus='scienceqa')
+    finetune = Stage(**INSTRUCTION, **PLAN | dict(epochs=12.), **size, lr=2e-5,
+                     corpus='scienceqa')
     return Recipe('scienceqa', vision, llm, connector='linear', template='vicuna_v1', image_mode='crop',
                   stages=[pretrain, finetune])

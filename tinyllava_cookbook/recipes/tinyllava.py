@@ -14,8 +14,10 @@ _more = dict(activation_checkpointing=True, dataloader_num_workers=8)
 def _stages(share=None, **plan):
     "Stages of TinyLLaVA: alignment, perhaps `share` on long captions, instructions"
     plan = PLAN | plan | dict(trainer=_more)
-    pretrain = Stage(**ALIGNMENT, **plan, lr=1e-3, global_batch_size=256, device_batch_size=32, corpus='llava-558k')
-    finetune = Stage(**INSTRUCTION, **plan, lr=2e-5, global_batch_size=128, device_batch_size=8, corpus='llava-665k')
+    pretrain = Stage(**ALIGNMENT, **plan, lr=1e-3, global_batch_size=256,
+                     device_batch_size=32, corpus='llava-558k')
+    finetune = Stage(**INSTRUCTION, **plan, lr=2e-5, global_batch_size=128,
+                     device_batch_size=8, corpus='llava-665k')
     if share is None: return [pretrain, finetune]
     captions = Stage('share', template='pretrain', tune=share, **plan, lr=2e-5, global_batch_size=256,
                      device_batch_size=8, corpus='sharegpt4v-pt')
@@ -31,7 +33,8 @@ def tinyllava_base(
     """TinyLLaVA's base recipe: `scripts/train/{pretrain,finetune}.sh` of TinyLLaVA_Factory at 53f12c7
 
     Section 3 of arXiv 2402.14289. AdamW, ZeRO-3 on 4 GPUs; published in fp16, bf16 here. "Square" images: squashed."""
-    return Recipe('tinyllava_base', vision, llm, template=template, image_mode='squash', stages=_stages())
+    return Recipe('tinyllava_base', vision, llm, template=template,
+                  image_mode='squash', stages=_stages())
 
 # %% ../../nbs/72_recipes.tinyllava.ipynb #e49b0cba
 @recipes.register('tinyllava_share')
@@ -45,7 +48,8 @@ def tinyllava_share(
     Stage `pretrain` is base's; to use base's weights, run `share` and `finetune` with `start=`. Stage `share`:
     vision from layer 12, connector and LLM, 2e-5, batch 256, ShareGPT4V's 1246k captions. `finetune` is base's."""
     share = dict(vision=Tune('partial', from_layer=12), connector='full', llm='full')
-    return Recipe('tinyllava_share', vision, llm, template=template, image_mode='squash', stages=_stages(share))
+    return Recipe('tinyllava_share', vision, llm, template=template,
+                  image_mode='squash', stages=_stages(share))
 
 # %% ../../nbs/72_recipes.tinyllava.ipynb #58dd8c04
 @recipes.register('tinyllava_share_factory')
@@ -59,7 +63,8 @@ def tinyllava_share_factory(
     The vision tower stays frozen in all three stages, unlike in the paper. ZeRO-3 on 4 GPUs, 3072 tokens."""
     share = dict(connector='full', llm='full')
     stages = _stages(share, max_length=3072)
-    return Recipe('tinyllava_share_factory', vision, llm, template=template, image_mode='squash', stages=stages)
+    return Recipe('tinyllava_share_factory', vision, llm, template=template,
+                  image_mode='squash', stages=stages)
 
 # %% ../../nbs/72_recipes.tinyllava.ipynb #a59883d4
 @recipes.register('tinyllava_mof')

@@ -26,9 +26,13 @@ def train_llava(
     bf16, ZeRO-2 on 4 A100: 6 samples x 8 accumulated x 4 GPUs = 192. Five epochs at 4e-4, linear, no warmup. LoRA of
     rank 32, alpha 8, dropout .05 on the LLM's q/k/v/o_proj, and the whole connector. Its patterns also reach q/k/v_proj
     of CLIP, against its README; here the vision tower stays frozen. It keeps the first question of each sample only."""
-    if variant not in _VARIANTS: raise ValueError(f"no variant {variant!r}; choose from {list(_VARIANTS)}")
+    if variant not in _VARIANTS:
+        raise ValueError(f"no variant {variant!r}; choose from {list(_VARIANTS)}")
     name = 'train_llava' if variant == 'full' else f'train_llava_{variant}'
-    plan = dict(lr=4e-4, epochs=5., warmup=0., schedule='linear', max_length=2048, pack=4096)
+    plan = dict(lr=4e-4, epochs=5., warmup=0., schedule='linear', max_length=2048,
+                pack=4096)
     finetune = Stage('finetune', tune=_VARIANTS[variant], **plan, global_batch_size=192, device_batch_size=6,
-                     trainer=dict(save_steps=500, save_total_limit=3), corpus='llava-595k')
-    return Recipe(name, vision, llm, template='chatml', image_mode='crop', stages=[finetune])
+                     trainer=dict(save_steps=500, save_total_limit=3),
+                     corpus='llava-595k')
+    return Recipe(name, vision, llm, template='chatml', image_mode='crop',
+                  stages=[finetune])

@@ -28,7 +28,8 @@ def recipe_model(
     "The model of a recipe: shapes without weights"
     fields = {k:v for k,v in recipe.model.items() if k in VLMConfig.__annotations__}
     fields.update(connector=recipe.connector, image_mode=recipe.image_mode)
-    return meta_model(recipe.vision, recipe.llm, recipe.model.get('mix', 'concat'), **fields)
+    return meta_model(recipe.vision, recipe.llm, recipe.model.get('mix', 'concat'),
+                      **fields)
 
 # %% ../../nbs/37_train.activations.ipynb #54e97bb1
 @dataclass
@@ -38,6 +39,7 @@ class Adapter:
     dropout:float = 0.   # On its input
     dora:bool = False    # It has a length per row, too
 
+# %% ../../nbs/37_train.activations.ipynb #ad213826
 def adapter_size(
     layer:nn.Module,  # With an `Adapter` at `.adapter`, or none
 ) -> int:             # Trainable parameters
@@ -51,7 +53,8 @@ def adapter_size(
 def _annotate_adapters(model, part, tune, reached):
     "Note adapters of one part, and which of its weights are held in 4 bits"
     for name in linear_names(model, part, tune.targets, reached):
-        model.get_submodule(name).adapter = Adapter(tune.r, tune.dropout, tune.mode == 'dora')
+        model.get_submodule(name).adapter = Adapter(
+            tune.r, tune.dropout, tune.mode == 'dora')
     for name in linear_names(model, part, None, reached):
         model.get_submodule(name).four_bit = tune.mode == 'qlora'
 
@@ -70,7 +73,8 @@ def annotate(
     _forget_annotations(model)
     names = set()
     for part,tune in stage.tune.items():
-        if tune.mode in ADAPTERS: _annotate_adapters(model, part, tune, reached)
+        if tune.mode in ADAPTERS:
+            _annotate_adapters(model, part, tune, reached)
         else: names |= learnable(model, part, tune)
     for name,parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
@@ -90,7 +94,8 @@ def n_trainable(
     module:nn.Module,  # After `annotate`
 ) -> int:              # Trainable parameters, those of adapters included
     "How many parameters of a module are trainable"
-    return n_direct(module.parameters()) + sum(map(adapter_size, module.modules()))
+    return n_direct(module.parameters()) + sum(map(
+        adapter_size, module.modules()))
 
 # %% ../../nbs/37_train.activations.ipynb #35be429d
 def with_mode(
@@ -157,7 +162,8 @@ class BlockLinears:
     @classmethod
     def of(cls, block):
         "Sort the linear layers of `block` by their names"
-        places = {(False, False): [], (False, True): [], (True, False): [], (True, True): []}
+        places = {(False, False): [], (False, True): [], (True, False): [],
+                  (True, True): []}
         for name,module in block.named_modules():
             if isinstance(module, nn.Linear):
                 places[bool(_OF_MLP.search(name)), bool(_OUTWARD.search(name))].append(module)
@@ -175,17 +181,20 @@ def is_trainable(
     own = module.parameters(recurse=False)
     return hasattr(module, 'adapter') or any(p.requires_grad for p in own)
 
+# %% ../../nbs/37_train.activations.ipynb #9d60c3a4
 def _norm_bytes(norm, each):
     "Saved by a norm, per position: its statistics are floats"
     width = norm.weight.numel()
-    if 'rms' not in type(norm).__name__.lower(): return each.stream*width + 8
+    if 'rms' not in type(norm).__name__.lower():
+        return each.stream*width + 8
     copies = 2 if is_trainable(norm) else 1
     return each.stream*width*copies + 4
 
 # %% ../../nbs/37_train.activations.ipynb #611d3c83
 def _input_bytes(linears, width, each):
     "Saved of one input that several linear layers read, per position"
-    with_dropout = [o for o in linears if getattr(o, 'adapter', None) and o.adapter.dropout]
+    with_dropout = [o for o in linears if getattr(
+        o, 'adapter', None) and o.adapter.dropout]
     plain = sum(map(is_trainable, linears)) - len(with_dropout)
     copies = each.compute*plain if each.compute != each.stream else each.stream*(plain > 0)
     return width*(copies + (each.compute + each.drop)*len(with_dropout))
@@ -210,7 +219,8 @@ def _attention_bytes(block, config, linears, each, mask, length):
         if re.search(r'[qk]_norm$', name):
             width = query if name.endswith('q_norm') else key
             saved += width*(4 + each.compute*is_trainable(module))
-    if config._attn_implementation == 'eager': saved += _eager_bytes(config, length, each)
+    if config._attn_implementation == 'eager':
+        saved += _eager_bytes(config, length, each)
     return saved
 
 # %% ../../nbs/37_train.activations.ipynb #cda64125
@@ -219,7 +229,8 @@ _ACTIVATION_TENSORS = {'quick_gelu':1, 'gelu_new':3, 'gelu_fast':3}   # Saved by
 def _mlp_bytes(config, linears, each):
     "Saved between the way up and the way down"
     width = sum(o.in_features for o in linears.down)
-    name = getattr(config, 'hidden_act', None) or getattr(config, 'hidden_activation', None)
+    name = getattr(config, 'hidden_act', None) or getattr(
+        config, 'hidden_activation', None)
     gated = sum(o.out_features for o in linears.up) == 2*width
     tensors = 3 if gated else 1
     tensors += _ACTIVATION_TENSORS.get(name, 0)
@@ -235,12 +246,16 @@ def _adapter_bytes(linears, each):
             total += 2*layer.adapter.r + 2*layer.adapter.dora*layer.out_features
     return each.compute*total
 
+# %% ../../nbs/37_train.activations.ipynb #2d873b6f
 def _dropout_bytes(linears, each):
     "Masks of dropout before the adapters that end attention and MLP"
-    def dropped(layers): return any(o.adapter.dropout for o in layers if hasattr(o, 'adapter'))
+    def dropped(layers):
+        return any(o.adapter.dropout for o in layers if hasattr(
+            o, 'adapter'))
     query = sum(o.in_features for o in linears.write)
     width = sum(o.in_features for o in linears.down)
-    return query*(each.compute + each.drop)*dropped(linears.write) + width*each.drop*dropped(linears.down)
+    return query*(
+        each.compute + each.drop)*dropped(linears.write) + width*each.drop*dropped(linears.down)
 
 # %% ../../nbs/37_train.activations.ipynb #9558aa42
 def _norms(block, width):
@@ -289,7 +304,8 @@ def stack(
 def _cast_bytes(block, each):
     "Copies of a block's weights in the precision of matrix products, kept until the backward pass"
     if each.compute == each.stream: return 0
-    linears = [o for o in BlockLinears.of(block).all() if not getattr(o, 'four_bit', False)]
+    linears = [o for o in BlockLinears.of(block).all() if not getattr(
+        o, 'four_bit', False)]
     return each.compute*sum(o.weight.numel() for o in linears)
 
 # %% ../../nbs/37_train.activations.ipynb #0879648f
@@ -311,7 +327,8 @@ def _block_segments(part, blocks, config, each, flow):
         trainable = n_trainable(block)
         gradient = gradient or trainable > 0
         if trainable not in known:   # blocks that train alike are alike
-            known[trainable] = (*block_bytes(block, config, each, flow.mask > 0, flow.length), _cast_bytes(block, each))
+            known[trainable] = (*block_bytes(block, config, each, flow.mask > 0, flow.length),
+                                _cast_bytes(block, each))
         per_position,work,copies = known[trainable]
         saved = per_position*flow.positions + each.compute*flow.mask + copies
         work = work*flow.positions
@@ -319,7 +336,8 @@ def _block_segments(part, blocks, config, each, flow):
         elif flow.checkpoint:
             inputs = each.stream*config.hidden_size*flow.positions
             segments.append(Segment(part, inputs, saved + work, trainable))
-        else: segments.append(Segment(part, saved, work, trainable))
+        else:
+            segments.append(Segment(part, saved, work, trainable))
     return segments
 
 # %% ../../nbs/37_train.activations.ipynb #807ce126
@@ -339,22 +357,28 @@ def connector_bytes(
     "What the connector saves of one image: the inputs of its layers"
     config = model.config
     inputs = []
-    def note(module, args, out): inputs.append((module, args[0].numel()))
+    def note(module, args, out):
+        inputs.append((module, args[0].numel()))
     leaves = [m for m in model.connector.modules() if not list(m.children())]
     hooks = [leaf.register_forward_hook(note) for leaf in leaves]
-    patches = n_patches(config.vision_config, config.vision_feature_select, config.drop_first_patch)
+    patches = n_patches(config.vision_config, config.vision_feature_select,
+                        config.drop_first_patch)
     try:
         with torch.no_grad():
-            model.connector(torch.empty(1, patches, config.vision_config.hidden_size, device='meta'))
+            model.connector(torch.empty(1, patches,
+                                        config.vision_config.hidden_size,
+                                        device='meta'))
     finally:
         for hook in hooks: hook.remove()
-    return each.compute*sum(n for module,n in inputs if not isinstance(module, nn.Linear) or is_trainable(module))
+    return each.compute*sum(n for module,
+                            n in inputs if not isinstance(module, nn.Linear) or is_trainable(module))
 
 # %% ../../nbs/37_train.activations.ipynb #a7c7f18a
 def _vision_segments(model, batch, each, checkpoint):
     "Segments of the vision towers, up to the layer whose features are used"
     named = model.vision_tower.named_parameters()
-    stem = n_direct(p for name,p in named if '.layer' not in name)   # patch embedding and positions
+    # patch embedding and positions
+    stem = n_direct(p for name,p in named if '.layer' not in name)
     segments = [Segment('vision', 0, 0, stem)]
     for tower,config in each_tower(model):
         used = stack(tower)[:n_layers(config, model.config.vision_feature_layer)]
@@ -371,9 +395,11 @@ def _llm_segments(model, batch, each, checkpoint, gradient):
     tied = words.weight is head.weight
     llm = model.language_model
     gradient = gradient or words.weight.requires_grad
-    flow = _Flow(batch.positions, gradient, checkpoint, batch.rows*batch.length**2*batch.mask, batch.length)
+    flow = _Flow(batch.positions, gradient, checkpoint,
+                 batch.rows*batch.length**2*batch.mask, batch.length)
     last = [m for m in model.get_decoder().children() if 'norm' in type(m).__name__.lower()]
-    norm_saved = batch.positions*sum(_norm_bytes(m, each) for m in last)
+    norm_saved = batch.positions*sum(_norm_bytes(
+        m, each) for m in last)
     copies = each.compute*head.weight.numel()*each.mixed*gradient
     return [Segment('llm', 8*batch.positions, 0, 0 if tied else n_trainable(words)),
             *_block_segments('llm', stack(llm), llm.config, each, flow),
@@ -392,4 +418,5 @@ def segments(
     gradient = n_trainable(model.vision_tower) > 0 or n_trainable(model.connector) > 0
     saved = batch.images*connector_bytes(model, each)*gradient
     connector = Segment('connector', saved, 0, n_trainable(model.connector))
-    return [*vision, connector, *_llm_segments(model, batch, each, checkpoint, gradient)]
+    return [*vision, connector,
+            *_llm_segments(model, batch, each, checkpoint, gradient)]

@@ -37,7 +37,6 @@ class Corpus:
     images:float      # Images
     longest:int       # Most tokens of text that are met
     source:str        # Where that is from
-
 corpora = Registry('corpus', 'corpora')
 for _name,*_row in (
     ('llava-558k', 558_128, 25, 20, 1., 80, 'LLaVA-1.5 stage 1: captions of LAION, CC and SBU'),
@@ -57,23 +56,28 @@ def _tokens(sample, roles):
     "About how many tokens of text a sample has in the turns of some roles"
     return sum(len(m['content']) for m in sample.messages if m['role'] in roles)/CHARACTERS
 
+# %% ../../nbs/39_train.budget.ipynb #bcffc788
 def _own_data(stage):
     "The corpus of a stage whose files are here, from 256 of its samples"
     rows = stage_rows(stage)
     every = max(1, len(rows)//256)
-    samples = [read_sample(rows[i], i) for i in range(0, len(rows), every)]
+    samples = [read_sample(rows[i], i) for i in range(
+        0, len(rows), every)]
     text = [_tokens(o, ('system', 'user', 'assistant')) for o in samples]
     supervised = [_tokens(o, ('assistant',)) for o in samples]
     images = [len(o.images) for o in samples]
     def mean(values): return sum(values)/len(values)
     source = f'{len(samples)} of its {len(rows)} samples'
-    return Corpus(len(rows), mean(text), mean(supervised), mean(images), int(max(text)), source)
+    return Corpus(len(rows), mean(text), mean(supervised), mean(images),
+                  int(max(text)), source)
 
+# %% ../../nbs/39_train.budget.ipynb #aa25fff8
 def _files(data):
     "Where the sources of a stage's data are"
     if not isinstance(data, dict): return [data]
     return [o['data'] if isinstance(o, dict) else o for o in data.values()]
 
+# %% ../../nbs/39_train.budget.ipynb #bd52b7c6
 def corpus(
     recipe:Recipe,           # Gives the data that is usual where a stage names none
     stage:Stage,             # One of its stages
@@ -90,8 +94,10 @@ def corpus(
 # %% ../../nbs/39_train.budget.ipynb #54704422
 TILES = 5   # Of an image in mode 'anyres': four and the complete one
 
-def _tiles(stage): return TILES if stage.image_mode == 'anyres' else 1
+def _tiles(stage):
+    return TILES if stage.image_mode == 'anyres' else 1
 
+# %% ../../nbs/39_train.budget.ipynb #a8d6957b
 def _packed_shape(model, stage, data, image_tokens, world):
     "The shape of a pack, and how many of them a GPU takes each step"
     sample_tokens = data.text + data.images*image_tokens
@@ -103,6 +109,7 @@ def _packed_shape(model, stage, data, image_tokens, world):
     mask = choose_attention(model.language_model.config, stage.pack_attention) != PACKED
     return MicroBatch(1, stage.pack, supervised, images, mask), accumulate
 
+# %% ../../nbs/39_train.budget.ipynb #bc77b711
 def step_shape(
     model:nn.Module,              # On the meta device
     stage:Stage,                  # Packs or pads
@@ -111,9 +118,11 @@ def step_shape(
 ) -> tuple[MicroBatch,int]:       # The largest micro-batch, and gradient accumulation steps
     "What one GPU takes at once, at most, and how often each step"
     image_tokens = model.config.image_seq_length*_tiles(stage)
-    if stage.pack: return _packed_shape(model, stage, data, image_tokens, world)
+    if stage.pack:
+        return _packed_shape(model, stage, data, image_tokens, world)
     rows,accumulate = batch_sizes(stage, world)
-    length = min(stage.max_length, math.ceil(image_tokens*max(1, data.images)) + data.longest)
+    length = min(stage.max_length,
+                 math.ceil(image_tokens*max(1, data.images)) + data.longest)
     images = math.ceil(rows*data.images)*_tiles(stage)
     return MicroBatch(rows, length, int(rows*data.supervised), images), accumulate
 
@@ -126,7 +135,8 @@ def sample_flops(
     "Operations per sample, the second forward pass of checkpointing included"
     images = data.images*_tiles(stage)
     tokens = min(data.text + images*model.config.image_seq_length, stage.max_length)
-    counts = dict(tokens=tokens, learned=data.supervised, images=images, squares=tokens**2)
+    counts = dict(tokens=tokens, learned=data.supervised, images=images,
+                  squares=tokens**2)
     rates = flop_rates(model)
     forward = 2*sum(p.numel() for p in model.get_decoder().parameters() if p.ndim > 1)
     adapters = 6*sum(adapter_size(m) for m in model.language_model.modules())
@@ -149,6 +159,7 @@ def need(
     "What a GPU must have for this"
     return forecast.total*SLACK + CONTEXT
 
+# %% ../../nbs/39_train.budget.ipynb #294a216a
 def element_bytes(
     parallel:str,    # One of `PARALLEL`
 ) -> ElementBytes:   # On a GPU
@@ -177,6 +188,7 @@ class StageBudget:
     cost:float        # US dollars for the stage
     data:str          # What was assumed of it
 
+# %% ../../nbs/39_train.budget.ipynb #56853530
 def n_steps(
     stage:Stage,   # Gives epochs, data fraction and the global batch size
     data:Corpus,   # What it trains on
@@ -201,14 +213,17 @@ def stage_budget(
     model = annotate(recipe_model(recipe), stage)
     data = corpus(recipe, stage, samples)
     batch,accumulate = step_shape(model, stage, data, count)
-    forecast = memory(model, stage, batch, element_bytes(parallel), accumulate, parallel, count)
+    forecast = memory(model, stage, batch, element_bytes(parallel), accumulate,
+                      parallel, count)
     steps = n_steps(stage, data)
     flops = sample_flops(model, stage, data)*stage.global_batch_size
-    speed = count*(gpu.tflops or math.nan)*1e12*(mfu or mfu_of(parallel))   # not a number for a card that has no name
+    # not a number for a card that has no name
+    speed = count*(gpu.tflops or math.nan)*1e12*(mfu or mfu_of(parallel))
     hours = steps*flops/speed/3600
     cost = hours*count*((gpu.price or 0) if price is None else price)
     fits = need(forecast) <= gpu.gib*2**30
-    return StageBudget(stage.name, forecast, fits, batch, accumulate, steps, flops, hours, cost, data.source)
+    return StageBudget(stage.name, forecast, fits, batch, accumulate, steps, flops,
+                       hours, cost, data.source)
 
 # %% ../../nbs/39_train.budget.ipynb #eebac6bd
 def _known(value, digits=None):
@@ -233,10 +248,12 @@ def _published(budget):
     known = [(o.stage, published_hours.get((budget.recipe, o.stage))) for o in budget.stages]
     return [f"{stage}: published {o.hours:g} hours on {o.gpus} ({o.source})" for stage,o in known if o]
 
+# %% ../../nbs/39_train.budget.ipynb #0cc7a560
 def _remarks(budget):
     "Sums, what fills the memory, and advice"
     sums = f"together {budget.hours:.1f} hours, {budget.cost:.0f} dollars"
-    if math.isnan(budget.hours): sums = f"hours need a card by its name: {', '.join(gpus.names())}"
+    if math.isnan(budget.hours):
+        sums = f"hours need a card by its name: {', '.join(gpus.names())}"
     filled = [f"{o.stage}: {o.memory!r}" for o in budget.stages]
     return [sums, *_published(budget), *filled, *budget.advice]
 
@@ -246,6 +263,7 @@ def _as_html(budget):
     below = ''.join(map(paragraph, _remarks(budget)))
     return paragraph(_heading(budget)) + budget.table()._repr_html_() + below
 
+# %% ../../nbs/39_train.budget.ipynb #00d62253
 def _as_dict(budget):
     "For JSON"
     found = dataclasses.asdict(budget)
@@ -259,12 +277,15 @@ def _as_dict(budget):
 # %% ../../nbs/39_train.budget.ipynb #13f23e1e
 def _ways(stage):
     "`(parallel, LLM mode or None)`, the least change first"
-    ways = [(parallel, None) for parallel in ('zero2', 'zero3', 'zero2-offload', 'zero3-offload')]
+    ways = [(parallel, None) for parallel in (
+        'zero2', 'zero3', 'zero2-offload', 'zero3-offload')]
     if stage.tune['llm'].mode == 'full':
         ways += [('ddp', 'lora'), ('zero3', 'lora'), ('ddp', 'qlora')]
-    if stage.optimizer == 'muon': return [(parallel, mode) for parallel,mode in ways if parallel == 'ddp']
+    if stage.optimizer == 'muon':
+        return [(parallel, mode) for parallel,mode in ways if parallel == 'ddp']
     return ways
 
+# %% ../../nbs/39_train.budget.ipynb #e56dae25
 def _advice(recipe, stage, gpus):
     "Ways to train a stage on these GPUs"
     found = []
@@ -274,7 +295,8 @@ def _advice(recipe, stage, gpus):
         if not forecast.fits: continue
         option = f" --set {stage.name}.tune.llm={mode}" if mode else ''
         found.append(f"--parallel {parallel}{option} ({need(forecast.memory)/2**30:.0f} GiB)")
-    if found: return f"{stage.name} does not fit; it would with {'; '.join(found[:3])}"
+    if found:
+        return f"{stage.name} does not fit; it would with {'; '.join(found[:3])}"
     return (f"{stage.name} does not fit; nor does any way known here: take more or larger GPUs, "
             f"fewer tokens (pack, max_length) or a smaller model")
 
@@ -291,13 +313,18 @@ class Budget:
     advice:list[str]          # What would fit, where something does not
 
     @property
-    def fits(self) -> bool: return all(stage.fits for stage in self.stages)
+    def fits(self) -> bool:
+        return all(stage.fits for stage in self.stages)
     @property
-    def hours(self) -> float: return sum(stage.hours for stage in self.stages)
+    def hours(self) -> float:
+        return sum(stage.hours for stage in self.stages)
     @property
-    def cost(self) -> float: return sum(stage.cost for stage in self.stages)
-    def table(self) -> Table: return Table(map(_stage_row, self.stages))
-    def __repr__(self) -> str: return '\n'.join([_heading(self), repr(self.table()), *_remarks(self)])
+    def cost(self) -> float:
+        return sum(stage.cost for stage in self.stages)
+    def table(self) -> Table:
+        return Table(map(_stage_row, self.stages))
+    def __repr__(self) -> str:
+        return '\n'.join([_heading(self), repr(self.table()), *_remarks(self)])
     def _repr_html_(self) -> str: return _as_html(self)
     def to_dict(self) -> dict: return _as_dict(self)
 
@@ -318,22 +345,27 @@ def budget(
     advice = [_advice(recipe, stage, gpus) for stage,one in zip(chosen, found) if not one.fits]
     count,name,gpu = parse_gpus(gpus)
     size = sum(p.numel() for p in recipe_model(recipe).parameters())
-    return Budget(recipe.name, f'{count}x{name}', parallel, gpu.gib, size, found, advice)
+    return Budget(recipe.name, f'{count}x{name}', parallel, gpu.gib, size, found,
+                  advice)
 
 # %% ../../nbs/39_train.budget.ipynb #d957711a
 WAYS = 'full', 'lora', 'qlora'
-_COUNTS = (1, 'ddp'), *((n, parallel) for n in (2, 4, 8) for parallel in ('zero2', 'zero3'))
+_COUNTS = (1, 'ddp'), *((n, parallel) for n in (2, 4, 8) for parallel in (
+    'zero2', 'zero3'))
 
 def _in_mode(stage, mode):
     "A stage with its LLM trained this way, where it is trained directly; 'full': as it is"
     direct = stage.tune['llm'].mode in ('full', 'partial')
     return with_mode(stage, mode) if mode != 'full' and direct else stage
 
+# %% ../../nbs/39_train.budget.ipynb #8eb9e9b4
 def _bytes_on(model, stage, data, count, parallel):
     "Bytes that each of `count` GPUs must have for a stage"
     batch,accumulate = step_shape(model, stage, data, count)
-    return need(memory(model, stage, batch, element_bytes(parallel), accumulate, parallel, count))
+    return need(memory(model, stage, batch, element_bytes(parallel), accumulate,
+                       parallel, count))
 
+# %% ../../nbs/39_train.budget.ipynb #95b4bbf7
 def gpus_needed(
     recipe:Recipe,  # Any recipe
     mode:str,       # 'full': as it is; else how the LLM is trained, in stages that train it directly
@@ -347,7 +379,8 @@ def gpus_needed(
     for count,parallel in _COUNTS:
         needed = max(_bytes_on(*parts, count, parallel) for parts in zip(models, stages, data))
         for name in found:
-            if found[name] is None and needed <= gpus[name].gib*2**30: found[name] = count
+            if found[name] is None and needed <= gpus[name].gib*2**30:
+                found[name] = count
         if None not in found.values(): break
     return found
 
@@ -362,8 +395,10 @@ def _draw_needs(ax, row, name, kinds):
         for column,count in enumerate(needed.values()):
             left = column + .31*i
             ax.add_patch(plt.Rectangle((left, row), .3, .86, color=_FIT[count]))
-            ax.text(left + .15, row + .45, count or '-', ha='center', va='center', fontsize=6)
+            ax.text(left + .15, row + .45, count or '-', ha='center', va='center',
+                    fontsize=6)
 
+# %% ../../nbs/39_train.budget.ipynb #709ff1f5
 def show_fit(
     names=None,  # Recipes; `None`: all that are registered
     ax=None,     # Matplotlib axes; made when absent
@@ -373,11 +408,16 @@ def show_fit(
     names = list(names or recipe_names())
     rented = [name for name in gpus if gpus[name].price]
     kinds = sorted(rented, key=lambda name: (gpus[name].gib, gpus[name].tflops))
-    if ax is None: _,ax = plt.subplots(figsize=(5.6, .8 + .3*len(names)), dpi=72)
-    for row,name in enumerate(names): _draw_needs(ax, row, name, kinds)
+    if ax is None:
+        _,ax = plt.subplots(figsize=(5.6, .8 + .3*len(names)), dpi=72)
+    for row,name in enumerate(names):
+        _draw_needs(ax, row, name, kinds)
     ax.set(xlim=(0, len(kinds)), ylim=(len(names), 0))
-    ax.set_xticks([column + .46 for column in range(len(kinds))], kinds, fontsize=6, rotation=30, ha='left')
-    ax.set_yticks([row + .43 for row in range(len(names))], names, fontsize=7, parse_math=False)
-    ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    ax.set_xticks([column + .46 for column in range(len(kinds))], kinds, fontsize=6,
+                  rotation=30, ha='left')
+    ax.set_yticks([row + .43 for row in range(len(names))], names, fontsize=7,
+                  parse_math=False)
+    ax.tick_params(length=0, top=True, labeltop=True, bottom=False,
+                   labelbottom=False)
     ax.spines[:].set_visible(False)
     return ax

@@ -15,6 +15,7 @@ from .meter import peak_tflops
 # %% ../../nbs/38_train.cards.ipynb #18d161e7
 _TURING = 'TITAN RTX', 'RTX 2080', 'RTX 8000', 'T4', 'V100'   # Compute capability below 8
 
+# %% ../../nbs/38_train.cards.ipynb #670fef7d
 @dataclass
 class GPU:
     "A device as it can be bought or rented"
@@ -40,7 +41,6 @@ gpus = Registry('GPU', 'gpus')
 _AMPERE = 'NVIDIA GA102 whitepaper, 2020'
 _ADA = 'NVIDIA Ada whitepaper, 2022'
 _TURING_SHEET = 'NVIDIA Turing whitepaper, 2018'
-
 for _short,*_row in (   # short name; name, GiB, price, its source, GB/s, data sheet
     ('RTX3070',   'RTX 3070',     7.7, None, '', 448, _AMPERE),
     ('RTX2080Ti', 'RTX 2080 Ti', 10.7, None, '', 616, _TURING_SHEET),
@@ -74,11 +74,13 @@ def parse_gpus(
     match = re.fullmatch(r'(?:(\d+)x)?(.+)', text.strip())
     count = int(match[1] or 1) if match else 0
     if count < 1:
-        raise ValueError(f"gpus {text!r}: write e.g. 4xA100-40G, or 1x12GiB for any card of that memory")
+        raise ValueError(
+            f"gpus {text!r}: write e.g. 4xA100-40G, or 1x12GiB for any card of that memory")
     size = re.fullmatch(r'(\d+(?:\.\d+)?)\s*GiB', match[2], re.IGNORECASE)
     if size:
         gib = float(size[1])
-        if not 0 < gib < 10_000: raise ValueError(f"gpus {text!r}: {gib:g} GiB is no memory of a card")
+        if not 0 < gib < 10_000:
+            raise ValueError(f"gpus {text!r}: {gib:g} GiB is no memory of a card")
         return count, f'{gib:g}GiB', GPU(f'{gib:g} GiB', gib, None, '', None, '')
     lower = {name.lower(): name for name in gpus}
     name = lower.get(match[2].lower(), match[2])
@@ -91,7 +93,6 @@ class PublishedHours:
     hours:float  # As printed
     gpus:str     # On what
     source:str   # Where that is printed
-
 _V1 = 'arXiv:2304.08485, appendix: 8 A100, "within" so many hours'
 _V15 = 'README of haotian-liu/LLaVA at c121f04, for 7B: "around" so many hours'
 published_hours = {   # (recipe, stage)

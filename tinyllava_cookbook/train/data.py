@@ -26,6 +26,7 @@ def _published(corpus):
     if corpus not in training_sets: return ''
     return f"; the recipe's is {training_sets[corpus].file}, see: tinyllava data {corpus}"
 
+# %% ../../nbs/33_train.data.ipynb #bf050b2c
 def stage_rows(
     stage:Stage,  # Gives the data when `data` is absent
     data=None,    # As `read_mixture` takes it, or rows
@@ -47,7 +48,8 @@ def stage_encoder(
 ) -> Encoder:     # Samples to tokens
     "How a stage turns samples into tokens"
     own = dict(image_mode=stage.image_mode) if stage.image_mode else {}
-    return processor.encoder(template=stage.template, max_length=stage.max_length, **own)
+    return processor.encoder(template=stage.template, max_length=stage.max_length,
+                             **own)
 
 # %% ../../nbs/33_train.data.ipynb #a371e5c9
 def stage_dataset(
@@ -70,9 +72,11 @@ def _first_alone(world, device):
     if world == 1:
         yield
         return
-    from transformers import TrainingArguments   # slow to import, and many processes are the exception
+    # slow to import, and many processes are the exception
+    from transformers import TrainingArguments
     cpu = pick_device(device).type != 'cuda'
-    args = TrainingArguments(use_cpu=cpu, report_to='none')   # joins the processes
+    # joins the processes
+    args = TrainingArguments(use_cpu=cpu, report_to='none')
     with args.main_process_first(local=False): yield
 
 # %% ../../nbs/33_train.data.ipynb #653dd3ee
@@ -86,8 +90,10 @@ def _check_once(stage, dataset):
 # %% ../../nbs/33_train.data.ipynb #9fb1286b
 def _count_tokens(stage, dataset):
     "Tokens of each sample; those that cannot be measured are left out of the dataset"
-    if not isinstance(dataset, VLMDataset): return lengths(dataset)
-    bad = 'skip' if stage.on_bad_sample == 'substitute' else 'raise'   # what cannot be measured is not planned
+    if not isinstance(dataset, VLMDataset):
+        return lengths(dataset)
+    # what cannot be measured is not planned
+    bad = 'skip' if stage.on_bad_sample == 'substitute' else 'raise'
     return lengths(dataset.ds, dataset.encoder, on_bad_sample=bad)
 
 # %% ../../nbs/33_train.data.ipynb #6510b8cb
@@ -103,12 +109,14 @@ def stage_packs(
     rank,world = rank_and_world()
     with _first_alone(world, device):
         tokens = _count_tokens(stage, dataset)
-    if isinstance(dataset, VLMDataset): leave_out(dataset, tokens.bad)
+    if isinstance(dataset, VLMDataset):
+        leave_out(dataset, tokens.bad)
     return PackSampler(tokens, stage.pack, world, rank, seed)
 
 # %% ../../nbs/33_train.data.ipynb #f26c9086
 _log = getLogger(__name__)
 
+# %% ../../nbs/33_train.data.ipynb #1e06f1a5
 def pack_sizes(
     stage:Stage,  # Gives the global batch
     packs,        # From `stage_packs`

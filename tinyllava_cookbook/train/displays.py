@@ -42,7 +42,8 @@ def plot_log(
     return ax
 
 # %% ../../nbs/35_train.displays.ipynb #4c674765
-def _speed_text(logs): return f"{logs.get('tokens_per_second', 0):,.0f} tokens/s"
+def _speed_text(logs):
+    return f"{logs.get('tokens_per_second', 0):,.0f} tokens/s"
 
 # %% ../../nbs/35_train.displays.ipynb #37ff1138
 class TrainBar(TrainerCallback):
@@ -103,7 +104,8 @@ class LossPlot(TrainerCallback):
         self.next = self.start + 1
 
     def on_log(self, args, state, control, logs=None, **kw):
-        if 'loss' not in (logs or {}) or not state.is_world_process_zero: return
+        if 'loss' not in (logs or {}) or not state.is_world_process_zero:
+            return
         self.log.append(dict(step=state.global_step, loss=logs['loss']))
         if not _live() or time.time() < self.next: return
         per_step = (time.time() - self.start)/len(self.log)
@@ -119,7 +121,8 @@ class LossPlot(TrainerCallback):
         start = time.time()
         ax = plot_log(self.log, title=title)
         ax.figure.tight_layout()
-        if self.handle is None: self.handle = display(ax.figure, display_id=True)
+        if self.handle is None:
+            self.handle = display(ax.figure, display_id=True)
         else: self.handle.update(ax.figure)
         plt.close(ax.figure)
         self.next = time.time() + max(1, 20*(time.time() - start))
@@ -131,6 +134,7 @@ def _shell():
 
 def _live(): return hasattr(_shell(), 'kernel')   # a front end that can replace a figure
 
+# %% ../../nbs/35_train.displays.ipynb #0ada98e6
 def progress_callback(
     title:str,         # What is being trained
     table=None,        # What is trainable, for `TrainBar`
@@ -164,7 +168,9 @@ def keep_lines_before(
         number = _step_of(line)
         if number is None: lost += bool(line)
         elif number < step: kept.append(line + b'\n')
-    if lost: print(f"{str(file)!r}: {lost} lines without a step are dropped", file=sys.stderr)
+    if lost:
+        print(f"{str(file)!r}: {lost} lines without a step are dropped",
+              file=sys.stderr)
     with replacing(file) as part: part.write_bytes(b''.join(kept))
 
 # %% ../../nbs/35_train.displays.ipynb #1e882fd4
@@ -181,7 +187,8 @@ def json_line(
 def _answer_line(step, sample, answer):
     "A line of the file: the question, the answer that is wanted, and the model's"
     question,wanted = (message['content'] for message in sample.messages[-2:])
-    return json_line(dict(step=step, id=sample.id, question=question, wanted=wanted, answer=answer.strip()))
+    return json_line(dict(step=step, id=sample.id, question=question, wanted=wanted,
+                          answer=answer.strip()))
 
 # %% ../../nbs/35_train.displays.ipynb #1c6bcf2f
 class SampleAnswers(TrainerCallback):

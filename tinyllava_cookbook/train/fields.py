@@ -16,6 +16,7 @@ def check(
     "A `ValueError` where something is not as it should be"
     if not ok: raise ValueError(message)
 
+# %% ../../nbs/29_train.fields.ipynb #d5f457db
 def check_names(
     given,         # Names that somebody wrote
     allowed:list,  # Names that there are
@@ -25,21 +26,26 @@ def check_names(
     for name in given:
         near = difflib.get_close_matches(str(name), allowed, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ''
-        check(name in allowed, f"no {what} {name!r}; choose from {sorted(allowed)}{hint}")
+        check(name in allowed,
+              f"no {what} {name!r}; choose from {sorted(allowed)}{hint}")
 
 # %% ../../nbs/29_train.fields.ipynb #514beb80
 _MOST = 10**9   # Largest whole number that a field takes: more than there are samples, and small enough to count with
 
 def _fits(value, kind):
     "Is a value of this kind of field?"
-    if kind is float: return type(value) in (int, float) and abs(value) < 1e300   # nan and infinity are not
-    if kind is int: return type(value) is int and abs(value) <= _MOST
+    if kind is float:
+        # nan and infinity are not
+        return type(value) in (int, float) and abs(value) < 1e300
+    if kind is int:
+        return type(value) is int and abs(value) <= _MOST
     if kind is str: return isinstance(value, (str, os.PathLike))
     return isinstance(value, kind)
 
 def _kind_name(kind):
     return 'none' if kind is type(None) else getattr(kind, '__name__', str(kind))
 
+# %% ../../nbs/29_train.fields.ipynb #cc8483fe
 def field_kinds(
     hint,      # An annotation
 ) -> tuple:    # Types
@@ -54,7 +60,8 @@ def check_types(
     "Refuse values of another type than their field says"
     for name,hint in typing.get_type_hints(type(instance)).items():
         kinds = field_kinds(hint)
-        if any(map(typing.get_origin, kinds)): continue   # lists of names are looked at by whoever takes them
+        if any(map(typing.get_origin, kinds)):
+            continue   # lists of names are looked at by whoever takes them
         value = getattr(instance, name)
         words = ' or '.join(map(_kind_name, kinds))
         limit = f" up to {_MOST}" if int in kinds else ''
@@ -80,7 +87,8 @@ def from_fields(
     what:str,  # What it is, for the message
 ):             # An object of `cls`
     "Build a dataclass from plain values; unknown and missing names are errors"
-    check(isinstance(d, dict), f"a {what} must be an object with named fields, not {d!r}")
+    check(isinstance(d, dict),
+          f"a {what} must be an object with named fields, not {d!r}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     check_names(d, list(fields), f"{what} field")
     missing = dataclasses.MISSING

@@ -38,21 +38,28 @@ def _image_files(row):
 # %% ../../nbs/35_train.identity.ipynb #01b4f418
 def _image_key(image):
     "What an image is, without the folder that it lies in"
-    if isinstance(image, dict): image = image.get('bytes') or image.get('path')
+    if isinstance(image, dict):
+        image = image.get('bytes') or image.get('path')
     if isinstance(image, Image.Image): image = image.tobytes()
-    if isinstance(image, bytes): return xxh3_128(image).hexdigest()
-    if str(image).startswith(('http://', 'https://', 'data:')): return str(image)
-    try: return checksum(image) if Path(image).is_file() else 'missing'
+    if isinstance(image, bytes):
+        return xxh3_128(image).hexdigest()
+    if str(image).startswith(('http://', 'https://', 'data:')):
+        return str(image)
+    try:
+        return checksum(image) if Path(image).is_file() else 'missing'
     except (OSError, ValueError, TypeError): return 'unreadable'
 
 # %% ../../nbs/35_train.identity.ipynb #6f454074
 def _plain(value):
     "What JSON has no word for, as something that it has"
-    if isinstance(value, bytes): return xxh3_128(value).hexdigest()
+    if isinstance(value, bytes):
+        return xxh3_128(value).hexdigest()
     if torch.is_tensor(value): value = value.numpy(force=True)
-    if isinstance(value, np.ndarray): return xxh3_128(np.ascontiguousarray(value)).hexdigest()
+    if isinstance(value, np.ndarray):
+        return xxh3_128(np.ascontiguousarray(value)).hexdigest()
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else repr(value)
 
+# %% ../../nbs/35_train.identity.ipynb #009be53d
 def _text_of(row):
     "A row without its images"
     if isinstance(row, Sample): row = dict(vars(row))
@@ -63,7 +70,8 @@ def _text_of(row):
 # %% ../../nbs/35_train.identity.ipynb #ac617d1d
 def _table_texts(table):
     "The text columns of an Arrow table, in pieces"
-    columns = [name for name in table.column_names if name not in ('image', 'images')]
+    columns = [name for name in table.column_names if name not in (
+        'image', 'images')]
     for some in table.with_format('arrow').iter(4096):
         for batch in some.select(columns).combine_chunks().to_batches():
             yield batch.serialize()
@@ -75,11 +83,13 @@ def _mixture_texts(mixture):
         yield f'{name} {mixture.weights[name]}'.encode() + mixture.kept[name].tobytes()
         yield from _texts(source)
 
+# %% ../../nbs/35_train.identity.ipynb #eea4da4c
 def _texts(rows):
     "The text of all rows, in pieces; of what is no Arrow table, that of some rows"
     table = getattr(rows, 'ds', rows)
     if hasattr(rows, 'sources'): yield from _mixture_texts(rows)
-    elif isinstance(table, datasets.Dataset): yield from _table_texts(table)
+    elif isinstance(table, datasets.Dataset):
+        yield from _table_texts(table)
     else:
         most = 16*LOOKED_AT if isinstance(rows, (list, tuple)) else 16
         for i in _spread(len(rows), most): yield _text_of(rows[i])
@@ -88,9 +98,11 @@ def _texts(rows):
 def _some_images(rows):
     "The images of rows that are evenly spread"
     found = []
-    for i in _spread(len(rows), LOOKED_AT): found += _image_files(rows[i])
+    for i in _spread(len(rows), LOOKED_AT):
+        found += _image_files(rows[i])
     return found
 
+# %% ../../nbs/35_train.identity.ipynb #357ed86d
 def data_identity(
     rows,      # From `stage_rows`, or an encoded dataset
 ) -> dict:     # `data` and `images`, each with an `id` that is the same wherever the data lies, and `about` for people
@@ -133,7 +145,8 @@ def model_identity(
 
 # %% ../../nbs/35_train.identity.ipynb #b1645101
 _SETTINGS = (   # Files that shape what a model computes
-    'config.json', 'preprocessor_config.json', 'processor_config.json', 'tokenizer.json',
+    'config.json', 'preprocessor_config.json', 'processor_config.json',
+    'tokenizer.json',
     'tokenizer_config.json', 'chat_template.jinja', 'adapter_config.json')
 
 def _tensors_of_file(path):
@@ -144,6 +157,7 @@ def _tensors_of_file(path):
             shape = part.get_shape()
             yield name, shape, _rows_of(part, shape) if shape else [file.get_tensor(name)[None]]
 
+# %% ../../nbs/35_train.identity.ipynb #a7206911
 def _blocks_of(path, n=64, size=2**16):
     "Blocks of a file, evenly spread"
     with open(path, 'rb') as file:
@@ -156,9 +170,12 @@ def _update_file(digest, path):
     "Add what a file of a model holds, as far as it matters"
     if path.suffix == '.safetensors':
         try:
-            for tensor in _tensors_of_file(path): _update(digest, *tensor)
-        except SafetensorError as error: raise ValueError(f"{str(path)!r} is damaged: {error}") from error
-    elif path.name in _SETTINGS: digest.update(checksum(path).encode())
+            for tensor in _tensors_of_file(path):
+                _update(digest, *tensor)
+        except SafetensorError as error:
+            raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+    elif path.name in _SETTINGS:
+        digest.update(checksum(path).encode())
     elif path.suffix in ('.bin', '.pt', '.pth'):
         digest.update(str(path.stat().st_size).encode())
         for block in _blocks_of(path): digest.update(block)
@@ -175,5 +192,6 @@ def folder_identity(
     for file in sorted(folder.rglob('*')):
         parts = file.relative_to(folder).parts
         of_a_run = any(part.startswith(('checkpoint-', '.')) for part in parts)
-        if file.is_file() and not of_a_run: _update_file(digest, file)
+        if file.is_file() and not of_a_run:
+            _update_file(digest, file)
     return dict(id=digest.hexdigest(), about=str(path))

@@ -15,7 +15,8 @@ def _as_bytes(
     char:str,  # One character
 ) -> str:      # `\xHH` for each of its bytes
     "A character by its bytes in UTF-8, as bash writes them between `$'` and `'`"
-    return ''.join(f'\\x{byte:02x}' for byte in char.encode('utf-8', 'surrogateescape'))
+    return ''.join(f'\\x{byte:02x}' for byte in char.encode(
+        'utf-8', 'surrogateescape'))
 
 # %% ../../nbs/88_train.job_lines.ipynb #cb3caae8
 def shell_word(
@@ -23,7 +24,9 @@ def shell_word(
 ) -> str:    # One word of a bash script, on one line
     "Quote a value such that bash reads it back unchanged"
     text = str(value)
-    if '\0' in text: raise ValueError(f"{text!r} holds a NUL character, which no variable can hold; leave it out")
+    if '\0' in text:
+        raise ValueError(
+            f"{text!r} holds a NUL character, which no variable can hold; leave it out")
     if text.isprintable(): return shlex.quote(text)
     kept = [c if c.isprintable() and c not in "\\'" else _as_bytes(c) for c in text]
     return f"$'{''.join(kept)}'"
@@ -34,7 +37,8 @@ class Line:
     "A line of a script"
     code:str      # What bash reads
     why:str = ''  # The comment at its end
-    def __str__(self) -> str: return f'{self.code:<58} # {self.why}' if self.why else self.code
+    def __str__(self) -> str:
+        return f'{self.code:<58} # {self.why}' if self.why else self.code
 
 # %% ../../nbs/88_train.job_lines.ipynb #fea75979
 def script_lines(

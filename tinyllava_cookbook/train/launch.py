@@ -34,9 +34,11 @@ class Cluster:
 def _check_word(text, blanks=''):
     "Refuse what sbatch would read in another way: it takes options from comments"
     bad = [c for c in text if c in '"\'\\#' or not c.isprintable() or (c == ' ' and c not in blanks)]
-    if not text or bad: raise ValueError(f"{text!r} may not hold quotes or line breaks, nor backslashes, # or blanks, "
+    if not text or bad:
+        raise ValueError(f"{text!r} may not hold quotes or line breaks, nor backslashes, # or blanks, "
                                          "nor be empty: sbatch reads it from a comment")
 
+# %% ../../nbs/89_train.launch.ipynb #f36017ed
 def _check_cluster(c):
     "Numbers are numbers, and words are words that a comment can hold"
     for name,least in dict(nodes=1, gpus=0, cpus=1).items():
@@ -47,7 +49,8 @@ def _check_cluster(c):
         if word is not None: _check_word(word)
     for option in c.options:
         _check_word(option, blanks=' ')
-        if not option.startswith('-'): raise ValueError(f"{option!r} is no option of sbatch; write e.g. '--qos=long'")
+        if not option.startswith('-'):
+            raise ValueError(f"{option!r} is no option of sbatch; write e.g. '--qos=long'")
 
 # %% ../../nbs/89_train.launch.ipynb #3d3f46fd
 def _sizes(c):
@@ -60,6 +63,7 @@ def _sizes(c):
         ('cpus-per-task', c.cpus, "cores of a process, for reading images"),
         ('time', c.time, "time limit; a longer run is requeued and resumes")]
 
+# %% ../../nbs/89_train.launch.ipynb #c20eca1a
 def _requeue(array):
     "Options of sbatch for preemption and logs"
     log = '%x-%A_%a.log' if array else '%x-%j.log'
@@ -76,7 +80,8 @@ def _head(
     array:str|None=None,  # Task numbers of an array of jobs
 ) -> list[Line]:      # The lines that sbatch reads
     "Options of sbatch, as comments"
-    rows = [('job-name', job, "name in squeue and of the log"), *_sizes(c), *_requeue(array)]
+    rows = [('job-name', job, "name in squeue and of the log"), *_sizes(c),
+            *_requeue(array)]
     lines = []
     for name,value,why in rows:
         if value is None: continue
@@ -169,6 +174,7 @@ _CORPUS_FILES = {   # Corpus of a stage -> file, and folder of its images
     'scienceqa': ('scienceqa/llava_train_QCM-LEA.json', 'scienceqa/images/train')}
 _CAPTIONS = 'sharegpt4v/share-captioner_coco_lcs_sam_1246k_1107.json', 'sharegpt4v'
 
+# %% ../../nbs/89_train.launch.ipynb #5903c7fb
 def stage_files(
     stage:Stage,       # Of a recipe
 ) -> tuple[str,str]:   # Data and folder of images; empty: the recipe's own
@@ -188,27 +194,31 @@ def _train_job(title, stage, files, start, command=_TRAIN, array=None, **more):
     variables = dict(STAGE=(stage, "of the recipe")) | _recipe | more | own | _how
     return Job(title, variables, command, _TRAIN_CHECKS, array)
 
-def _recipe_is(name): return dict(RECIPE=(name, _recipe['RECIPE'][1]))
-
+def _recipe_is(name):
+    return dict(RECIPE=(name, _recipe['RECIPE'][1]))
 _pairs,_mix,_captions = [tuple(f'data/{o}' for o in files)
     for files in (_CORPUS_FILES['llava-558k'], _CORPUS_FILES['llava-665k'], _CAPTIONS)]
 _aligned = 'runs/tinyllava_base/pretrain'
 
 # %% ../../nbs/89_train.launch.ipynb #3f30050b
 jobs.register('pretrain', _train_job(
-    "Stage 1: feature alignment; only the connector is trained.", 'pretrain', _pairs, ''))
+    "Stage 1: feature alignment; only the connector is trained.", 'pretrain',
+    _pairs, ''))
 jobs.register('share', _train_job(
-    "Stage 2 of the share recipe: long captions, from the connector of the base recipe.", 'share',
+    "Stage 2 of the share recipe: long captions, from the connector of the base recipe.",
+    'share',
     _captions, _aligned, **_recipe_is('tinyllava_share')))
 jobs.register('finetune', _train_job(
     "Stage 2: instruction tuning of what slurm/pretrain.sh has saved.", 'finetune',
     _mix, '$OUT/pretrain'))
 jobs.register('lora', _train_job(
-    "Stage 2 with low-rank adapters, on what slurm/pretrain.sh has saved.", 'finetune',
+    "Stage 2 with low-rank adapters, on what slurm/pretrain.sh has saved.",
+    'finetune',
     _mix, _aligned, **_recipe_is('tinyllava_lora')))
 jobs.register('sweep', _train_job(
     "A stage under several settings: one task of an array for each.", 'finetune',
-    _mix, _aligned, _SWEEP + _TRAIN, '0-2', OUT=('runs/sweep', "a folder for each run")))
+    _mix, _aligned, _SWEEP + _TRAIN, '0-2',
+    OUT=('runs/sweep', "a folder for each run")))
 
 # %% ../../nbs/89_train.launch.ipynb #50c04332
 _answers = dict(MODEL=('$OUT/model', "folder of the model"),
@@ -246,8 +256,10 @@ def _assignments(
     return lines
 
 # %% ../../nbs/89_train.launch.ipynb #6806d9a8
-def _title(*lines): return ''.join(f'{line}\n' for line in ('#!/bin/bash', *lines))
+def _title(*lines):
+    return ''.join(f'{line}\n' for line in ('#!/bin/bash', *lines))
 
+# %% ../../nbs/89_train.launch.ipynb #ec72ab4e
 def _job_parts(name, job, c, changes):
     "The parts of a job's script, between which a line is left empty"
     place,program,look = _program(c)
@@ -264,11 +276,14 @@ def _job_parts(name, job, c, changes):
 def _stage_of(changes, name):
     "A stage of the recipe that a script is written for; `None` where that recipe is not here"
     of = str(changes.get('RECIPE', ''))
-    if not of.endswith('.json') and of.partition(':')[0] not in recipes: return None
-    if of.endswith('.json') and not Path(of).is_file(): return None
+    if not of.endswith('.json') and of.partition(':')[0] not in recipes:
+        return None
+    if of.endswith('.json') and not Path(of).is_file():
+        return None
     r = recipe(of)
     return r.stage(name) if name in [o.name for o in r.stages] else None
 
+# %% ../../nbs/89_train.launch.ipynb #35ffea1c
 def _own_job(name, changes):
     "The job of a stage that has no script of its own"
     r = recipe(changes.get('RECIPE', 'tinyllava_base'))
@@ -276,8 +291,10 @@ def _own_job(name, changes):
     check_names([name], list({*jobs.names(), 'pipeline', *stages}), 'job')
     before = stages[:stages.index(name)]
     start = f'$OUT/{before[-1]}' if before else ''
-    return _train_job(f"Stage {name} of recipe {r.name}.", name, stage_files(r.stage(name)), start)
+    return _train_job(f"Stage {name} of recipe {r.name}.", name,
+                      stage_files(r.stage(name)), start)
 
+# %% ../../nbs/89_train.launch.ipynb #c9ebed6c
 def find_job(
     name:str,      # One of `jobs`, or a stage
     changes:dict,  # Other defaults; RECIPE says whose stage
@@ -301,8 +318,10 @@ def job_script(
     job = find_job(name, changes)
     cluster = cluster or Cluster()
     written = f"# Written by `tinyllava launch {name}`, which writes variants too. DRY_RUN=1 prints the command only."
-    head = _title(f'# {job.title}', written) + script_text(_head(name, cluster, job.array))
-    return '\n'.join([head, *map(script_text, _job_parts(name, job, cluster, changes))])
+    head = _title(f'# {job.title}', written) + script_text(_head(
+        name, cluster, job.array))
+    return '\n'.join([head,
+                      *map(script_text, _job_parts(name, job, cluster, changes))])
 
 # %% ../../nbs/89_train.launch.ipynb #15104ac3
 def stage_rows(
@@ -380,6 +399,7 @@ def _data_defaults(changes):
     names = [o for o in changes if o.endswith(ends) and o.isidentifier() and o.isupper() and o != 'EVAL_DATA']
     return {o: ('', "of this stage") for o in names}
 
+# %% ../../nbs/89_train.launch.ipynb #e4a40503
 def pipeline_script(
     **changes,  # Other defaults, by the name of the variable: `RECIPE='my.json'`, `SHARE_DATA='mine.json'`
 ) -> str:       # A bash script, to be run where sbatch is
@@ -405,7 +425,8 @@ def explain(
     for line in script.split('\n')[1:]:
         code,mark,why = line.rpartition(' # ')
         if not mark: code = line
-        if not code.strip() or line.lstrip().startswith('# '): above = line.strip('# ')
+        if not code.strip() or line.lstrip().startswith('# '):
+            above = line.strip('# ')
         else:
             rows.append(dict(line=code.strip(), why=why if mark else above))
             if not code.endswith('||'): above = ''

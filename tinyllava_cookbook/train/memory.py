@@ -20,15 +20,18 @@ from ..model.packed_attention import PACKED
 from ..model.vision import input_size, n_patches
 from ..model.loss import LOGITS_AT_ONCE
 from .activations import (ElementBytes, MicroBatch, adapter_size, annotate, each_tower,
-                                                  micro_batch, n_direct, n_trainable, segments, stack)
+                                                  micro_batch, n_direct,
+                                                  n_trainable, segments, stack)
 from .recipes import PARTS, Stage
 from .stages import float_weights, train_stage
 from .parallel import PARALLEL
 
 # %% ../../nbs/38_train.memory.ipynb #03576f1e
 NF4 = .5 + 1/64 + 4/(64*256)   # Bytes of a 4-bit weight: the number, a scale per 64, a scale of scales per 256
-_ADAM = dict(adamw_torch=8, adamw_torch_fused=8, adamw_bnb_8bit=2, adamw_8bit=2, paged_adamw_8bit=2, sgd=0)
+_ADAM = dict(adamw_torch=8, adamw_torch_fused=8, adamw_bnb_8bit=2, adamw_8bit=2,
+             paged_adamw_8bit=2, sgd=0)
 
+# %% ../../nbs/38_train.memory.ipynb #905d0f92
 def _optimizer_bytes(model, stage, trainable):
     "State of the optimizer for so many trainable parameters"
     name = stage.trainer.get('optim', 'adamw_torch_fused')
@@ -36,14 +39,17 @@ def _optimizer_bytes(model, stage, trainable):
         raise ValueError(f"no memory known of optim {name!r}; choose from {sorted(_ADAM)}")
     if stage.optimizer != 'muon': return trainable*_ADAM[name]
     head = model.get_output_embeddings()
-    hidden = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    hidden = [m for m in model.modules() if isinstance(
+        m, nn.Linear) and m is not head]
     matrices = sum(m.weight.numel() for m in hidden if m.weight.requires_grad)
-    return 8*(trainable - matrices) + 4*matrices   # Muon keeps one moment of each hidden matrix
+    # Muon keeps one moment of each hidden matrix
+    return 8*(trainable - matrices) + 4*matrices
 
 # %% ../../nbs/38_train.memory.ipynb #88940917
 def _weight_bytes(model, half):
     "Weights, some of them in 4 bits, and adapters; `half`: 16-bit weights"
-    four_bit = {id(m.weight) for m in model.modules() if getattr(m, 'four_bit', False)}
+    four_bit = {id(m.weight) for m in model.modules() if getattr(
+        m, 'four_bit', False)}
     total = 0
     for parameter in {id(p):p for p in model.parameters()}.values():
         each = 2 if half else parameter.element_size()
@@ -56,7 +62,8 @@ _SHARDED = dict(zero1=('optimizer',), zero2=('optimizer', 'gradients'), zero3=('
 
 def _bucket_bytes(model, kind, world, gradients):
     "Buffers of communication"
-    if kind == 'ddp' and world > 1: return gradients   # DDP collects gradients in buckets of its own
+    if kind == 'ddp' and world > 1:
+        return gradients   # DDP collects gradients in buckets of its own
     if kind not in ('zero3', 'fsdp'): return 0.
     # the largest layer is gathered for a moment, and so is its gradient
     largest = max(sum(p.numel() for p in block.parameters()) for block in stack(model.language_model))
@@ -85,14 +92,16 @@ def states(
     gradients = (2 if zero else 4)*trainable
     master = 8*trainable*zero   # DeepSpeed's 32-bit weights and gradients
     found = dict(weights=_weight_bytes(model, zero), gradients=gradients,
-                 optimizer=_optimizer_bytes(model, stage, trainable) + master, buckets=0., host=0.)
+                 optimizer=_optimizer_bytes(model, stage, trainable) + master,
+                 buckets=0., host=0.)
     for name in _SHARDED.get(kind, ()):
         found[name] /= world
     found['buckets'] = _bucket_bytes(model, kind, world, gradients)
     return _offload(found, kind, world) if parallel.endswith('-offload') else found
 
 # %% ../../nbs/38_train.memory.ipynb #912c4872
-KINDS = ('weights', 'gradients', 'optimizer', 'buckets', 'vision', 'connector', 'llm', 'logits', 'work', 'inputs')
+KINDS = ('weights', 'gradients', 'optimizer', 'buckets', 'vision', 'connector',
+         'llm', 'logits', 'work', 'inputs')
 
 def readable(
     n:float,  # Bytes
@@ -129,7 +138,8 @@ def _moments(found, state, held, logits, head):
         saved[segment.part] -= segment.saved
         if not held: gradients += segment.trainable*per_parameter
         if i == 0:
-            yield 'gradient of the output layer', dict(now, gradients=gradients, logits=logits/3, work=head)
+            yield 'gradient of the output layer', dict(
+                now, gradients=gradients, logits=logits/3, work=head)
     yield 'end of the backward pass', dict(saved, gradients=gradients, work=head)
 
 # %% ../../nbs/38_train.memory.ipynb #b98a888b
@@ -145,22 +155,26 @@ class _Step:
 # %% ../../nbs/38_train.memory.ipynb #04ffe936
 def _head_bytes(step):
     "Gradient of the output layer: in the type of matrix products, and a second one that is added to the first"
-    words,head = step.model.get_input_embeddings().weight, step.model.get_output_embeddings().weight
+    words,head = step.model.get_input_embeddings(
+        ).weight, step.model.get_output_embeddings().weight
     twice = head.requires_grad and (step.accumulated or words is head)
     text = step.model.config.text_config
     return text.vocab_size*text.hidden_size*(4*twice + step.each.compute*(step.each.mixed and head.requires_grad))
 
-# %% ../../nbs/38_train.memory.ipynb #04ffe936
+# %% ../../nbs/38_train.memory.ipynb #4aad5f04
 def _mlp_width(config):
-    return getattr(config, 'intermediate_size', None) or int(config.hidden_size*getattr(config, 'mlp_ratio', 4))
+    return getattr(config, 'intermediate_size', None) or int(config.hidden_size*getattr(
+        config, 'mlp_ratio', 4))
 
 # %% ../../nbs/38_train.memory.ipynb #d29bf2a2
 def _vision_work(step):
     "What a frozen vision tower needs for a moment of its forward pass"
     needs = []
     for _,config in each_tower(step.model):
-        per_patch = 3*step.each.stream*config.hidden_size + 2*step.each.compute*_mlp_width(config)
-        needs.append(step.batch.images*n_patches(config, 'cls_patch')*per_patch)
+        per_patch = 3*step.each.stream*config.hidden_size + 2*step.each.compute*_mlp_width(
+            config)
+        needs.append(step.batch.images*n_patches(
+            config, 'cls_patch')*per_patch)
     return max(needs)
 
 # %% ../../nbs/38_train.memory.ipynb #4c9d6373
@@ -169,14 +183,17 @@ def _candidates(step, state):
     found = segments(step.model, step.batch, step.each, step.stage.checkpointing)
     vocabulary = step.model.config.text_config.vocab_size
     at_once = min(step.batch.supervised, max(1, LOGITS_AT_ONCE//vocabulary))
-    moments = list(_moments(found, state, step.accumulated, 12*at_once*vocabulary, _head_bytes(step)))
+    moments = list(_moments(found, state, step.accumulated, 12*at_once*vocabulary,
+                            _head_bytes(step)))
     if step.stage.checkpointing and step.each.mixed:
         copies = step.each.compute*n_direct(p for p in step.model.parameters() if p.ndim > 1)
         loss = moments[0][1]
-        moments.append(('end of the forward pass', loss | dict(logits=8*at_once*vocabulary, work=copies)))
+        moments.append(('end of the forward pass',
+                        loss | dict(logits=8*at_once*vocabulary, work=copies)))
     if not n_trainable(step.model.vision_tower):
         gradients = state['gradients'] if step.accumulated else 0
-        moments.append(('forward pass of the vision', dict(gradients=gradients, work=_vision_work(step))))
+        moments.append(('forward pass of the vision',
+                        dict(gradients=gradients, work=_vision_work(step))))
     return moments
 
 # %% ../../nbs/38_train.memory.ipynb #7af569b2
@@ -192,7 +209,8 @@ def memory(
     "Forecast the peak of memory"
     step = _Step(model, stage, batch, each, accumulate > 1)
     state = states(model, stage, parallel, world)
-    when,now = max(_candidates(step, state), key=lambda moment: sum(moment[1].values()))
+    when,now = max(_candidates(step, state),
+                   key=lambda moment: sum(moment[1].values()))
     vision = model.config.vision_config
     pixels = math.prod(input_size(vision))*vision.num_channels*4
     fixed = {k: state[k] for k in ('weights', 'optimizer', 'buckets')}
@@ -225,7 +243,8 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for leaf in tree_leaves((args, kwargs)):   # what was there before is not counted, nor are its views
-            if isinstance(leaf, torch.Tensor): self._note(leaf, counts=False)
+            if isinstance(leaf, torch.Tensor):
+                self._note(leaf, counts=False)
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor): self._note(leaf)
@@ -257,7 +276,9 @@ def measured_peak(
         by_sample = module.language_model.config._attn_implementation == PACKED
         batches.append(micro_batch(kwargs, by_sample))
     hook = model.register_forward_pre_hook(note, with_kwargs=True)
-    def run(): return train_stage(model, processor, stage, out, data, device=device, progress=False)
+    def run():
+        return train_stage(model, processor, stage, out, data, device=device,
+                           progress=False)
     try: result,peak = _run_measured(run, model, device)
     finally: hook.remove()
     return dict(bytes=peak, batches=batches, result=result)
@@ -278,7 +299,8 @@ def forecast_peak(
 
 # %% ../../nbs/38_train.memory.ipynb #081f46c0
 _COLORS = dict(weights='#1f4e8c', gradients='#e4572e', optimizer='#7d8fa9', buckets='#b9c4d0', vision='#f6c667',
-               connector='#e8a33d', llm='#7fc3a1', logits='#a99bd1', work='#dfe6ee', inputs='#333333')
+               connector='#e8a33d', llm='#7fc3a1', logits='#a99bd1', work='#dfe6ee',
+               inputs='#333333')
 
 def _draw_bars(rows, unit, ax):
     "One stacked bar for each row"
@@ -286,7 +308,8 @@ def _draw_bars(rows, unit, ax):
     for kind in KINDS:
         widths = {name: forecast.parts[kind]/unit for name,forecast in rows.items()}
         if not any(widths.values()): continue
-        ax.barh(list(rows), list(widths.values()), left=list(left.values()), color=_COLORS[kind], label=kind)
+        ax.barh(list(rows), list(widths.values()), left=list(left.values()),
+                color=_COLORS[kind], label=kind)
         for name,width in widths.items(): left[name] += width
 
 # %% ../../nbs/38_train.memory.ipynb #d8c55bba
@@ -298,13 +321,16 @@ def show_memory(
 ):               # The axes
     "Draw what fills the memory, a bar each"
     import matplotlib.pyplot as plt
-    if ax is None: _,ax = plt.subplots(figsize=(4, .8 + .26*len(rows)), dpi=72)
+    if ax is None:
+        _,ax = plt.subplots(figsize=(4, .8 + .26*len(rows)), dpi=72)
     unit = 2**30 if max(forecast.total for forecast in rows.values()) > 2**30 else 2**20
     _draw_bars(rows, unit, ax)
-    for name,measured in (marks or {}).items(): ax.plot(measured/unit, name, 'k|', ms=10)
+    for name,measured in (marks or {}).items():
+        ax.plot(measured/unit, name, 'k|', ms=10)
     if limit: ax.axvline(limit/unit, color='k', ls=':')
     ax.invert_yaxis()
-    ax.set_yticks(range(len(rows)), list(rows), parse_math=False)   # a name may hold dollars
+    # a name may hold dollars
+    ax.set_yticks(range(len(rows)), list(rows), parse_math=False)
     ax.tick_params(labelsize=7)
     ax.set_xlabel('GiB' if unit == 2**30 else 'MiB', fontsize=8)
     ax.legend(fontsize=6, ncol=5, loc='lower center', bbox_to_anchor=(.4, 1), frameon=False,

@@ -21,20 +21,24 @@ from .tuning import reachable
 # %% ../../nbs/33_train.meter.ipynb #e120aea7
 def _sample_lengths(batch):
     "Tokens of each sample, whether the rows are packed or padded"
-    if 'position_ids' not in batch: return batch['attention_mask'].sum(1)
+    if 'position_ids' not in batch:
+        return batch['attention_mask'].sum(1)
     positions = batch['position_ids']
     starts = (positions[0] == 0).nonzero().flatten()
     end = torch.tensor([positions.numel()])
     return torch.cat([starts, end]).diff()
 
+# %% ../../nbs/33_train.meter.ipynb #f170cc6d
 def batch_counts(
     batch:dict,  # From a collator
 ) -> dict:       # Samples, tokens, positions, images; the sum of squared lengths, which attention costs
     "What is in a batch"
     lengths = _sample_lengths(batch)
     return dict(
-        samples=len(lengths), tokens=int(lengths.sum()), positions=batch['input_ids'].numel(),
-        images=len(batch.get('pixel_values', ())), squares=int((lengths*lengths).sum()))
+        samples=len(lengths), tokens=int(lengths.sum()),
+        positions=batch['input_ids'].numel(),
+        images=len(batch.get('pixel_values', ())),
+        squares=int((lengths*lengths).sum()))
 
 # %% ../../nbs/33_train.meter.ipynb #c0ae275f
 def _matrix_weights(parameters):
@@ -45,7 +49,8 @@ def _cost(parameters, below):
     "Operations per token; `below`: something before these layers is trainable"
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     passing = parameters if below else trainable
-    return 2*_matrix_weights(parameters) + 2*_matrix_weights(passing) + 2*_matrix_weights(trainable)
+    return 2*_matrix_weights(
+        parameters) + 2*_matrix_weights(passing) + 2*_matrix_weights(trainable)
 
 # %% ../../nbs/33_train.meter.ipynb #bb725c2d
 def _image_cost(model):
@@ -73,7 +78,8 @@ def flop_rates(
     below = tower or connector or words.requires_grad
     config = model.config.text_config
     return dict(tokens=_cost(body, below), learned=_cost([head], True),
-                squares=6*config.num_hidden_layers*config.hidden_size, images=images)
+                squares=6*config.num_hidden_layers*config.hidden_size,
+                images=images)
 
 # %% ../../nbs/33_train.meter.ipynb #8e96dc07
 PEAK_TFLOPS = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, 'L40S': 362, 'A6000': 155,
@@ -90,15 +96,18 @@ def peak_tflops(
 # %% ../../nbs/33_train.meter.ipynb #3a6fc2e4
 def _speed(since, took, rates, world):
     "Samples, tokens and operations per second since the last step"
-    supervised = float(since.get('learned', 0))/world   # counted over all processes, the rest in this one
+    # counted over all processes, the rest in this one
+    supervised = float(since.get('learned', 0))/world
     counts = since | dict(learned=supervised)
     flops = sum(counts.get(name, 0)*rate for name,rate in rates.items())
-    padding = 1 - counts.get('tokens', 0)/max(counts.get('positions', 0), 1)
+    padding = 1 - counts.get('tokens', 0)/max(
+        counts.get('positions', 0), 1)
     return dict(
         samples_per_second=counts.get('samples', 0)*world/took,
         tokens_per_second=supervised*world/took,
         data_wait=counts['wait']/took, padding=padding, tflops=flops/took/1e12)
 
+# %% ../../nbs/33_train.meter.ipynb #757c670e
 def _peak(device):
     "What this device can do at most; `None` where that is not known"
     return peak_tflops(torch.cuda.get_device_name(device)) if device.type == 'cuda' else None
@@ -113,7 +122,8 @@ class MeteredTrainer(Trainer):
         start = time.perf_counter()
         if since['time'] is None: since['time'] = start
         with naming_hangs(self.train_dataset):
-            batches,supervised = super().get_batch_samples(epoch_iterator, num_batches, device)
+            batches,supervised = super().get_batch_samples(
+                epoch_iterator, num_batches, device)
         since['wait'] += time.perf_counter() - start
         for batch in batches:
             for name,count in batch_counts(batch).items():

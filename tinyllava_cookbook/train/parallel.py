@@ -45,15 +45,18 @@ def _stage_numbers(stage, world_size):
 # %% ../../nbs/32_train.parallel.ipynb #2c59cac8
 _AUTO = dict(   # For the trainer to fill in
     train_batch_size='auto', train_micro_batch_size_per_gpu='auto',
-    gradient_accumulation_steps='auto', gradient_clipping='auto', bf16=dict(enabled='auto'), fp16=dict(enabled='auto'))
+    gradient_accumulation_steps='auto', gradient_clipping='auto',
+    bf16=dict(enabled='auto'), fp16=dict(enabled='auto'))
 
+# %% ../../nbs/32_train.parallel.ipynb #a9e1b1a3
 def _sharding(zero, offload, auto):
     "What is sharded, and where it is kept"
     host = dict(device='cpu', pin_memory=True)
     found = dict(stage=zero, overlap_comm=True, contiguous_gradients=True)
     if offload: found['offload_optimizer'] = host
     if zero == 3 and offload: found['offload_param'] = host
-    if zero == 3: found['stage3_gather_16bit_weights_on_model_save'] = True
+    if zero == 3:
+        found['stage3_gather_16bit_weights_on_model_save'] = True
     if auto: found['reduce_bucket_size'] = 'auto'
     if auto and zero == 3:
         found['stage3_prefetch_bucket_size'] = 'auto'
@@ -68,7 +71,8 @@ def deepspeed_config(
     world_size:int=1,    # Processes that train together
 ) -> dict:               # As the JSON file would hold it
     "DeepSpeed's configuration"
-    if zero not in (1, 2, 3): raise ValueError(f"zero {zero}; choose 1, 2 or 3")
+    if zero not in (1, 2, 3):
+        raise ValueError(f"zero {zero}; choose 1, 2 or 3")
     fixed = dict(zero_optimization=_sharding(zero, offload, stage is None),
                  zero_allow_untested_optimizer=True)
     numbers = copy.deepcopy(_AUTO) if stage is None else _stage_numbers(stage, world_size)
@@ -99,7 +103,8 @@ def _form_group(store, rank, world, cuda, limit):
     store.set_timeout(limit)
     backend = 'nccl' if cuda else 'gloo'
     prefixed = dist.PrefixStore('train', store)
-    dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world, timeout=limit)
+    dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world,
+                            timeout=limit)
     atexit.register(leave_processes)
 
 # %% ../../nbs/32_train.parallel.ipynb #3fcaf9d7
@@ -116,7 +121,8 @@ def join_processes(
     except (RuntimeError, TimeoutError) as error:
         raise _not_all_came(rank, world, limit, error) from error
     cuda = pick_device(device).type == 'cuda'
-    if cuda: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     _form_group(store, rank, world, cuda, timedelta(seconds=timeout))
 
 # %% ../../nbs/32_train.parallel.ipynb #e7e240e2
@@ -127,22 +133,28 @@ def leave_processes():
 # %% ../../nbs/32_train.parallel.ipynb #8c4152e1
 _NEEDS_SHARDED_WEIGHTS = 'zero3', 'zero3-offload', 'fsdp'
 
+# %% ../../nbs/32_train.parallel.ipynb #5cb1b33f
 def _check_parallel(name, stage, cuda):
     "An error where a stage cannot be trained that way, here"
     if stage.optimizer == 'muon':
-        raise ValueError(f"stage {stage.name!r}: Muon needs whole matrices; take parallel 'ddp', or optimizer 'adamw'")
+        raise ValueError(
+            f"stage {stage.name!r}: Muon needs whole matrices; take parallel 'ddp', or optimizer 'adamw'")
     if 'RANK' not in os.environ:
-        raise ValueError(f"parallel {name!r} needs a launcher, for one process too: torchrun --nproc-per-node 1 ...")
+        raise ValueError(
+            f"parallel {name!r} needs a launcher, for one process too: torchrun --nproc-per-node 1 ...")
     four_bit = any(tune.mode == 'qlora' for tune in stage.tune.values())
     if name in _NEEDS_SHARDED_WEIGHTS and four_bit:
-        raise ValueError(f"stage {stage.name!r}: 4-bit weights cannot be cut up by {name!r}; take 'ddp' or 'zero2'")
+        raise ValueError(
+            f"stage {stage.name!r}: 4-bit weights cannot be cut up by {name!r}; take 'ddp' or 'zero2'")
     if name == 'fsdp' and not cuda:
-        raise ValueError("parallel 'fsdp' needs GPUs: accelerate runs plain DDP on a CPU, in silence")
+        raise ValueError(
+            "parallel 'fsdp' needs GPUs: accelerate runs plain DDP on a CPU, in silence")
     if name != 'fsdp' and not importlib.util.find_spec('deepspeed'):
         raise ImportError(f"parallel {name!r} needs DeepSpeed: pip install deepspeed")
 
 # %% ../../nbs/32_train.parallel.ipynb #b3bde792
-_FSDP = dict(fsdp=True, fsdp_config=dict(version=2, state_dict_type='FULL_STATE_DICT'))
+_FSDP = dict(fsdp=True,
+             fsdp_config=dict(version=2, state_dict_type='FULL_STATE_DICT'))
 
 # %% ../../nbs/32_train.parallel.ipynb #1e35da82
 def parallel_args(

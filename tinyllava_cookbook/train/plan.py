@@ -12,11 +12,15 @@ from .recipes import Stage, check_names
 
 # %% ../../nbs/33_train.plan.ipynb #d779adf6
 _SAME = (   # What decides a stage's losses
-    'tune', 'template', 'global_batch_size', 'lr', 'epochs', 'max_steps', 'warmup', 'schedule',
-    'optimizer', 'weight_decay', 'max_length', 'image_mode', 'pack', 'share', 'on_bad_sample')
+    'tune', 'template', 'global_batch_size', 'lr', 'epochs', 'max_steps', 'warmup',
+    'schedule',
+    'optimizer', 'weight_decay', 'max_length', 'image_mode', 'pack', 'share',
+    'on_bad_sample')
 _HARMLESS = (   # Beginnings of trainer arguments that do not
-    'save_', 'eval_', 'logging_', 'log_', 'report_to', 'run_name', 'dataloader_', 'disable_tqdm',
-    'hub_', 'push_to_hub', 'ddp_', 'activation_', 'gradient_checkpointing', 'torch_empty_cache')
+    'save_', 'eval_', 'logging_', 'log_', 'report_to', 'run_name', 'dataloader_',
+    'disable_tqdm',
+    'hub_', 'push_to_hub', 'ddp_', 'activation_', 'gradient_checkpointing',
+    'torch_empty_cache')
 
 # %% ../../nbs/33_train.plan.ipynb #a414ccd5
 def run_plan(
@@ -33,9 +37,11 @@ def run_plan(
 # %% ../../nbs/33_train.plan.ipynb #9dba72de
 ACCEPT = 'data', 'images', 'start', 'template'   # What may be said to differ: `accept`
 
-def _has_identity(value): return isinstance(value, dict) and 'id' in value
+def _has_identity(value):
+    return isinstance(value, dict) and 'id' in value
 
-def _identity(value): return value['id'] if _has_identity(value) else value
+def _identity(value):
+    return value['id'] if _has_identity(value) else value
 
 def _words(value):
     "An entry of a plan, for a message"
@@ -59,7 +65,8 @@ def _drop_accepted(found, accept, where):
     if {'data', 'images', 'template'} & set(accept):   # these differ where those do
         follows = ['samples', 'lengths']
     for name in [*accept, *follows]:
-        if name in found: print(f"{where}: accepted that {found.pop(name)}", file=sys.stderr)
+        if name in found:
+            print(f"{where}: accepted that {found.pop(name)}", file=sys.stderr)
 
 # %% ../../nbs/33_train.plan.ipynb #b4598f71
 def check_same_plan(

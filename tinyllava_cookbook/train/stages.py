@@ -56,12 +56,15 @@ class StageResult:
 
 # %% ../../nbs/36_train.stages.ipynb #dbfbf35d
 _LOGGED = dict(   # Name in the log of a stage, and in that of the trainer
-    step='step', epoch='epoch', loss='loss', lr='learning_rate', grad_norm='grad_norm',
-    samples_s='samples_per_second', tokens_s='tokens_per_second', data_wait='data_wait',
+    step='step', epoch='epoch', loss='loss', lr='learning_rate',
+    grad_norm='grad_norm',
+    samples_s='samples_per_second', tokens_s='tokens_per_second',
+    data_wait='data_wait',
     padding='padding', tflops='tflops', mfu='mfu')
 
 def _log_row(row): return {name: row.get(theirs) for name,theirs in _LOGGED.items()}
 
+# %% ../../nbs/36_train.stages.ipynb #0a39888e
 def _result(trainer, seconds, table):
     "What the trainer's history says of a stage"
     history = trainer.state.log_history
@@ -81,7 +84,8 @@ def float_weights(
         if parameter.requires_grad: parameter.data = parameter.data.float()
 
 # %% ../../nbs/36_train.stages.ipynb #bebe2897
-def _sharded(trainer): return trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+def _sharded(trainer):
+    return trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
 
 def _write_adapters(trainer, staging, state):
     "Adapters in peft's format, with the parts that are trained in full"
@@ -98,9 +102,11 @@ def _write_finished(trainer, staging, state, recipe):
     if trainer.args.should_save and adapted(model):
         _write_adapters(trainer, staging, state)
         if state: state = merged_state(model, state)
-    if _sharded(trainer): model.save_pretrained = partial(model.save_pretrained, state_dict=state)
+    if _sharded(trainer):
+        model.save_pretrained = partial(model.save_pretrained, state_dict=state)
     else: merge_adapters(model)
-    if trainer.args.should_save: save(model, trainer.processor, staging, recipe=recipe)
+    if trainer.args.should_save:
+        save(model, trainer.processor, staging, recipe=recipe)
 
 # %% ../../nbs/36_train.stages.ipynb #0475b72e
 def _consolidated(trainer):
@@ -136,11 +142,13 @@ def _stopped(trainer, out):
     "End the process where a signal stopped the training before its last step"
     state = trainer.state
     callbacks = trainer.callback_handler.callbacks
-    watch = next(callback for callback in callbacks if isinstance(callback, StopSignal))
+    watch = next(callback for callback in callbacks if isinstance(
+        callback, StopSignal))
     if not watch.stopped or state.global_step >= state.max_steps: return
     at = f"step {state.global_step} of {state.max_steps}"
     raise Stopped(f"asked to stop: saved in {str(out)!r} at {at}; resume='auto' goes on")
 
+# %% ../../nbs/36_train.stages.ipynb #10bdbde9
 def _record(trainer, result, out, final, origin):
     "The log, and last that the stage is over"
     write_json(out/'log.json', dataclasses.asdict(result))
@@ -164,14 +172,18 @@ def _finish(trainer, result, out, final, recipe, origin):
 def _sample_answers(processor, stage, dataset, out, every):
     "The callback for the first three samples"
     count = len(dataset.ds) if isinstance(dataset, VLMDataset) else 0
-    if not count: raise ValueError("ask_every needs samples with messages, not encoded ones")
+    if not count:
+        raise ValueError("ask_every needs samples with messages, not encoded ones")
     first = [dataset.sample(i) for i in range(min(3, count))]
-    return SampleAnswers(processor, first, out/'samples.jsonl', every, stage.template)
+    return SampleAnswers(processor, first, out/'samples.jsonl', every,
+                         stage.template)
 
+# %% ../../nbs/36_train.stages.ipynb #a5a6dcfb
 def _identities(model, dataset, parallel, packs):
     "What makes this run this one, beside the stage"
     rows = dataset.ds if isinstance(dataset, VLMDataset) else dataset
-    found = data_identity(rows) | dict(start=model_identity(model), parallel=parallel)
+    found = data_identity(rows) | dict(start=model_identity(model),
+                                       parallel=parallel)
     if packs is None: return found
     about = f"{packs.samples:,} samples of {packs.tokens.sum():,} tokens"   # they decide which samples share a row
     digest = xxh3_128(packs.tokens).hexdigest()
@@ -337,6 +349,7 @@ def start_identity(
 def _passed_over(folder, why=''):
     print(f"passed over: {str(folder/DONE)!r} does not say what was trained{why}", file=sys.stderr)
 
+# %% ../../nbs/36_train.stages.ipynb #1e01b1d9
 def _finished(folder, plan, accept):
     "The result of a stage that is over, `None` for one that is not"
     if not (folder/DONE).exists(): return None

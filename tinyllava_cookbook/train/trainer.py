@@ -59,7 +59,8 @@ def _of_machine(cuda):
     return dict(use_cpu=not cuda, bf16=half == 'bfloat16', fp16=half == 'float16',
                 dataloader_pin_memory=cuda, tf32=True if modern else None)
 _FIXED = dict(   # Arguments that are the same everywhere
-    save_total_limit=2, logging_steps=1, disable_tqdm=True, logging_nan_inf_filter=False,
+    save_total_limit=2, logging_steps=1, disable_tqdm=True,
+    logging_nan_inf_filter=False,
     report_to='none', remove_unused_columns=False, label_names=['labels'],
     use_cache=True)   # the default would be written into the model's configuration and slow down generation
 
@@ -79,12 +80,14 @@ def training_args(
     _,world = rank_and_world()
     size,accumulate = sizes or batch_sizes(stage, world)
     settings = dict(
-        output_dir=str(out), seed=seed, run_name=f'{Path(out).parent.name}-{stage.name}',
+        output_dir=str(out), seed=seed,
+        run_name=f'{Path(out).parent.name}-{stage.name}',
         per_device_train_batch_size=size, gradient_accumulation_steps=accumulate)
     settings |= _FIXED | _of_machine(cuda) | _of_stage(stage)
     settings |= parallel_args(parallel, stage, cuda) | stage.trainer | _workers(stage)
     args = TrainingArguments(**settings)
-    args._n_gpu = min(args.n_gpu, 1)   # one process drives one GPU; for more of them there is torchrun
+    # one process drives one GPU; for more of them there is torchrun
+    args._n_gpu = min(args.n_gpu, 1)
     return args
 
 # %% ../../nbs/34_train.trainer.ipynb #f9903de8
@@ -93,6 +96,7 @@ def _local(tensor):
     tensor = getattr(tensor, 'ds_tensor', tensor)
     return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
 
+# %% ../../nbs/34_train.trainer.ipynb #c295819e
 def non_finite(
     tensors:dict,  # Name -> tensor
 ) -> list[str]:    # Names, sorted
@@ -100,7 +104,8 @@ def non_finite(
     found = []
     for name,tensor in tensors.items():
         tensor = _local(tensor).detach()
-        if not (tensor.is_floating_point() and tensor.numel()): continue
+        if not (tensor.is_floating_point() and tensor.numel()):
+            continue
         extremes = torch.stack(torch.aminmax(tensor))   # makes no copy
         found.append((name, extremes.isfinite().all()))
     return sorted(name for name,fine in found if not fine)
@@ -141,7 +146,8 @@ class _Finite(Trainer):
     def check_losses(self, loss=0.):
         "An error where a loss since the start was not finite"
         step = _largest(self._bad_step, self.args)
-        if not math.isfinite(loss): self._end(f"loss is {loss}", step or self.state.global_step)
+        if not math.isfinite(loss):
+            self._end(f"loss is {loss}", step or self.state.global_step)
         if step: self._end("loss is not finite", step)
 
     def check_finite(self):
@@ -168,12 +174,14 @@ def _rotate(out, keep, best):
     found = [path for path in numbered_checkpoints(out) if str(path) != best]
     for path in found[:-keep]: remove(path, out/STAGING)
 
+# %% ../../nbs/34_train.trainer.ipynb #a6ffb201
 def _cannot_save(out, name, error):
     "Make room again, and say from where the run can resume"
     shutil.rmtree(out/STAGING, ignore_errors=True)
     have = numbered_checkpoints(out)
     newest = f"the newest checkpoint is {have[-1].name}" if have else "there is no checkpoint yet"
-    raise OSError(f"could not save {name!r} in {str(out)!r}: {error}; {newest}; make room, then resume") from error
+    raise OSError(
+        f"could not save {name!r} in {str(out)!r}: {error}; {newest}; make room, then resume") from error
 
 # %% ../../nbs/34_train.trainer.ipynb #393308f5
 def from_first(
@@ -244,24 +252,30 @@ class _Resumed(_Strict):
         if path:
             facts = read_marker(path)
             check_same_plan(facts.get('plan'), self.plan(), path, self.accept)
-        shutil.rmtree(out/STAGING, ignore_errors=True)   # of a run that was killed
+        # of a run that was killed
+        shutil.rmtree(out/STAGING, ignore_errors=True)
         (out/DONE).unlink(missing_ok=True)
         return path and str(path), facts.get('began') or time.time()
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        path,self.began = from_first(self.args, lambda: self._find(resume_from_checkpoint))
+        path,self.began = from_first(self.args,
+                                     lambda: self._find(resume_from_checkpoint))
         return super().train(resume_from_checkpoint=path, **kwargs)
 
     def _run_epoch(self, **kwargs):   # a run that was over goes no step further
-        if self.state.global_step < self.state.max_steps: super()._run_epoch(**kwargs)
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
 
-    def floating_point_ops(self, inputs): return 0   # the default walks over all parameters at every step
+    def floating_point_ops(self, inputs):
+        return 0   # the default walks over all parameters at every step
 
     def _get_learning_rate(self):   # the stage's own, not that of the first group
         return super()._get_learning_rate()*self.stage.lr/self.first_lr
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self.is_fsdp_enabled: return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(
+                resume_from_checkpoint, model)
         restore(self.model if model is None else model, resume_from_checkpoint)
 
 # %% ../../nbs/34_train.trainer.ipynb #cbb39540
@@ -277,7 +291,8 @@ class StopSignal(TrainerCallback):
         self.saved = time.monotonic()
         self.stopped = False
 
-    def on_save(self, args, state, control, **kw): self.saved = time.monotonic()
+    def on_save(self, args, state, control, **kw):
+        self.saved = time.monotonic()
 
     def on_step_end(self, args, state, control, **kw):
         late = time.monotonic() - self.saved > 60*self.minutes
@@ -304,7 +319,8 @@ class _Evaluated(Trainer):
             samples = [dataset[number] for number in mine or [0]]
             batch = self._prepare_inputs(self.data_collator(samples))
             count = (batch['labels'][:, 1:] >= 0).sum()
-            with torch.no_grad(): loss = self.model_wrapped(**batch, return_logits=False).loss
+            with torch.no_grad():
+                loss = self.model_wrapped(**batch, return_logits=False).loss
             sums += torch.stack([loss.float()*count, count])*bool(mine)
         if self.args.world_size > 1: dist.all_reduce(sums)
         return sums
@@ -312,13 +328,16 @@ class _Evaluated(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval'):
         "Loss per supervised token, over all processes"
         self.model_wrapped.eval()   # DeepSpeed's returns nothing
-        total,count = self._summed_loss(self.eval_dataset if eval_dataset is None else eval_dataset)
+        total,count = self._summed_loss(
+            self.eval_dataset if eval_dataset is None else eval_dataset)
         if not count:
-            raise ValueError("the evaluation data holds no supervised tokens: there is no loss to measure")
+            raise ValueError(
+                "the evaluation data holds no supervised tokens: there is no loss to measure")
         metrics = {f'{metric_key_prefix}_loss': float(total/count)}
         self.check_losses(*metrics.values())
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics)
         return metrics
 
 # %% ../../nbs/34_train.trainer.ipynb #c9a8f52a
@@ -339,16 +358,21 @@ def _collator(model, processor, packs):
 def _padded_batches(args, dataset):
     "Which samples make a micro-batch, in a fixed order"
     return EpochBatches(
-        len(dataset), args.per_device_train_batch_size, args.gradient_accumulation_steps,
-        args.world_size, args.process_index, args.seed, getattr(dataset, 'epoch', None))
+        len(dataset), args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        args.world_size, args.process_index, args.seed,
+        getattr(dataset, 'epoch', None))
 
+# %% ../../nbs/34_train.trainer.ipynb #aa85ff4a
 def _optimizer_class(trainer):
     "What moves the weights, and its settings"
-    cls,kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    cls,kwargs = trainer.get_optimizer_cls_and_kwargs(
+        trainer.args, trainer.model)
     if trainer.stage.optimizer != 'muon': return cls, kwargs
-    return MuonAdamW, {name: kwargs[name] for name in ('lr', 'betas', 'eps') if name in kwargs}
+    return MuonAdamW, {name: kwargs[name] for name in (
+        'lr', 'betas', 'eps') if name in kwargs}
 
-# %% ../../nbs/34_train.trainer.ipynb #7ce02058
+# %% ../../nbs/34_train.trainer.ipynb #b793cef3
 class VLMTrainer(MeteredTrainer, _Finite, _Evaluated, _Resumed):
     "The Hugging Face trainer with a fixed data order, learning rates per part, a fuller log and strict resume"
     def __init__(self,

@@ -49,15 +49,18 @@ class _Images(nn.Module):
 
 def _meta_copy(parameter):
     "Its shape, without numbers"
-    packed = getattr(parameter, 'quant_state', None)   # 4-bit weights lie two in a byte
-    if packed is None: return torch.empty_like(parameter, device='meta')
+    # 4-bit weights lie two in a byte
+    packed = getattr(parameter, 'quant_state', None)
+    if packed is None:
+        return torch.empty_like(parameter, device='meta')
     return torch.empty(packed.shape, device='meta')
 
 # %% ../../nbs/31_train.tuning.ipynb #77e193e6
 def _unquantized(module, stack):
     "Run 4-bit layers as the linear layers that they stand for, while `stack` is open"
     for layer in filter(is_quantized, module.modules()):
-        forward = lambda x, layer=layer: F.linear(x, layer.weight, layer.bias)
+        forward = lambda x, layer=layer: F.linear(
+            x, layer.weight, layer.bias)
         stack.enter_context(patch.object(layer, 'forward', forward))
 
 # %% ../../nbs/31_train.tuning.ipynb #5a33f2d9
@@ -106,7 +109,8 @@ def layer_list(
 ) -> tuple[str|None,int]:     # Its name, or `None` without one; how many layers it holds
     "The first list of layers inside a model"
     for name,inner in module.named_modules():
-        if isinstance(inner, nn.ModuleList): return name, len(inner)
+        if isinstance(inner, nn.ModuleList):
+            return name, len(inner)
     return None, 0
 
 # %% ../../nbs/31_train.tuning.ipynb #7c034e66
@@ -131,10 +135,12 @@ def _tower_from_layer(tower, start, first, reached, part):
     names = [name for name,_ in tower.named_parameters()]
     layers,count = layer_list(tower)
     if not count:
-        raise ValueError(f"{part} {type(tower).__name__} has no numbered layers; tune it 'full' or 'frozen'")
+        raise ValueError(
+            f"{part} {type(tower).__name__} has no numbered layers; tune it 'full' or 'frozen'")
     choices = _reached_layers(layers, count, names, start, reached)
     if first not in choices:
-        raise ValueError(f"{part} has no layer {first} to learn from; from_layer must be 0 to {choices[-1]}")
+        raise ValueError(
+            f"{part} has no layer {first} to learn from; from_layer must be 0 to {choices[-1]}")
     begin = [name.startswith(f'{layers}.{first}.') for name in names].index(True)
     return [start + name for name in names[begin:]]
 
@@ -145,7 +151,8 @@ def _from_layer(model, part, first, reached):
     for tower,start in _named_towers(model, part):
         names += _tower_from_layer(tower, start, first, reached, part)
     after = tuple(f'{name}.' for name in PART_MODULES[part][1:])
-    return names + [name for name in part_parameters(model, part) if name.startswith(after)]
+    return names + [name for name in part_parameters(
+        model, part) if name.startswith(after)]
 
 # %% ../../nbs/31_train.tuning.ipynb #a80486d4
 def _all_linears(model, part, reached):
@@ -159,7 +166,8 @@ def _all_linears(model, part, reached):
             names.append(full)
     return names
 
-def _ends_with(name, target): return f'.{name}'.endswith(f'.{target}')
+def _ends_with(name, target):
+    return f'.{name}'.endswith(f'.{target}')
 
 # %% ../../nbs/31_train.tuning.ipynb #4517a56f
 def linear_names(
@@ -176,7 +184,8 @@ def linear_names(
     for target in targets:
         if not any(_ends_with(name, target) for name in names):
             ends = sorted({name.rsplit('.', 1)[-1] for name in names})
-            raise ValueError(f"{part} has no linear layer {target!r} that learns; choose targets from {ends}")
+            raise ValueError(
+                f"{part} has no linear layer {target!r} that learns; choose targets from {ends}")
     return [name for name in names if any(_ends_with(name, target) for target in targets)]
 
 # %% ../../nbs/31_train.tuning.ipynb #e48ca15a
@@ -189,7 +198,8 @@ def learnable(
     if tune.mode == 'frozen': return set()
     reached = reachable(model)
     if tune.mode in ADAPTERS:
-        return {f'{name}.weight' for name in linear_names(model, part, tune.targets, reached)}
+        return {f'{name}.weight' for name in linear_names(
+            model, part, tune.targets, reached)}
     if tune.mode == 'full':
         return set(part_parameters(model, part)) & reached
     return set(_from_layer(model, part, tune.from_layer, reached)) & reached
@@ -201,7 +211,8 @@ def _count_row(name, parameters, **more):
     total = sum(map(n_weights, parameters))
     count = sum(map(n_weights, trainable))
     share = f'{count/max(total, 1):.0%}'
-    return dict(part=name, **more, parameters=total, trainable=count, tensors=len(trainable), share=share)
+    return dict(part=name, **more, parameters=total, trainable=count,
+                tensors=len(trainable), share=share)
 
 def _mode_and_rate(stage, part):
     "How a stage tunes a part, and at which learning rate; nothing without a stage"
@@ -230,7 +241,8 @@ def _adapt(model, part, tune, weights):
     if tune.mode == 'qlora':
         quantize(model, linear_names(model, part, None, reachable(model)))
     layers = [name.removesuffix('.weight') for name in weights]
-    add_adapters(model, layers, tune.r, tune.alpha, tune.dropout, tune.mode == 'dora')
+    add_adapters(model, layers, tune.r, tune.alpha, tune.dropout,
+                 tune.mode == 'dora')
 
 def _adapt_parts(model, stage, names):
     "Add the adapters that a stage trains, in the order of the model's parameters"
@@ -246,12 +258,14 @@ def apply_tune(
 ) -> Table:       # `tune_table` afterwards
     "Make exactly those parameters trainable that the stage means to train"
     if adapted(model):
-        raise ValueError("the model carries adapters of another stage; `merge_adapters(model)` first")
+        raise ValueError(
+            "the model carries adapters of another stage; `merge_adapters(model)` first")
     names = {part: learnable(model, part, tune) for part,tune in stage.tune.items()}
     if not any(names.values()):
         raise ValueError(f"stage {stage.name!r} trains nothing; set e.g. tune.connector=full")
     _adapt_parts(model, stage, names)
-    full = set().union(*names.values())   # an adapted weight is called `base_layer` now
+    # an adapted weight is called `base_layer` now
+    full = set().union(*names.values())
     for name,parameter in model.named_parameters():
         parameter.requires_grad_(name in full or '.lora_' in name)
     return tune_table(model, stage)
@@ -262,7 +276,8 @@ def check_tune(
 ):
     "An error, before anything is loaded, where a way of tuning cannot be had"
     tunes = [tune for stage in stages for tune in stage.tune.values()]
-    if any(tune.mode == 'qlora' for tune in tunes): need_bitsandbytes()
+    if any(tune.mode == 'qlora' for tune in tunes):
+        need_bitsandbytes()
 
 # %% ../../nbs/31_train.tuning.ipynb #ccff99fc
 def _hidden_matrices(model):
@@ -285,7 +300,8 @@ def muon_groups(
     for muon in (True, False):
         for group in groups:
             mine = [parameter for parameter in group['params'] if (id(parameter) in matrices) == muon]
-            if mine: split.append(group | dict(params=mine, muon=muon))
+            if mine:
+                split.append(group | dict(params=mine, muon=muon))
     return split
 
 # %% ../../nbs/31_train.tuning.ipynb #ca6ea9d6
@@ -307,7 +323,8 @@ def param_groups(
     "Trainable parameters by part and by whether they are decayed"
     groups = []
     for part in stage.tune:
-        groups += [group for group in _part_groups(model, stage, part) if group['params']]
+        groups += [group for group in _part_groups(
+            model, stage, part) if group['params']]
     return muon_groups(groups, model) if stage.optimizer == 'muon' else groups
 
 # %% ../../nbs/31_train.tuning.ipynb #3dd6963b
@@ -325,10 +342,12 @@ class MuonAdamW(torch.optim.Optimizer):
         self.parts = {}
         for muon,new in make.items():
             mine = self._groups(muon)
-            if mine: self.parts[muon] = new(mine, lr=lr, weight_decay=0.)
+            if mine:
+                self.parts[muon] = new(mine, lr=lr, weight_decay=0.)
         self._link()
 
-    def _groups(self, muon): return [group for group in self.param_groups if group['muon'] == muon]
+    def _groups(self, muon):
+        return [group for group in self.param_groups if group['muon'] == muon]
 
     def _link(self):
         "Both optimizers work on the groups and the state of this one"
@@ -350,7 +369,8 @@ class MuonAdamW(torch.optim.Optimizer):
 def _box_of(name, layers, boxes):
     "The box that a tower's parameter belongs to: a layer, or what is before or after the layers"
     if layers is None: return 'all'
-    if name.startswith(f'{layers}.'): return name[len(layers)+1:].split('.')[0]
+    if name.startswith(f'{layers}.'):
+        return name[len(layers)+1:].split('.')[0]
     return 'out' if '0' in boxes else 'in'
 
 def _tower_boxes(tower, start):
@@ -366,10 +386,12 @@ def _tower_boxes(tower, start):
 def _boxes(model, part):
     "The boxes of a part, tower after tower; the output head joins the last one"
     boxes = []
-    for tower,start in _named_towers(model, part): boxes += _tower_boxes(tower, start)
+    for tower,start in _named_towers(model, part):
+        boxes += _tower_boxes(tower, start)
     known = {name for _,inside in boxes for name,_ in inside}
     rest = part_parameters(model, part).items()
-    boxes[-1][1].extend((name, parameter) for name,parameter in rest if name not in known)
+    boxes[-1][1].extend((name, parameter) for name,
+                        parameter in rest if name not in known)
     return boxes
 
 # %% ../../nbs/31_train.tuning.ipynb #1be427df
@@ -385,7 +407,8 @@ def _draw_box(ax, x, y, label, inside, reached):
     alive = any(name in reached for name,_ in inside)
     color = _box_color(inside) if alive else 'white'
     hatch = '' if alive else '////'
-    ax.add_patch(plt.Rectangle((x, y), .92, .8, fc=color, ec='#9aa7b5', hatch=hatch, lw=.8))
+    ax.add_patch(plt.Rectangle((x, y), .92, .8, fc=color, ec='#9aa7b5', hatch=hatch,
+                               lw=.8))
     ax.text(x+.46, y+.4, label, ha='center', va='center', fontsize=8)
 
 # %% ../../nbs/31_train.tuning.ipynb #32d1e8b2
@@ -401,7 +424,8 @@ def show_tune(
     for y,boxes in enumerate(rows.values()):
         for x,(label,inside) in enumerate(boxes):
             _draw_box(ax, x, y, label, inside, reached)
-    ax.set(xlim=(0, 1 + max(map(len, rows.values()))), ylim=(len(PARTS), -.1), xticks=[])
+    ax.set(xlim=(0, 1 + max(map(len, rows.values()))), ylim=(len(PARTS), -.1),
+           xticks=[])
     ax.set_yticks([y+.4 for y in range(len(PARTS))], PARTS)
     ax.set_title('red trainable, green by adapter, hatched: no gradient', fontsize=9)
     ax.spines[:].set_visible(False)

@@ -18,16 +18,20 @@ from .recipes import Recipe, Stage, recipe
 # %% ../../nbs/68_train.twin.ipynb #324f0568
 _TOWERS = dict(siglip='siglip', dinov2='dinov2', clip='clip')
 _LLMS = {'phi-3': 'phi3', 'phi3': 'phi3', 'phi': 'phi', 'qwen3': 'qwen3', 'qwen': 'qwen2', 'gemma': 'gemma',
-    'stablelm': 'stablelm', 'mistral': 'mistral', 'smollm3': 'smollm3', 'smollm': 'smollm2', 'openelm': 'openelm',
+    'stablelm': 'stablelm', 'mistral': 'mistral', 'smollm3': 'smollm3',
+    'smollm': 'smollm2', 'openelm': 'openelm',
     'vicuna': 'llama', 'llama': 'llama'}
 
+# %% ../../nbs/68_train.twin.ipynb #bd54aa99
 def family(
     name:str,     # Of a part: shipped, folder or hub name
     known:dict,   # Piece of a name -> family
 ) -> str:         # A name of `tiny_checkpoint`
     "The family that a part is of, by its name"
     found = [f for piece,f in known.items() if piece in name.lower()]
-    if not found: raise ValueError(f"no tiny checkpoint is like {name!r}; its name should hold one of {list(known)}")
+    if not found:
+        raise ValueError(
+            f"no tiny checkpoint is like {name!r}; its name should hold one of {list(known)}")
     return found[0]
 
 # %% ../../nbs/68_train.twin.ipynb #dc2cd96c
@@ -42,7 +46,8 @@ _LR = 4e-3   # The highest learning rate of a debug config
 def _small_tune(t, scale):
     "The same way to tune, of a size that fits two layers"
     size = dict(r=min(t.r, 8), alpha=t.alpha*min(t.r, 8)/t.r) if t.r else {}
-    return dataclasses.replace(t, lr=t.lr and t.lr*scale, from_layer=min(t.from_layer, 1), **size)
+    return dataclasses.replace(t, lr=t.lr and t.lr*scale,
+                               from_layer=min(t.from_layer, 1), **size)
 
 # %% ../../nbs/68_train.twin.ipynb #f3a696e4
 def _small_stage(s, world, steps):
@@ -50,8 +55,10 @@ def _small_stage(s, world, steps):
     scale = _LR/max([s.tune[p].lr or s.lr for p in s.trained] or [s.lr])
     keep = {k:v for k,v in s.trainer.items() if k in ('activation_checkpointing', 'adam_beta2')}
     return dataclasses.replace(s, tune={p:_small_tune(t, scale) for p,t in s.tune.items()}, lr=s.lr*scale,
-        data=str(world/('pretrain.json' if s.template == 'pretrain' else 'instruct.json')), images=str(world/'images'),
-        global_batch_size=8, device_batch_size=4, max_steps=steps, max_length=_LENGTH, pack=s.pack and _LENGTH,
+        data=str(world/('pretrain.json' if s.template == 'pretrain' else 'instruct.json')),
+        images=str(world/'images'),
+        global_batch_size=8, device_batch_size=4, max_steps=steps,
+        max_length=_LENGTH, pack=s.pack and _LENGTH,
         trainer=keep)
 
 _LENGTH = 512   # Tokens of a sample, and of a packed row
@@ -68,11 +75,14 @@ def tiny_twin(
     r,dir = r if isinstance(r, Recipe) else recipe(r), Path(dir)
     size = dict(hidden_size=width, intermediate_size=2*width)
     vision = _part(r.vision, _TOWERS, dir, hidden_size=width)
-    openelm = family(r.llm, _LLMS) == 'openelm'   # brings no tokenizer, and names its sizes otherwise
+    # brings no tokenizer, and names its sizes otherwise
+    openelm = family(r.llm, _LLMS) == 'openelm'
     llm = _part(r.llm, _LLMS, dir, **({} if openelm else size))
     write_world(dir/'world', n)
     model = _small_model(r.model)
-    if openelm: model['tokenizer'] = str(tiny_checkpoint('llama', dir/'llama'))
+    if openelm:
+        model['tokenizer'] = str(tiny_checkpoint(
+            'llama', dir/'llama'))
     small = dataclasses.replace(r, vision=vision, llm=llm, model=model,
                                 stages=[_small_stage(s, dir/'world', steps) for s in r.stages])
     return dataclasses.replace(small, start=str(_start_model(small, dir/'start'))) if r.start else small
@@ -84,5 +94,6 @@ def _small_model(model):
 
 def _start_model(r, path):
     "A model to go on from, as the one that the recipe names"
-    how = dict(connector=r.connector, template=r.template, image_mode=r.image_mode, seed=r.seed)
+    how = dict(connector=r.connector, template=r.template, image_mode=r.image_mode,
+               seed=r.seed)
     return save(*compose(r.vision, r.llm, **how, **r.model), path)

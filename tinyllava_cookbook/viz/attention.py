@@ -50,8 +50,10 @@ def _answer_tokens(model, processor, messages, prompt, image, answer, max_new_to
     if answer is None:
         return answer_ids(model, processor, [prompt], [image], max_new_tokens)[0]
     turns = messages + [dict(role='assistant', content=answer)]
-    ids, labels = chat_template(processor.template).encode(turns, processor.tokenizer, processor.image_token_id)
-    return [id_ for id_,label in zip(ids, labels) if label != IGNORE][:-1]   # the last one ends the turn
+    ids, labels = chat_template(processor.template).encode(
+        turns, processor.tokenizer, processor.image_token_id)
+    # the last one ends the turn
+    return [id_ for id_,label in zip(ids, labels) if label != IGNORE][:-1]
 
 # %% ../../nbs/61_viz.attention.ipynb #38af81c6
 def answer_inputs(
@@ -66,13 +68,16 @@ def answer_inputs(
     image = load_image(image, remote=True)
     messages = [user_turn(question, 1)]
     prompt = prompt_ids(processor, messages, [image])
-    new = _answer_tokens(model, processor, messages, prompt, image, answer, max_new_tokens)
+    new = _answer_tokens(model, processor, messages, prompt, image, answer,
+                         max_new_tokens)
     if not new or answer is not None and not answer.strip():
         raise ValueError(f"the answer to {question!r} is empty; give one as `answer`")
     inputs = dict(input_ids=torch.tensor([prompt+new], device=model.device))
-    inputs['pixel_values'] = processor.pixels(image).to(model.device, model.dtype)
+    inputs['pixel_values'] = processor.pixels(image).to(
+        model.device, model.dtype)
     if processor.image_mode == 'anyres':
-        inputs['image_sizes'] = torch.tensor([image.size[::-1]], device=model.device)
+        inputs['image_sizes'] = torch.tensor(
+            [image.size[::-1]], device=model.device)
     tokens = [processor.tokenizer.decode([id_]) for id_ in new]
     return AnswerInputs(image, question, prompt, new, inputs, tokens)
 
@@ -83,6 +88,7 @@ METHODS = dict(
     rollout='attention through all layers',
     relevance='positive gradient times attention, through all layers')
 
+# %% ../../nbs/61_viz.attention.ipynb #1c1fd84c
 @dataclass
 class TokenWeights:
     "Weights of the positions before each token of an answer"
@@ -100,14 +106,16 @@ class TokenWeights:
         if layer == 'mean':
             return self.weights.mean(0)
         if layer not in self.layers:
-            raise ValueError(f"layer {layer!r} was not recorded; choose from {self.layers} or 'mean'")
+            raise ValueError(
+                f"layer {layer!r} was not recorded; choose from {self.layers} or 'mean'")
         return self.weights[self.layers.index(layer)]
 
     def on_tokens(self, layer='mean', head='mean') -> Tensor:
         "(tokens, n): values of image tokens, or of features where the connector asks"
         weights_htn = self.of_layer(layer)[..., self.places]
         if head != 'mean' and not -len(weights_htn) <= head < len(weights_htn):
-            raise ValueError(f"head {head} of {len(weights_htn)}; choose from 0 to {len(weights_htn)-1}, or 'mean'")
+            raise ValueError(
+                f"head {head} of {len(weights_htn)}; choose from 0 to {len(weights_htn)-1}, or 'mean'")
         weights_tn = weights_htn.mean(0) if head == 'mean' else weights_htn[head]
         return weights_tn if self.query_patches is None else weights_tn @ self.query_patches
 
@@ -124,12 +132,14 @@ class AnswerAttention(TokenWeights):
         if name is None and len(names) == 1:
             return self.token_maps[0]
         if name not in names:
-            raise ValueError(f"no map {name!r}; choose from {names}, or take heat(), which merges them")
+            raise ValueError(
+                f"no map {name!r}; choose from {names}, or take heat(), which merges them")
         return self.token_maps[names.index(name)]
 
     def maps(self, layer='mean', head='mean', name=None) -> Tensor:
         "(tokens, rows, columns) of one map; NaN where a cell has no token"
-        return self.map_named(name).values(self.on_tokens(layer, head))
+        return self.map_named(name).values(self.on_tokens(
+            layer, head))
 
     def heat(self, layer='mean', head='mean', name=None) -> Tensor:
         "(tokens, h, w) on the original picture: all maps, or one"
@@ -148,7 +158,8 @@ def token_log_probs(
     "Log-probability of the token that each row produced"
     rows = torch.as_tensor(rows, device=ids_bt.device)
     next_br = ids_bt[:, rows+1]
-    return logits_btv[:, rows].float().log_softmax(-1).gather(-1, next_br[..., None])[..., 0]
+    return logits_btv[:, rows].float().log_softmax(-1).gather(
+        -1, next_br[..., None])[..., 0]
 
 # %% ../../nbs/61_viz.attention.ipynb #92c13209
 def _of_rows(model, asked, layers):
@@ -172,7 +183,8 @@ def _with_gradients(model, asked):
     with torch.enable_grad(), attention_calls(model.language_model) as calls:
         logits = model(**asked.inputs, use_cache=False).logits
     log_probs = token_log_probs(logits, asked.inputs['input_ids'], asked.rows)[0]
-    return calls, ((row, output_gradients(y, calls)) for row,y in zip(asked.rows, log_probs))
+    return calls, ((row, output_gradients(y, calls)) for row,
+                   y in zip(asked.rows, log_probs))
 
 # %% ../../nbs/61_viz.attention.ipynb #9f3e073e
 def _times_gradient(model, asked, layers):
@@ -192,7 +204,8 @@ def _relevant(model, asked, layers):
     return torch.cat(found)[None, None], ['relevance']
 
 # %% ../../nbs/61_viz.attention.ipynb #048c9a03
-_METHODS = dict(attention=_of_rows, gradient=_times_gradient, rollout=_rolled_out, relevance=_relevant)
+_METHODS = dict(attention=_of_rows, gradient=_times_gradient, rollout=_rolled_out,
+                relevance=_relevant)
 
 @torch.no_grad()
 def _asked_patches(model, pixel_values):
@@ -221,7 +234,8 @@ def explain_answer(
     places = (asked.inputs['input_ids'][0] == processor.image_token_id).nonzero()[:, 0].cpu()
     maps = token_maps(model, processor, asked.size)
     patches = _asked_patches(model, asked.inputs['pixel_values'])
-    return AnswerAttention(asked.image, asked.question, asked.tokens, weights.cpu(), places, numbers, maps, patches)
+    return AnswerAttention(asked.image, asked.question, asked.tokens, weights.cpu(),
+                           places, numbers, maps, patches)
 
 # %% ../../nbs/61_viz.attention.ipynb #117f5de3
 def answer_attention(
@@ -248,9 +262,11 @@ def overlay(
     "Values over a picture in grey"
     width, height = image.size
     ax.imshow(image.convert('L').convert('RGB'), extent=(0, width, height, 0))
-    ax.imshow(heat_hw.numpy(), extent=(0, width, height, 0), cmap='inferno', alpha=.6)
+    ax.imshow(heat_hw.numpy(), extent=(0, width, height, 0), cmap='inferno',
+              alpha=.6)
     ax.set(xticks=[], yticks=[])
-    ax.set_title(title, fontsize=8, parse_math=False)   # a token may hold dollars
+    # a token may hold dollars
+    ax.set_title(title, fontsize=8, parse_math=False)
 
 # %% ../../nbs/61_viz.attention.ipynb #d275286e
 def _panels(n, columns, size):
@@ -280,7 +296,8 @@ def show_attention(
     fig, axes = _panels(n, columns, size)
     axes[0].imshow(att.image)
     for ax,token,heat_hw,part in zip(axes[1:n], att.tokens, heat, share):
-        overlay(ax, att.image, heat_hw, f'{token.strip() or repr(token)}\n{part:.0%}')
+        overlay(ax, att.image, heat_hw,
+                f'{token.strip() or repr(token)}\n{part:.0%}')
     fig.tight_layout(pad=.3)
     return fig
 
@@ -297,10 +314,13 @@ def tower_attention(
     tower = getattr(model.vision_tower, 'first', model.vision_tower)
     rows, cols = patch_grid(tower.config)
     if not (0 <= patch[0] < rows and 0 <= patch[1] < cols):
-        raise ValueError(f"patch {patch} is not on the grid of {rows} x {cols}; rows and columns count from 0")
+        raise ValueError(
+            f"patch {patch} is not on the grid of {rows} x {cols}; rows and columns count from 0")
     prefix = n_prefix(tower.config)
-    pixel_values = processor.pixels(load_image(image, remote=True))[tile:tile+1]
+    pixel_values = processor.pixels(load_image(
+        image, remote=True))[tile:tile+1]
     with attention_rows(tower, [prefix + patch[0]*cols + patch[1]]) as found:
         tower_features(model, pixel_values.to(model.device, model.dtype))
     weights_lht = torch.stack([found[layer][0, :, 0] for layer in sorted(found)])
-    return weights_lht[..., prefix:].unflatten(-1, (rows, cols)).cpu()
+    return weights_lht[..., prefix:].unflatten(
+        -1, (rows, cols)).cpu()

@@ -51,9 +51,11 @@ def first_answer_id(
 ) -> int:            # As training would write it
     "Id of the first token of an answer"
     turns = messages + [dict(role='assistant', content=answer)]
-    _, labels = chat_template(processor.template).encode(turns, processor.tokenizer, processor.image_token_id)
+    _, labels = chat_template(processor.template).encode(
+        turns, processor.tokenizer, processor.image_token_id)
     return next(label for label in labels if label != IGNORE)
 
+# %% ../../nbs/65_viz.causal.ipynb #cefafa01
 def answer_batch(
     processor,             # Of the model; one view per picture, so not 'anyres'
     questions:list[str],   # One each
@@ -62,7 +64,8 @@ def answer_batch(
 ) -> AnswerBatch:          # For one forward pass
     "Questions and answers as a batch"
     if processor.image_mode == 'anyres':
-        raise ValueError("pictures of a batch need equally many tokens; take another image_mode than 'anyres'")
+        raise ValueError(
+            "pictures of a batch need equally many tokens; take another image_mode than 'anyres'")
     messages = [[user_turn(question, 1)] for question in questions]
     prompts = [prompt_ids(processor, one) for one in messages]
     t = max(map(len, prompts))
@@ -70,9 +73,11 @@ def answer_batch(
     ids_bt = torch.tensor([[pad]*(t-len(ids)) + ids for ids in prompts])
     mask_bt = torch.tensor([[0]*(t-len(ids)) + [1]*len(ids) for ids in prompts])
     places = (ids_bt == processor.image_token_id).nonzero()[:, 1]
-    inputs = dict(input_ids=ids_bt, attention_mask=mask_bt, pixel_values=processor.pixels(images))
+    inputs = dict(input_ids=ids_bt, attention_mask=mask_bt,
+                  pixel_values=processor.pixels(images))
     ids = [first_answer_id(processor, one, answer) for one,answer in zip(messages, answers)]
-    return AnswerBatch(inputs, torch.tensor(ids), places.unflatten(0, (len(prompts), -1)))
+    return AnswerBatch(inputs, torch.tensor(ids),
+                       places.unflatten(0, (len(prompts), -1)))
 
 # %% ../../nbs/65_viz.causal.ipynb #ae223869
 @torch.no_grad()
@@ -93,9 +98,11 @@ def embedded(
     batch:AnswerBatch,  # From `answer_batch`
 ) -> AnswerBatch:       # The same with embeddings, image tokens included, instead of ids and pixels
     "A batch for which the vision tower has run already"
-    ids_bt, mask_bt = (batch.inputs[name] for name in ('input_ids', 'attention_mask'))
+    ids_bt, mask_bt = (batch.inputs[name] for name in (
+        'input_ids', 'attention_mask'))
     emb_btd, _ = merge_inputs(model.model, ids_bt, batch.inputs['pixel_values'])
-    return AnswerBatch(dict(inputs_embeds=emb_btd, attention_mask=mask_bt), batch.answer_b, batch.places_bn)
+    return AnswerBatch(dict(inputs_embeds=emb_btd, attention_mask=mask_bt),
+                       batch.answer_b, batch.places_bn)
 
 # %% ../../nbs/65_viz.causal.ipynb #fca34e03
 def occluded(
@@ -123,12 +130,15 @@ def occlusion_effects(
     size:int=32,            # Rows at a time
 ) -> Tensor:                # (b, rows x columns): what the answer's log-probability loses
     "Effect of covering each cell"
-    whole_b = answer_log_probs(model, batch, size).gather(1, batch.answer_b[:, None])
+    whole_b = answer_log_probs(model, batch, size).gather(
+        1, batch.answer_b[:, None])
     effects = []
     for i in range(len(batch.answer_b)):
         one = batch.select(torch.full((grid[0]*grid[1],), i))
-        one.inputs['pixel_values'] = occluded(batch.inputs['pixel_values'][i], grid)
-        effects.append(answer_log_probs(model, one, size).gather(1, one.answer_b[:, None])[:, 0])
+        one.inputs['pixel_values'] = occluded(
+            batch.inputs['pixel_values'][i], grid)
+        effects.append(answer_log_probs(model, one, size).gather(
+            1, one.answer_b[:, None])[:, 0])
     return whole_b - torch.stack(effects)
 
 # %% ../../nbs/65_viz.causal.ipynb #55d36ee7
@@ -146,6 +156,7 @@ def _hidden(args, kwargs):
     "What enters a layer"
     return args[0] if args else kwargs['hidden_states']
 
+# %% ../../nbs/65_viz.causal.ipynb #050aab48
 @contextmanager
 def layer_inputs(
     llm:nn.Module,     # The decoder of a language model
@@ -175,10 +186,12 @@ def layer_activations(
 ) -> list[Tensor]:      # (b, t, d) for each layer
     "What enters each layer"
     kept = {}
-    with layer_inputs(model.language_model, lambda layer,h_btd: kept.setdefault(layer, []).append(h_btd)):
+    with layer_inputs(model.language_model, lambda layer,
+                      h_btd: kept.setdefault(layer, []).append(h_btd)):
         answer_log_probs(model, batch, size)
     return [torch.cat(kept[layer]) for layer in sorted(kept)]
 
+# %% ../../nbs/65_viz.causal.ipynb #dc7178c6
 def patched_log_probs(
     model,              # A `VLMForConditionalGeneration`
     batch:AnswerBatch,  # Into which
@@ -204,7 +217,8 @@ def token_blocks(
     "Which image tokens lie in each block of a grid"
     (rows, cols), (down, across) = grid, blocks
     if rows % down or cols % across:
-        raise ValueError(f"a grid of {rows} x {cols} tokens has no {down} x {across} equal blocks")
+        raise ValueError(
+            f"a grid of {rows} x {cols} tokens has no {down} x {across} equal blocks")
     index = torch.arange(rows*cols).reshape(down, rows//down, across, cols//across)
     return index.transpose(1, 2).flatten(2).flatten(0, 1)
 
@@ -256,6 +270,7 @@ def object_tokens(
         here_bt[i, batch.places_bn[i, tokens[tokens >= 0]]] = True
     return here_bt
 
+# %% ../../nbs/65_viz.causal.ipynb #ef3750b3
 def swapped(
     model, processor,             # Who is asked
     cases:list[ColorCase],        # What is asked
@@ -265,7 +280,8 @@ def swapped(
     "What the model answers when one object's tokens are those of the object in another colour"
     others = [recolored(case, obj, unused_color(case)) for case,obj in zip(cases, objects)]
     def as_batch(some):
-        return answer_batch(processor, [c.question for c in some], [c.image for c in some], [c.answer for c in some])
+        return answer_batch(processor, [c.question for c in some],
+                            [c.image for c in some], [c.answer for c in some])
     batch, donor = as_batch(cases), as_batch(others)
     one = token_maps(model, processor, cases[0].image.size[::-1])[0]
     here_bt = object_tokens(one, batch, [object_box(obj) for obj in objects])
@@ -300,6 +316,7 @@ def attention_values(
         model(**batch.inputs, logits_to_keep=1, use_cache=False)
     return _to_image(torch.stack(list(found.values())).mean((0, 2))[:, 0], batch)
 
+# %% ../../nbs/65_viz.causal.ipynb #3b8d0f2a
 @torch.no_grad()
 def rollout_values(
     model,              # A `VLMForConditionalGeneration`
@@ -318,8 +335,10 @@ def relevance_values(
     "Relevance of image tokens for the answer"
     with torch.enable_grad(), attention_calls(model.language_model) as calls:
         logits_bv = model(**batch.inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
-    log_probs = logits_bv.float().log_softmax(-1).gather(1, batch.answer_b[:, None])
-    grads = output_gradients(log_probs.sum(), calls)     # rows of a batch do not see each other
+    log_probs = logits_bv.float().log_softmax(-1).gather(
+        1, batch.answer_b[:, None])
+    # rows of a batch do not see each other
+    grads = output_gradients(log_probs.sum(), calls)
     return _to_image(relevance(calls, grads, [batch.row])[:, 0], batch)
 
 # %% ../../nbs/65_viz.causal.ipynb #7870cdc3
@@ -332,6 +351,7 @@ def all_recolored(
         case = recolored(case, obj, names[(names.index(obj.color)+1) % len(names)])
     return case
 
+# %% ../../nbs/65_viz.causal.ipynb #dd3dc24d
 def spread_blocks(
     effects_bm:Tensor,      # Of blocks
     blocks:Tensor,          # From `token_blocks`
@@ -353,6 +373,7 @@ def wilson_interval(
     reach = z/(n + z*z)*(hit*(n-hit)/n + z*z/4)**.5
     return max(0., middle-reach), min(1., middle+reach)
 
+# %% ../../nbs/65_viz.causal.ipynb #f4354dea
 def hits(
     values_bn:Tensor,   # Of image tokens
     shows_bn:Tensor,    # Which show the object asked about
@@ -360,6 +381,7 @@ def hits(
     "Does the token of highest value show the object?"
     return shows_bn.gather(1, values_bn.argmax(-1, keepdim=True))[:, 0].tolist()
 
+# %% ../../nbs/65_viz.causal.ipynb #fcc1da3e
 def hit_table(
     values:dict[str,Tensor],  # Method to (b, n)
     shows_bn:Tensor,          # Which tokens show the object asked about
@@ -370,5 +392,7 @@ def hit_table(
     for name,x in values.items():
         hit = hits(x, shows_bn)
         correlation = rank_correlation(x, effects_bn).mean().item()
-        table[name] = dict(hits=sum(hit)/len(hit), ci=wilson_interval(sum(hit), len(hit)), rank_correlation=correlation)
+        table[name] = dict(hits=sum(hit)/len(hit),
+                           ci=wilson_interval(sum(hit), len(hit)),
+                           rank_correlation=correlation)
     return table

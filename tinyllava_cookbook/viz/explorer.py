@@ -22,9 +22,11 @@ def _widgets():
     try:
         import ipywidgets
     except ImportError as e:
-        raise ImportError('explorers need ipywidgets: pip install "tinyllava_cookbook[explore]"') from e
+        raise ImportError(
+            'explorers need ipywidgets: pip install "tinyllava_cookbook[explore]"') from e
     return ipywidgets
 
+# %% ../../nbs/64_viz.explorer.ipynb #6c0b7bac
 def png(
     fig,       # A figure of matplotlib; closed afterwards
 ) -> bytes:    # A PNG file
@@ -77,14 +79,17 @@ def _attention_figure(att, token, layer, head):
     fig, axes = plt.subplots(1, 2, figsize=(4, 2.2), dpi=72)
     axes[0].imshow(att.image)
     axes[0].axis('off')
-    overlay(axes[1], att.image, att.heat(layer, head)[token], att.tokens[token].strip())
+    overlay(axes[1], att.image, att.heat(layer, head)[token],
+            att.tokens[token].strip())
     fig.tight_layout(pad=.3)
     return fig
 
+# %% ../../nbs/64_viz.explorer.ipynb #b1f2f170
 def _of_all(n, name, widgets):
     "A slider over `n` things, with the mean of them first"
     options = [('mean', 'mean'), *((str(i), i) for i in range(n))]
-    return widgets.SelectionSlider(options=options, description=name, continuous_update=False)
+    return widgets.SelectionSlider(options=options, description=name,
+                                   continuous_update=False)
 
 # %% ../../nbs/64_viz.explorer.ipynb #0bd8aecb
 def explore_attention(
@@ -112,13 +117,16 @@ def explore_attention(
     def caption(**values):
         att, token, layer, _ = at(**values)
         return f'{question} {"".join(asked.tokens).strip()}: {att.on_image(layer)[token]:.0%} on the image'
-    return Explorer(lambda **values: _attention_figure(*at(**values)), controls, caption)
+    return Explorer(lambda **values: _attention_figure(*at(**values)), controls,
+                    caption)
 
 # %% ../../nbs/64_viz.explorer.ipynb #e54bf89c
 def _pixels_figure(pixel_values, image_processor):
     "The tiles of a sample, as the numbers show them"
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, len(pixel_values), figsize=(1.6*len(pixel_values), 1.6), dpi=72, squeeze=False)
+    fig, axes = plt.subplots(1, len(pixel_values),
+                             figsize=(1.6*len(pixel_values), 1.6), dpi=72,
+                             squeeze=False)
     mean = torch.tensor(image_processor.image_mean or [0.]*3)[:, None, None]
     std = torch.tensor(image_processor.image_std or [1.]*3)[:, None, None]
     for ax,tile_chw in zip(axes[0], pixel_values):
@@ -127,6 +135,7 @@ def _pixels_figure(pixel_values, image_processor):
     fig.tight_layout(pad=.2)
     return fig
 
+# %% ../../nbs/64_viz.explorer.ipynb #7b06cfb4
 def masked_html(
     ids:list[int],     # Of a sample
     labels:list[int],  # Equally many; `IGNORE` where a token is not supervised
@@ -161,7 +170,8 @@ class DatasetExplorer(Explorer):
         self.processor = processor
         self.encoder = processor.encoder(template)
         self.text = widgets.HTML()
-        slider = widgets.IntSlider(0, 0, len(samples)-1, description='sample', continuous_update=False)
+        slider = widgets.IntSlider(0, 0, len(samples)-1, description='sample',
+                                   continuous_update=False)
         super().__init__(self.show, dict(sample=slider), self.count)
         self.box.children = [*self.box.children, self.text]
 
@@ -169,8 +179,10 @@ class DatasetExplorer(Explorer):
         "The figure of one sample; its text goes beside it"
         encoded = self.encoded = self.encoder(self.samples[sample])
         ids, labels = (list(map(int, encoded[name])) for name in ('input_ids', 'labels'))
-        self.text.value = masked_html(ids, labels, self.processor.tokenizer, self.processor.image_token_id)
-        return _pixels_figure(encoded['pixel_values'], self.processor.image_processor)
+        self.text.value = masked_html(ids, labels, self.processor.tokenizer,
+                                      self.processor.image_token_id)
+        return _pixels_figure(encoded['pixel_values'],
+                              self.processor.image_processor)
 
     def count(self, sample):
         "How long the sample is"
@@ -224,7 +236,8 @@ def explore_two(
         "Computed when it is first looked at"
         if (name, i) not in kept:
             asked = answer_inputs(*models[name], images[i], questions[i])
-            kept[name, i] = explain_answer(*models[name], asked), next_words(*models[name], asked, 1).probs[0, 0].item()
+            kept[name, i] = explain_answer(*models[name], asked), next_words(
+                *models[name], asked, 1).probs[0, 0].item()
         return kept[name, i]
     def figure(question):
         import matplotlib.pyplot as plt

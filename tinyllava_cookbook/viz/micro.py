@@ -21,6 +21,7 @@ from ..model.processor import compose
 # %% ../../nbs/60_viz.micro.ipynb #0602e563
 MICRO_VLM = 'micro-vlm'   # A folder of the package's data
 
+# %% ../../nbs/60_viz.micro.ipynb #67c97481
 def save_micro(
     run,         # Folder of a finished quickstart: `model/` and `results.json`
     folder,      # Gets `model.safetensors` and `bake.json`
@@ -48,7 +49,8 @@ def micro_vlm(
     parts = ingredient('micro-siglip'), ingredient('micro-llama')
     model, processor = compose(*parts, template='llama', image_mode='squash')
     weights = {name: weight.float() for name,weight in load_file(folder/'model.safetensors').items()}
-    missing, unknown = model.load_state_dict(weights, strict=False)
+    missing, unknown = model.load_state_dict(
+        weights, strict=False)
     expected = [name for name in missing if '.vision_tower.' in name or name in model.all_tied_weights_keys]
     left = sorted(set(missing) - set(expected))
     if left or unknown:
@@ -65,13 +67,16 @@ class ColorCase:
     seed:str        # Of the drawing
 
     @property
-    def question(self) -> str: return f'what color is the {self.asked.shape}?'
+    def question(self) -> str:
+        return f'what color is the {self.asked.shape}?'
     @property
     def answer(self) -> str: return self.asked.color
     @property
-    def others(self) -> list[Obj]: return [obj for obj in self.scene.objs if obj != self.asked]
+    def others(self) -> list[Obj]:
+        return [obj for obj in self.scene.objs if obj != self.asked]
     @property
-    def image(self) -> Image.Image: return draw(self.scene, random.Random(self.seed))
+    def image(self) -> Image.Image:
+        return draw(self.scene, random.Random(self.seed))
 
 # %% ../../nbs/60_viz.micro.ipynb #bf8c94ac
 def _case(seed):
@@ -122,7 +127,8 @@ def object_box(
     "The rectangle that an object lies in, whatever its jitter"
     row, col = obj.cell
     cell = side/3
-    reach = SIZES[obj.size] + 1.5     # the radius jitters by half a pixel, the place by one
+    # the radius jitters by half a pixel, the place by one
+    reach = SIZES[obj.size] + 1.5
     x = (col+.5)*cell
     y = (row+.5)*cell
     return x-reach, y-reach, x+reach, y+reach

@@ -96,9 +96,12 @@ def _feature_cells(tower, select, drop_first_patch):
     rows, cols = patch_grid(tower)
     n = n_patches(tower, select, drop_first_patch)
     if select == 'cls':
-        raise ValueError("vision_feature_select 'cls' hands over one summary of the image; it lies on no grid")
-    first = n - rows*cols    # 1 after a CLS token, -1 without the first patch
-    return torch.arange(rows*cols).unflatten(0, (rows, cols)) + first
+        raise ValueError(
+            "vision_feature_select 'cls' hands over one summary of the image; it lies on no grid")
+    # 1 after a CLS token, -1 without the first patch
+    first = n - rows*cols
+    return torch.arange(rows*cols).unflatten(
+        0, (rows, cols)) + first
 
 # %% ../../nbs/60_viz.places.ipynb #68d12911
 def _tower_cells(config):
@@ -172,14 +175,17 @@ def _tile_map(config, processor, size):
     grid = config.image_token_grid
     canvas = best_canvas(size, pinpoints(processor.image_processor))
     fitted = fit_size(size, canvas)
-    first, (rows, cols) = _tiles_shown([canvas[i]//tile[i]*grid[i] for i in (0, 1)], size)
+    first, (rows, cols) = _tiles_shown([canvas[i]//tile[i]*grid[i] for i in (0, 1)],
+                                       size)
     def edge(i, patch):
         "Where a patch begins, in pixels of the picture: 0 down, 1 across"
         on_canvas = patch*tile[i]/grid[i] - (canvas[i]-fitted[i])//2
         return on_canvas*size[i]/fitted[i]
-    box = edge(1, first[1]), edge(0, first[0]), edge(1, first[1]+cols), edge(0, first[0]+rows)
+    box = edge(1, first[1]), edge(0, first[0]), edge(
+        1, first[1]+cols), edge(0, first[0]+rows)
     newline = 1    # ends each row
-    index_rc = torch.arange(rows*(cols+newline)).unflatten(0, (rows, cols+newline))[:, :cols]
+    index_rc = torch.arange(rows*(cols+newline)).unflatten(
+        0, (rows, cols+newline))[:, :cols]
     return TokenMap('tiles', grid[0]*grid[1] + index_rc, box)
 
 # %% ../../nbs/60_viz.places.ipynb #08a1fd2a

@@ -82,7 +82,8 @@ def attention_probe(
     names = _implementations(model)
     before = {name: ALL_ATTENTION_FUNCTIONS.get(name) for name in names}
     for name,inner in before.items():
-        ALL_ATTENTION_FUNCTIONS[name] = _probe(inner, modules, see)
+        ALL_ATTENTION_FUNCTIONS[name] = _probe(
+            inner, modules, see)
     try:
         yield
     finally:
@@ -113,7 +114,8 @@ def _samples(positions_bt):
 def _implied_mask(call, rows_br):
     "Rows of the mask that flags, padding, a window and positions imply; (b, 1, r, t)"
     t = call.key.shape[2]
-    back_brt = rows_br[..., None] - torch.arange(t, device=rows_br.device)
+    back_brt = rows_br[..., None] - torch.arange(
+        t, device=rows_br.device)
     hidden_brt = back_brt < 0 if call.causal else torch.zeros_like(back_brt, dtype=torch.bool)
     if window := call.options.get('sliding_window'):
         hidden_brt = hidden_brt | (back_brt.abs() >= window)
@@ -121,8 +123,10 @@ def _implied_mask(call, rows_br):
         hidden_brt = hidden_brt | ~call.mask.bool()[:, None]
     positions_bt = call.options.get('position_ids')
     if positions_bt is not None and positions_bt.dim() == 2:
-        sample_bt = _samples(positions_bt).expand(len(rows_br), -1)
-        hidden_brt = hidden_brt | (sample_bt.gather(1, rows_br)[..., None] != sample_bt[:, None])
+        sample_bt = _samples(positions_bt).expand(
+            len(rows_br), -1)
+        hidden_brt = hidden_brt | (sample_bt.gather(
+            1, rows_br)[..., None] != sample_bt[:, None])
     return torch.where(hidden_brt, torch.finfo(torch.float32).min, 0.)[:, None]
 
 # %% ../../nbs/60_viz.probes.ipynb #18f11bdd
@@ -131,7 +135,8 @@ def _flex_mask(mask, rows_br, t):
     device = rows_br.device
     batch = torch.arange(len(rows_br), device=device)[:, None, None]
     head = torch.zeros_like(batch)
-    seen_brt = mask.mask_mod(batch, head, rows_br[..., None], torch.arange(t, device=device))
+    seen_brt = mask.mask_mod(batch, head, rows_br[..., None],
+                             torch.arange(t, device=device))
     return torch.where(seen_brt, 0., torch.finfo(torch.float32).min)[:, None]
 
 def _mask_rows(call, rows_br):
@@ -146,7 +151,8 @@ def _mask_rows(call, rows_br):
 def _scores(call, rows_br):
     "Scores of chosen rows before the softmax, in float32; (b, h, r, t)"
     b, heads, t, width = call.query.shape
-    at_bhrd = rows_br[:, None, :, None].expand(-1, heads, -1, width)
+    at_bhrd = rows_br[:, None, :, None].expand(
+        -1, heads, -1, width)
     query_bhrd = call.query.gather(2, at_bhrd)
     key_bhtd = call.key.repeat_interleave(heads//call.key.shape[1], 1)
     scaling = call.options.get('scaling') or width**-.5
@@ -166,17 +172,20 @@ def attention_weights(
     "Attention weights of chosen rows"
     rows_br = torch.as_tensor(rows, device=call.query.device).expand(len(call.query), -1)
     scores_bhrt = _scores(call, rows_br)
-    sinks = call.options.get('s_aux')      # a score that takes weight and gives nothing, as in gpt-oss
+    # a score that takes weight and gives nothing, as in gpt-oss
+    sinks = call.options.get('s_aux')
     if sinks is None:
         return scores_bhrt.softmax(-1)
-    sink_bhr1 = sinks.float()[None, :, None, None].expand(*scores_bhrt.shape[:3], 1)
+    sink_bhr1 = sinks.float()[None, :, None, None].expand(
+        *scores_bhrt.shape[:3], 1)
     return torch.cat([scores_bhrt, sink_bhr1], -1).softmax(-1)[..., :-1]
 
 # %% ../../nbs/60_viz.probes.ipynb #96f599ab
 def _layer_number(layer, n):
     "A layer counted from the start"
     if not -n <= layer < n:
-        raise ValueError(f"layer {layer} is not in a model of {n} layers; choose from {-n} to {n-1}")
+        raise ValueError(
+            f"layer {layer} is not in a model of {n} layers; choose from {-n} to {n-1}")
     return layer % n
 
 class LayerNumbers:
@@ -205,7 +214,8 @@ class LayerNumbers:
                 f"layers {missing} of {type(self.model).__name__} did not run inside the block, or attend by "
                 f"themselves; recorded are {sorted(found)}")
         if not found:
-            raise ValueError(f"{type(self.model).__name__} did not run inside the block, or attends by itself")
+            raise ValueError(
+                f"{type(self.model).__name__} did not run inside the block, or attends by itself")
 
 # %% ../../nbs/60_viz.probes.ipynb #abdafe47
 @contextmanager
@@ -267,7 +277,8 @@ def rollout(
     "Attention through all layers, residual connections included"
     share_brt = _starts(calls, rows)
     for call in reversed(calls):
-        share_brt = (share_brt + _through_layer(call, share_brt, _mean_weights, chunk))/2
+        share_brt = (share_brt + _through_layer(
+            call, share_brt, _mean_weights, chunk))/2
     return share_brt
 
 # %% ../../nbs/60_viz.probes.ipynb #16714760
@@ -280,9 +291,11 @@ def weight_gradients(
     "Gradient of the attention weights of chosen rows"
     b, heads, t, width = call.query.shape
     rows_br = torch.as_tensor(rows, device=output_grad.device).expand(b, -1)
-    at_brhd = rows_br[..., None, None].expand(-1, -1, *output_grad.shape[2:])
+    at_brhd = rows_br[..., None, None].expand(
+        -1, -1, *output_grad.shape[2:])
     grad_bhrd = output_grad.gather(1, at_brhd).transpose(1, 2)
-    value_bhtd = call.value.repeat_interleave(heads//call.value.shape[1], 1)
+    value_bhtd = call.value.repeat_interleave(
+        heads//call.value.shape[1], 1)
     return (grad_bhrd @ value_bhtd.mT).float()
 
 # %% ../../nbs/60_viz.probes.ipynb #4990bbde
@@ -292,8 +305,10 @@ def output_gradients(
 ) -> list[Tensor]:             # (b, t, h, d) of each layer
     "Gradients of the outputs of attention; those of weights of the model are left alone"
     if not objective.requires_grad:
-        raise ValueError("the objective has no gradient; run the model without torch.no_grad or inference_mode")
-    return list(torch.autograd.grad(objective, [call.output for call in calls], retain_graph=True))
+        raise ValueError(
+            "the objective has no gradient; run the model without torch.no_grad or inference_mode")
+    return list(torch.autograd.grad(objective, [call.output for call in calls],
+                                    retain_graph=True))
 
 # %% ../../nbs/60_viz.probes.ipynb #457b3720
 def relevance(
@@ -306,9 +321,11 @@ def relevance(
     share_brt = _starts(calls, rows)
     for call,grad in reversed(list(zip(calls, grads))):
         def weights(call, some):
-            product_bhrt = attention_weights(call, some)*weight_gradients(call, grad, some)
+            product_bhrt = attention_weights(call, some)*weight_gradients(
+                call, grad, some)
             return product_bhrt.clamp(min=0).mean(1)
-        share_brt = share_brt + _through_layer(call, share_brt, weights, chunk)
+        share_brt = share_brt + _through_layer(
+            call, share_brt, weights, chunk)
     return share_brt
 
 # %% ../../nbs/60_viz.probes.ipynb #be5e25fc
@@ -339,7 +356,8 @@ def query_patches(
 ) -> Tensor:             # (b, m, n); each query's row sums to 1
     "How much of each patch reaches each query"
     if not hasattr(connector, 'queries'):
-        raise ValueError(f"{type(connector).__name__} has no parameter `queries`; its tokens keep their places")
+        raise ValueError(
+            f"{type(connector).__name__} has no parameter `queries`; its tokens keep their places")
     n = x_bnv.shape[1]
     share_bmn = x_bnv.new_zeros(len(x_bnv), len(connector.queries), n).float()
     for weights_bmk,mixed in _query_calls(connector, x_bnv):

@@ -27,10 +27,12 @@ class NextWords:
     def __repr__(self):
         lines = []
         for token,words,row in zip(self.tokens, self.words, self.probs.tolist()):
-            some = ', '.join(f'{word.strip() or repr(word)} {p:.3f}' for word,p in zip(words, row))
+            some = ', '.join(f'{word.strip() or repr(word)} {p:.3f}' for word,
+                             p in zip(words, row))
             lines.append(f'{token.strip() or repr(token)}: {some}')
         return '\n'.join(lines)
 
+# %% ../../nbs/62_viz.tokens.ipynb #7ce25004
 def _decoded(processor, ids_rk):
     "Rows of ids as rows of words, each by itself"
     rows = []
@@ -38,6 +40,7 @@ def _decoded(processor, ids_rk):
         rows.append([processor.tokenizer.decode([id_]) for id_ in ids])
     return rows
 
+# %% ../../nbs/62_viz.tokens.ipynb #7a39e095
 @torch.no_grad()
 def next_words(
     model,              # A `VLMForConditionalGeneration`
@@ -47,7 +50,8 @@ def next_words(
 ) -> NextWords:         # With probabilities
     "What could have been said instead, at each step of an answer"
     logits_rv = model(**asked.inputs, use_cache=False).logits[0, asked.rows]
-    top = logits_rv.float().softmax(-1).topk(min(k, logits_rv.shape[-1]))
+    top = logits_rv.float().softmax(-1).topk(min(
+        k, logits_rv.shape[-1]))
     words = _decoded(processor, top.indices)
     return NextWords(asked.tokens, words, top.values.cpu())
 
@@ -63,7 +67,8 @@ def show_next_words(
     for ax,token,words,probs in zip(axes[0], steps.tokens, steps.words, steps.probs):
         at = range(len(words))
         ax.barh(at, probs.numpy())
-        ax.set_yticks(at, [word.strip() or repr(word) for word in words], fontsize=7, parse_math=False)
+        ax.set_yticks(at, [word.strip() or repr(word) for word in words],
+                      fontsize=7, parse_math=False)
         ax.set(xlim=(0, 1), xticks=[0, 1])
         ax.invert_yaxis()
         ax.set_title(token.strip() or repr(token), fontsize=8, parse_math=False)
@@ -84,6 +89,7 @@ def _norm_seen(decoder, seen):
         for handle in handles:
             handle.remove()
 
+# %% ../../nbs/62_viz.tokens.ipynb #53ef0172
 def layer_states(
     decoder:nn.Module, # Of a language model
     run,               # A function that runs it once, with `output_hidden_states=True`, and returns its output
@@ -93,7 +99,8 @@ def layer_states(
     with _norm_seen(decoder, seen):
         states = run().hidden_states
     for module,(before_btd,after_btd) in seen.items():
-        same = after_btd.shape == states[-1].shape and torch.equal(after_btd, states[-1])
+        same = after_btd.shape == states[-1].shape and torch.equal(
+            after_btd, states[-1])
         if same and not torch.equal(before_btd, after_btd):
             return [*states[:-1], before_btd], module
     raise ValueError(f"{type(decoder).__name__} has no module of its own whose output it returns; its last states "
@@ -108,6 +115,7 @@ class LogitLens:
     answer:Tensor           # (layers, positions) probability of the answer's first token
     read:list[str]          # (positions,) what stands there
 
+# %% ../../nbs/62_viz.tokens.ipynb #700b8a59
 @torch.no_grad()
 def logit_lens(
     model,                # A `VLMForConditionalGeneration`
@@ -117,7 +125,8 @@ def logit_lens(
 ) -> LogitLens:           # Layer 0 is the input of the first layer
     "Read every layer with the output layer"
     def run():
-        return model.model(**asked.inputs, output_hidden_states=True, use_cache=False)
+        return model.model(**asked.inputs, output_hidden_states=True,
+                           use_cache=False)
     states, norm = layer_states(model.language_model, run)
     ids = asked.inputs['input_ids'][0]
     at = torch.arange(len(ids)) if positions is None else torch.as_tensor(positions)
@@ -144,7 +153,8 @@ def show_lens(
             shade = 'w' if lens.probs[layer, position] > .6 else 'k'
             ax.text(column, layer, row[position].strip()[:9], ha='center', va='center', fontsize=7, color=shade,
                 parse_math=False)
-    ax.set_xticks(range(len(at)), [lens.read[i].strip()[:9] for i in at], fontsize=7, rotation=30, parse_math=False)
+    ax.set_xticks(range(len(at)), [lens.read[i].strip()[:9] for i in at],
+                  fontsize=7, rotation=30, parse_math=False)
     ax.set(ylabel='layer')
     fig.tight_layout(pad=.3)
     return fig
@@ -173,7 +183,8 @@ def nearest_words(
     img_nd = model.image_features(asked.inputs['pixel_values'], sizes).flatten(0, -2)
     words_vd = F.normalize(model.get_input_embeddings().weight.float(), dim=-1)
     cosines_nv = F.normalize(img_nd.float(), dim=-1) @ words_vd.T
-    cosines_nv[:, processor.image_token_id] = -1     # the mark of an image is no word
+    # the mark of an image is no word
+    cosines_nv[:, processor.image_token_id] = -1
     top = cosines_nv.topk(k)
     words = _decoded(processor, top.indices)
     return words, top.values.cpu()
@@ -207,7 +218,8 @@ def words_to_image(
 ) -> Tensor:             # (words, n)
     "Cosine between words, as the output layer knows them, and image tokens as a layer holds them"
     def run():
-        return model.model(**asked.inputs, output_hidden_states=True, use_cache=False)
+        return model.model(**asked.inputs, output_hidden_states=True,
+                           use_cache=False)
     states, _ = layer_states(model.language_model, run)
     here = asked.inputs['input_ids'][0] == processor.image_token_id
     ids = [processor.tokenizer(word, add_special_tokens=False).input_ids[0] for word in words]

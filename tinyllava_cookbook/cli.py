@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['commands', 'Command', 'Usage', 'command', 'positive', 'pairs', 'json_value', 'trust_argument', 'recipe_arguments',
-           'model_arguments', 'hide_progress', 'load_model', 'endpoint_arguments', 'endpoint_of', 'import_argument',
-           'import_named', 'parser', 'one_line', 'main']
+           'opening_arguments', 'model_arguments', 'hide_progress', 'load_model', 'endpoint_arguments', 'endpoint_of',
+           'import_argument', 'import_named', 'parser', 'one_line', 'main']
 
 # %% ../nbs/90_cli.ipynb #02acc75e
 import argparse, json, os, sys
@@ -90,13 +90,10 @@ def recipe_arguments(
                    help='change a field, e.g. finetune.lr=1e-4 (repeatable)')
 
 # %% ../nbs/90_cli.ipynb #aec55f84
-def model_arguments(
+def opening_arguments(
     p:argparse.ArgumentParser,  # Changed in place
-    required:bool=True,         # Must --model be given?
 ):
-    "Add --model, --device, --dtype, --quantization and --template"
-    p.add_argument('--model', required=required, metavar='DIR',
-                   help='folder of a trained model')
+    "Add how a model is opened: --device, --dtype, --quantization, --template, --trust-remote-code"
     p.add_argument('--device', default='auto',
                    help='auto, cpu or cuda (default: %(default)s)')
     p.add_argument('--dtype', default='auto', choices=['auto', 'float32', 'bfloat16', 'float16'],
@@ -106,6 +103,16 @@ def model_arguments(
     p.add_argument('--template', metavar='NAME',
                    help="chat template (default: the model's own)")
     trust_argument(p)
+
+# %% ../nbs/90_cli.ipynb #c90a0001
+def model_arguments(
+    p:argparse.ArgumentParser,  # Changed in place
+    required:bool=True,         # Must --model be given?
+):
+    "Add --model, and how it is opened"
+    p.add_argument('--model', required=required, metavar='DIR',
+                   help='folder of a trained model')
+    opening_arguments(p)
 
 # %% ../nbs/90_cli.ipynb #91084a4b
 def hide_progress():

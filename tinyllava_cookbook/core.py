@@ -268,6 +268,8 @@ def read_json(
 ) -> Any:   # What it holds
     "Read a JSON file; errors name the file, line and column"
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):   # a device may never end
+        raise ValueError(f"{str(path)!r} is no regular file")
     if not path.exists():
         raise FileNotFoundError(f"no file {str(path)!r}")
     try: return json.loads(path.read_text(encoding='utf-8-sig'))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLUGIN_VARIABLE', 'PLUGIN_GROUP', 'PLUGINS_FILE', 'MODEL_TYPE', 'PluginError', 'Plugin', 'find_plugin',
-           'import_plugin', 'plugins_waiting', 'load_plugins', 'load_model_types', 'plugin_of', 'plugins',
-           'held_plugins', 'check_plugins']
+           'import_plugin', 'forget_plugin', 'plugins_waiting', 'load_plugins', 'load_model_types', 'plugin_of',
+           'plugins', 'held_plugins', 'check_plugins']
 
 # %% ../nbs/08_plugins.ipynb #34e6ef04
 import importlib.util, os, re, sys, textwrap
@@ -195,6 +195,15 @@ def import_plugin(
     except PluginError:
         os.environ[PLUGIN_VARIABLE] = before
         raise
+
+# %% ../nbs/08_plugins.ipynb #b7e1f002
+def forget_plugin(
+    given:str,  # As for `import_plugin`
+):
+    "Take out a plugin: its parts, its module, and its name for processes to come"
+    plugin = find_plugin(given)
+    _name_plugin(plugin, False)
+    _forget(plugin)
 
 # %% ../nbs/08_plugins.ipynb #5efb51a7
 _seen = None   # what the variable was when plugins were last looked for

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/96_commands.serving.ipynb #9663ed19
 import argparse
 
-from ..cli import Usage, command, load_model, positive, trust_argument
+from ..cli import Usage, command, load_model, opening_arguments, positive
 
 # %% ../../nbs/96_commands.serving.ipynb #1e250453
 def _port(text):
@@ -20,9 +20,7 @@ def _port(text):
 # %% ../../nbs/96_commands.serving.ipynb #1c7bb24e
 def _add_listening(p):
     p.add_argument('model', metavar='MODEL', help='folder of a trained model')
-    p.add_argument('--device', default='auto',
-                   help='auto, cpu or cuda (default: %(default)s)')
-    trust_argument(p)
+    opening_arguments(p)
     p.add_argument('--host', default='127.0.0.1', help='address to listen on; beyond this machine a key is needed, in '
                    'the environment variable TINYLLAVA_API_KEY (default: %(default)s)')
     p.add_argument('--port', type=_port, default=8000,

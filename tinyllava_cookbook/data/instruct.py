@@ -43,21 +43,28 @@ def context(
     return '\n'.join(lines)
 
 # %% ../../nbs/17_data.instruct.ipynb #83959644
+def _coco_pictures(said, boxes):
+    "Pictures of objects in COCO's form"
+    texts = {}
+    for a in said['annotations']:
+        texts.setdefault(a['image_id'], []).append(a['caption'].strip())
+    found = _coco_boxes(said['images'], boxes) if boxes is not None else {}
+    images = [o for o in said['images'] if o['id'] in texts]
+    return [Picture(str(o['id']), o['file_name'], texts[o['id']],
+                    found.get(o['id'], [])) for o in images]
+
 def read_coco(
     captions,        # `captions_*.json`
     instances=None,  # `instances_*.json`; `None`: no boxes
 ) -> list[Picture]:  # Those with a caption, in the order of the file
     "Pictures of COCO's annotation files"
     said = read_json(captions)
-    texts = {}
-    for a in said['annotations']:
-        texts.setdefault(a['image_id'], []).append(a['caption'].strip())
-    boxes = {}
-    if instances:
-        boxes = _coco_boxes(said['images'], read_json(instances))
-    images = [o for o in said['images'] if o['id'] in texts]
-    return [Picture(str(o['id']), o['file_name'], texts[o['id']],
-                    boxes.get(o['id'], [])) for o in images]
+    boxes = read_json(instances) if instances else None
+    try:
+        return _coco_pictures(said, boxes)
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ValueError(f"{str(captions)!r}: not in COCO's form, an object with images "
+            f"and annotations ({type(e).__name__}: {e})") from e
 
 # %% ../../nbs/17_data.instruct.ipynb #a1361418
 def _coco_boxes(images:list[dict], found:dict) -> dict:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from ..data.images import best_canvas, fit_size, pinpoints, target_size, unpad
+from ..data.images import IMAGE_MODES, best_canvas, fit_size, pinpoints, target_size, unpad
 from ..model.connectors import MoFMLP
 from ..model.vision import input_size, n_patches, patch_grid
 
@@ -42,6 +42,8 @@ def _processor_crop(box, size, processor):
 # %% ../../nbs/60_viz.places.ipynb #24bd5869
 def _mode_box(size, mode, processor):
     "What an image mode shows to the processor: a box, and its height and width"
+    own = IMAGE_MODES[mode] if mode in IMAGE_MODES else None
+    mode = getattr(own, 'shows', mode)   # one of your own says which it is like
     height, width = size
     whole = 0, 0, width, height
     if mode in ('squash', 'anyres'):
@@ -58,8 +60,8 @@ def _mode_box(size, mode, processor):
         return _middle(whole, size, kept), kept
     if mode in ('crop', 'none'):
         return whole, size
-    raise ValueError(f"where image mode {mode!r} puts a picture is not known; choose from "
-                     "['anyres', 'crop', 'none', 'pad', 'squash']")
+    raise ValueError(f"where image mode {mode!r} puts a picture is not known; give its "
+                     "function an attribute `shows`, one of 'anyres', 'crop', 'none', 'pad', 'squash'")
 
 # %% ../../nbs/60_viz.places.ipynb #17347597
 def shown_box(

@@ -180,11 +180,13 @@ def test_template_by_the_end(parts, family, end, template):
 
 @pytest.mark.parametrize('family', ['mistral', 'llama3', 'smollm2'])
 def test_template_of_a_llava(parts, tmp_path, family):
-    "A folder of transformers' LLaVA: one architecture, the template that its tokenizer ends turns with"
+    "A folder of transformers' LLaVA: its own Jinja; where it has none, the template that its tokenizer ends turns with"
     from test_convert import hf_folder
     from tinyllava_cookbook.model import checkpoints
-    model, _ = checkpoints.load(hf_folder(parts['siglip'], parts[family], tmp_path/'hf', strategy='full')[1], 'cpu')
-    assert model.config.template == TEMPLATES[family]
+    _, folder = hf_folder(parts['siglip'], parts[family], tmp_path/'hf', strategy='full')
+    assert checkpoints.load(folder, 'cpu')[0].config.template == 'hf'
+    (folder/'chat_template.jinja').unlink()
+    assert checkpoints.load(folder, 'cpu')[0].config.template == TEMPLATES[family]
 
 def test_template_of_the_tokenizer(parts):
     "A family whose templates the tokenizer cannot write takes the tokenizer's own, if it has one"

@@ -86,7 +86,7 @@ def test_what_is_wrong_is_one_line(tmp_path):
     (tmp_path/'words.py').write_text('these are words\n')
     out, err = commands(tmp_path, *(f'recipes --import {o}' for o in WRONG))
     assert out == '1\n'*len(WRONG) and len(err.splitlines()) == len(WRONG), err
-    for text,line in zip(WRONG.values(), err.splitlines()): assert line.startswith('tinyllava: ') and text in line, line
+    for text,line in zip(WRONG.values(), err.splitlines()): assert line.startswith('tinyllava recipes: ') and text in line, line
 
 # ---- own parts, all four, trained and used
 

@@ -132,8 +132,8 @@ def _check_trackers(names):
     for name in names:
         spec = find_spec(name) if name in _TRACKERS else True
         if spec is None or spec is not True and spec.origin is None:   # a folder `wandb/` of runs is no package
-            raise Usage(
-                f"--report-to {name} needs a package: pip install 'tinyllava-cookbook[{name}]'")
+            raise ImportError(
+                f"--report-to {name} needs a package: pip install 'tinyllava-cookbook[{name}]', or pip install {name}")
 
 # %% ../../nbs/92_commands.training.ipynb #fece5f05
 def _plan(a):

@@ -6,7 +6,9 @@
 __all__ = ['VLMConfig', 'set_derived']
 
 # %% ../../nbs/22_model.config.ipynb #707183ab
-from typing import Literal # PreTrainedConfig hands on annotations that name it, and tools look it up here
+# PreTrainedConfig hands on annotations that name these two, and tools look them up here
+from typing import Literal
+import torch
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec

@@ -8,8 +8,8 @@ from PIL import Image
 pytestmark = pytest.mark.slow
 
 def tinyllava(*words, cwd=None, **env):
-    "One run of the command line, on all cores"
-    env = {k:v for k,v in os.environ.items() if k != 'OMP_NUM_THREADS'} | env
+    "One run of the command line, on all cores; threads that wait leave them to the other worker of the tests"
+    env = {k:v for k,v in os.environ.items() if k != 'OMP_NUM_THREADS'} | dict(OMP_WAIT_POLICY='PASSIVE') | env
     return subprocess.run([sys.executable, '-m', 'tinyllava_cookbook.cli', *map(str, words)], cwd=cwd, env=env,
                           capture_output=True, text=True)
 

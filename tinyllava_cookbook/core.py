@@ -100,8 +100,7 @@ def _caller(home:str|None) -> str:
     if '__main__' in (__name__, home):
         return '__main__'   # a registry of a notebook
     frame, seen = sys._getframe(1), __name__
-    while frame and (name := frame.f_globals.get(
-        '__name__', '')) in (__name__, home):
+    while frame and (name := frame.f_globals.get('__name__', '')) in (__name__, home):
         frame, seen = frame.f_back, name
     if frame is None or name.split('.')[0] in _IMPORT: return seen
     if PLUGINS_BEING_IMPORTED and not own_module(name):
@@ -390,8 +389,8 @@ def quiet():
     finally: logging.set_verbosity(level)
 
 # %% ../nbs/00_core.ipynb #069e2367
-_PACKAGES = 'tinyllava_cookbook torch transformers tokenizers accelerate datasets numpy pillow'.split(
-    )
+_PACKAGES = ('tinyllava_cookbook torch transformers tokenizers accelerate '
+             'datasets numpy pillow').split()
 
 def versions() -> dict[str,str]:  # Package to version; absent ones are left out
     "Versions of Python and of the packages that shape a result"

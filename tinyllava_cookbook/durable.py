@@ -227,8 +227,7 @@ def _holder(file):
     "Whom a lock names; an empty dict where that cannot be read (yet)"
     try: found = read_json(file)
     except (OSError, ValueError, RecursionError): return {}
-    whole = isinstance(found, dict) and isinstance(
-        found.get('pid'), int)
+    whole = isinstance(found, dict) and isinstance(found.get('pid'), int)
     return found if whole and isinstance(found.get('began'), (int, float)) else {}
 
 def _runs(holder):

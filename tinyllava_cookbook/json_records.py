@@ -199,8 +199,7 @@ def _value(window):
     except (ValueError, RecursionError):
         # wrong, or cut off by the end of the window
         return _set_apart(window)
-    if end == len(window.text) or not isinstance(
-        found, (dict, list)):
+    if end == len(window.text) or not isinstance(found, (dict, list)):
         return _set_apart(window)
     if _too_deep(window.text, start, end) or _not_utf8(window, start, end):
         return _set_apart(window)

@@ -309,8 +309,8 @@ def _read_held(file:Path) -> dict:
     rows = held.values() if isinstance(held, dict) else [held]
     for row in rows:
         parts = row.get('parts') if isinstance(row, dict) else None
-        lists = isinstance(parts, dict) and all(isinstance(
-            o, list) for o in parts.values())
+        lists = isinstance(parts, dict) and all(isinstance(o, list)
+                                                for o in parts.values())
         words = [row.get('from'), *(name for o in parts.values() for name in o)] if lists else [None]
         if not all(isinstance(o, str) for o in words):
             raise ValueError(

@@ -306,10 +306,10 @@ def page_names(
     for source in sources:
         try: tree = ast.parse(source)
         except SyntaxError: continue   # a cell with a magic command
-        found |= {o.name for o in ast.walk(tree) if isinstance(
-            o, (ast.FunctionDef, ast.ClassDef))}
-        taken = [o for o in ast.walk(tree) if isinstance(
-            o, ast.ImportFrom) and (o.module or '').split('.')[0] == lib]
+        found |= {o.name for o in ast.walk(tree)
+                  if isinstance(o, (ast.FunctionDef, ast.ClassDef))}
+        taken = [o for o in ast.walk(tree)
+                 if isinstance(o, ast.ImportFrom) and (o.module or '').split('.')[0] == lib]
         found |= {name.asname or name.name for o in taken for name in o.names}
     return found
 

@@ -225,8 +225,7 @@ def fetch(
     except (FileNotFoundError, PermissionError) as e:
         raise type(e)(f"cannot fetch {short(url)}: {e}") from None
     except (OSError, http.client.HTTPException) as e:
-        late = time.monotonic() >= end or isinstance(
-            e, TimeoutError)
+        late = time.monotonic() >= end or isinstance(e, TimeoutError)
         if late:
             raise TimeoutError(
                 f"cannot fetch {short(url)}: no complete answer within {timeout} s") from None

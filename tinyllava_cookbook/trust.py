@@ -79,8 +79,7 @@ def checkpoint_path(
     "Check that `path` can be a checkpoint, before a long error says so less clearly"
     folder = Path(path)
     if not folder.is_dir():
-        if folder.exists() or not re.fullmatch(
-            r'[\w-][\w.-]*/[\w-][\w.-]*', str(path)):
+        if folder.exists() or not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', str(path)):
             raise FileNotFoundError(
                 f"no checkpoint folder {str(path)!r}; give a folder or 'owner/name' of the Hub")
     elif not (folder/need).exists():
@@ -136,8 +135,7 @@ _PIXELS = '''image_size patch_size input_size shortest_edge longest_edge height 
     image_grid_pinpoints'''.split()
 _HEADS = '''num_attention_heads num_key_value_heads num_query_heads num_kv_heads heads n_head
     num_channels'''.split()
-_WIDTHS = 'hidden_size intermediate_size model_dim head_dim d_head d_ff n_embd n_queries'.split(
-    )
+_WIDTHS = 'hidden_size intermediate_size model_dim head_dim d_head d_ff n_embd n_queries'.split()
 # More than any published model has
 LARGEST = dict(vocab_size=2**24, max_position_embeddings=2**30)
 LARGEST |= dict.fromkeys(LAYER_COUNTS, 2**10)

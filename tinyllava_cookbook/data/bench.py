@@ -24,8 +24,8 @@ from .images import load_image, prepare
 from ..ingredients import tiny_tokenizer
 
 # %% ../../nbs/18_data.bench.ipynb #e4d42a59
-_WORDS = 'the a of on in with and is are red small large dog street people table image shows left near white'.split(
-    )
+_WORDS = ('the a of on in with and is are red small large dog street '
+          'people table image shows left near white').split()
 
 def _said(rng, mean:int) -> str:
     "So many words on average"

@@ -173,8 +173,7 @@ class TextCheck:
         fault, counted = text_fault(sample), None
         if fault is None and self.encoder is not None:
             fault, counted = _token_fault(sample, self.encoder, self.limits)
-        paths = tuple(str(o) for o in sample.images if isinstance(
-            o, (str, Path)))
+        paths = tuple(str(o) for o in sample.images if isinstance(o, (str, Path)))
         pictures = [o for o in sample.images if isinstance(o, bytes) or hasattr(
             o, 'size')]
         inside = tuple(image_fault(o, self.max_aspect) for o in pictures)

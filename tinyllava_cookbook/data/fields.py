@@ -48,8 +48,7 @@ def sample_id(
     "The name of a record"
     found = record.get('id')
     if found is None: return str(index)
-    if isinstance(found, bool) or not isinstance(
-        found, (str, int)):
+    if isinstance(found, bool) or not isinstance(found, (str, int)):
         raise ValueError(f"its 'id' is {short_repr(found)}, not text "
                          "or a whole number")
     return str(found)

@@ -254,8 +254,7 @@ def join_tiles(
     x_rchwd = x_tnd.unflatten(0, tiles).unflatten(2, patch_grid)
     x_dhw = x_rchwd.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
     x_dhw = unpad(x_dhw, size)
-    end_dh1 = newline[:, None, None].to(x_dhw.dtype).expand(
-        -1, x_dhw.shape[1], 1)
+    end_dh1 = newline[:, None, None].to(x_dhw.dtype).expand(-1, x_dhw.shape[1], 1)
     rows_dn = torch.cat([x_dhw, end_dh1], -1).flatten(1)
     return torch.cat([everything_nd, rows_dn.T])
 

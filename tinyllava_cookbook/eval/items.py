@@ -44,8 +44,8 @@ class Item:
 
     def __post_init__(self):
         "A wrong type stops here, before a model is asked, and not after the last answer"
-        if isinstance(self.id,
-                      bool) or not isinstance(self.id, (int, str)) or self.id=='':
+        kind = isinstance(self.id, (int, str)) and not isinstance(self.id, bool)
+        if not kind or self.id=='':
             raise ValueError(f"a question has the id {self.id!r}; an "
                              "id is a text or a whole number")
         answers = self.answer if isinstance(self.answer, list) else [self.answer]

@@ -150,8 +150,7 @@ def _same_questions(items, mine, done, folder):
     place = f"{str(folder)!r} answers question"
     for item in items:
         row = done.get(str(item.id))
-        if row and row['prompt']!=item.record.get(
-            'prompt', item.prompt):
+        if row and row['prompt']!=item.record.get('prompt', item.prompt):
             said = row['prompt'][:60]
             raise ValueError(f"{place} {item.id!r} with another "
                              f"prompt, {said!r}; {ANEW}")

@@ -129,8 +129,7 @@ def next_words(
     out = model(input_ids=ids, **pixel_inputs(service, images), logits_to_keep=rows,
                 use_cache=False)
     values,words = out.logits[0].float().softmax(-1).topk(n)
-    return [_step(processor, *one) for one in zip(
-        new, words.tolist(), values.tolist())]
+    return [_step(processor, *one) for one in zip(new, words.tolist(), values.tolist())]
 
 # %% ../../nbs/67_infer.demo.ipynb #45dd1b4d
 def _step(processor, token, words, values):

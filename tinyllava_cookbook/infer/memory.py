@@ -22,8 +22,8 @@ BITS = 32, 16, 8, 4   # For which weights are told
 
 def _quantized(model:nn.Module) -> dict:
     "Linear layers that `load(quantization=)` stores in fewer bits"
-    return {id(m.weight): m for m in model.language_model.modules() if isinstance(
-        m, nn.Linear)}
+    return {id(m.weight): m for m in model.language_model.modules()
+            if isinstance(m, nn.Linear)}
 
 # %% ../../nbs/41_infer.memory.ipynb #1a465e57
 def weight_bytes(

@@ -225,8 +225,7 @@ def turn_text(
     parts = message.content
     if isinstance(parts, str):
         parts = [TextPart(type='text', text=parts)]
-    texts = [part.text for part in parts if isinstance(
-        part, TextPart)]
+    texts = [part.text for part in parts if isinstance(part, TextPart)]
     if any(IMAGE_TOKEN in text for text in texts):
         raise RequestError(
             f"the text holds {IMAGE_TOKEN!r}; send an image as a part of type image_url")
@@ -243,11 +242,9 @@ def image_urls(
     messages:list[Message],  # Of a request
 ) -> list[str]:              # In order
     "Addresses of all images of a conversation"
-    lists = [m.content for m in messages if not isinstance(
-        m.content, str)]
+    lists = [m.content for m in messages if not isinstance(m.content, str)]
     parts = [part for content in lists for part in content]
-    return [part.image_url.url for part in parts if isinstance(
-        part, ImagePart)]
+    return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
 
 # %% ../../nbs/42_infer.requests.ipynb #cb3b3c3e
 ROLES = dict(developer='system')   # What OpenAI's newer models call it

@@ -41,8 +41,8 @@ def saved_plugins(
 ) -> dict:  # As `held_plugins` gives it; mostly empty
     "The plugins that a model's parts come from"
     config = model.config
-    towers = [o for o in model.modules() if isinstance(
-        o, PreTrainedModel) and o.config is not config]
+    towers = [o for o in model.modules()
+              if isinstance(o, PreTrainedModel) and o.config is not config]
     types = {o.config.model_type: type(o.config) for o in towers}
     family = getattr(config.text_config, 'llm_family', None) or config.text_config.model_type
     parts = [('connector', config.connector), ('template', config.template),

@@ -214,8 +214,7 @@ _NESTED_ROPE = {   # Kinds of layers, and where version 4.57 reads their base
 
 def _rope_bases(rope):
     "The bases of the rotary settings under their old names"
-    kinds = [kind for kind in _NESTED_ROPE if isinstance(
-        rope.get(kind), dict)]
+    kinds = [kind for kind in _NESTED_ROPE if isinstance(rope.get(kind), dict)]
     if not kinds:
         return {'rope_theta': rope['rope_theta']} if 'rope_theta' in rope else {}
     return {_NESTED_ROPE[kind]: rope[kind]['rope_theta'] for kind in kinds if 'rope_theta' in rope[kind]}

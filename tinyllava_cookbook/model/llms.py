@@ -250,8 +250,7 @@ def save_code(
 # %% ../../nbs/22_model.llms.ipynb #214e57cc
 def _far(a, b, floor):
     # not rounding
-    return ((a-b).norm()/b.norm()).item() > max(
-        floor, 8*torch.finfo(b.dtype).eps)
+    return ((a-b).norm()/b.norm()).item() > max(floor, 8*torch.finfo(b.dtype).eps)
 
 # %% ../../nbs/22_model.llms.ipynb #c7350870
 def _positions(*lengths):

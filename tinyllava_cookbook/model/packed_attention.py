@@ -75,8 +75,8 @@ def _alone(batch_size, q_length, kv_length, q_offset, attention_mask, use_vmap):
     "Is it one whole row, without padding and cache?"
     if attention_mask is not None or use_vmap or torch.compiler.is_compiling():
         return False
-    return batch_size == 1 and q_length == kv_length > 1 and isinstance(
-        q_offset, int) and q_offset == 0
+    return batch_size == 1 and q_length == kv_length > 1 and (
+        isinstance(q_offset, int) and q_offset == 0)
 
 # %% ../../nbs/22_model.packed_attention.ipynb #aa4e8664
 def packed_mask(
@@ -145,8 +145,7 @@ def _sample(q, k, v, window, *how):
         return _attend(q, k, v, None, *how)
     out = []
     for start in range(0, n, window):
-        stop, first = min(n, start + window), max(
-            0, start - window + 1)
+        stop, first = min(n, start + window), max(0, start - window + 1)
         seen = _band(start, stop, first, window, q.device)
         out.append(_attend(q[:, :, start:stop], k[:, :, first:stop],
                            v[:, :, first:stop], seen, *how))
@@ -170,8 +169,7 @@ def takes_varlen(
     "Can one call compute all samples?"
     half = q.dtype in (torch.float16, torch.bfloat16)
     heads = q.shape[-1] == v.shape[-1] <= 256 and q.shape[-1]%8 == 0
-    return q.is_cuda and half and heads and cap is None and not dropout and _varlen(
-        ) is not None
+    return q.is_cuda and half and heads and cap is None and not dropout and _varlen() is not None
 
 # %% ../../nbs/22_model.packed_attention.ipynb #c210e6ed
 def _in_one_call(q, k, v, blocks, scale):

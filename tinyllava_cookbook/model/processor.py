@@ -107,8 +107,8 @@ def _n_tiles(proc, size):
 
 def _pads(tokenizer, kwargs):
     "Does a call, or the tokenizer, say how to pad?"
-    given = tokenizer.init_kwargs, kwargs, kwargs.get('text_kwargs', {}), kwargs.get(
-        'common_kwargs', {})
+    nested = [kwargs.get(name, {}) for name in ('text_kwargs', 'common_kwargs')]
+    given = tokenizer.init_kwargs, kwargs, *nested
     return any('padding' in settings for settings in given)
 
 # %% ../../nbs/24_model.processor.ipynb #bf93483a

@@ -61,8 +61,7 @@ def _own_data(stage):
     "The corpus of a stage whose files are here, from 256 of its samples"
     rows = stage_rows(stage)
     every = max(1, len(rows)//256)
-    samples = [read_sample(rows[i], i) for i in range(
-        0, len(rows), every)]
+    samples = [read_sample(rows[i], i) for i in range(0, len(rows), every)]
     text = [_tokens(o, ('system', 'user', 'assistant')) for o in samples]
     supervised = [_tokens(o, ('assistant',)) for o in samples]
     images = [len(o.images) for o in samples]

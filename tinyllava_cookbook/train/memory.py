@@ -39,8 +39,7 @@ def _optimizer_bytes(model, stage, trainable):
         raise ValueError(f"no memory known of optim {name!r}; choose from {sorted(_ADAM)}")
     if stage.optimizer != 'muon': return trainable*_ADAM[name]
     head = model.get_output_embeddings()
-    hidden = [m for m in model.modules() if isinstance(
-        m, nn.Linear) and m is not head]
+    hidden = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     matrices = sum(m.weight.numel() for m in hidden if m.weight.requires_grad)
     # Muon keeps one moment of each hidden matrix
     return 8*(trainable - matrices) + 4*matrices

@@ -100,8 +100,7 @@ def _speed(since, took, rates, world):
     supervised = float(since.get('learned', 0))/world
     counts = since | dict(learned=supervised)
     flops = sum(counts.get(name, 0)*rate for name,rate in rates.items())
-    padding = 1 - counts.get('tokens', 0)/max(
-        counts.get('positions', 0), 1)
+    padding = 1 - counts.get('tokens', 0)/max(counts.get('positions', 0), 1)
     return dict(
         samples_per_second=counts.get('samples', 0)*world/took,
         tokens_per_second=supervised*world/took,

@@ -142,8 +142,7 @@ def _stopped(trainer, out):
     "End the process where a signal stopped the training before its last step"
     state = trainer.state
     callbacks = trainer.callback_handler.callbacks
-    watch = next(callback for callback in callbacks if isinstance(
-        callback, StopSignal))
+    watch = next(callback for callback in callbacks if isinstance(callback, StopSignal))
     if not watch.stopped or state.global_step >= state.max_steps: return
     at = f"step {state.global_step} of {state.max_steps}"
     raise Stopped(f"asked to stop: saved in {str(out)!r} at {at}; resume='auto' goes on")

@@ -114,8 +114,7 @@ def _samples(positions_bt):
 def _implied_mask(call, rows_br):
     "Rows of the mask that flags, padding, a window and positions imply; (b, 1, r, t)"
     t = call.key.shape[2]
-    back_brt = rows_br[..., None] - torch.arange(
-        t, device=rows_br.device)
+    back_brt = rows_br[..., None] - torch.arange(t, device=rows_br.device)
     hidden_brt = back_brt < 0 if call.causal else torch.zeros_like(back_brt, dtype=torch.bool)
     if window := call.options.get('sliding_window'):
         hidden_brt = hidden_brt | (back_brt.abs() >= window)
@@ -123,8 +122,7 @@ def _implied_mask(call, rows_br):
         hidden_brt = hidden_brt | ~call.mask.bool()[:, None]
     positions_bt = call.options.get('position_ids')
     if positions_bt is not None and positions_bt.dim() == 2:
-        sample_bt = _samples(positions_bt).expand(
-            len(rows_br), -1)
+        sample_bt = _samples(positions_bt).expand(len(rows_br), -1)
         hidden_brt = hidden_brt | (sample_bt.gather(
             1, rows_br)[..., None] != sample_bt[:, None])
     return torch.where(hidden_brt, torch.finfo(torch.float32).min, 0.)[:, None]
@@ -151,8 +149,7 @@ def _mask_rows(call, rows_br):
 def _scores(call, rows_br):
     "Scores of chosen rows before the softmax, in float32; (b, h, r, t)"
     b, heads, t, width = call.query.shape
-    at_bhrd = rows_br[:, None, :, None].expand(
-        -1, heads, -1, width)
+    at_bhrd = rows_br[:, None, :, None].expand(-1, heads, -1, width)
     query_bhrd = call.query.gather(2, at_bhrd)
     key_bhtd = call.key.repeat_interleave(heads//call.key.shape[1], 1)
     scaling = call.options.get('scaling') or width**-.5
@@ -176,8 +173,7 @@ def attention_weights(
     sinks = call.options.get('s_aux')
     if sinks is None:
         return scores_bhrt.softmax(-1)
-    sink_bhr1 = sinks.float()[None, :, None, None].expand(
-        *scores_bhrt.shape[:3], 1)
+    sink_bhr1 = sinks.float()[None, :, None, None].expand(*scores_bhrt.shape[:3], 1)
     return torch.cat([scores_bhrt, sink_bhr1], -1).softmax(-1)[..., :-1]
 
 # %% ../../nbs/60_viz.probes.ipynb #96f599ab
@@ -291,8 +287,7 @@ def weight_gradients(
     "Gradient of the attention weights of chosen rows"
     b, heads, t, width = call.query.shape
     rows_br = torch.as_tensor(rows, device=output_grad.device).expand(b, -1)
-    at_brhd = rows_br[..., None, None].expand(
-        -1, -1, *output_grad.shape[2:])
+    at_brhd = rows_br[..., None, None].expand(-1, -1, *output_grad.shape[2:])
     grad_bhrd = output_grad.gather(1, at_brhd).transpose(1, 2)
     value_bhtd = call.value.repeat_interleave(
         heads//call.value.shape[1], 1)

@@ -50,8 +50,7 @@ def next_words(
 ) -> NextWords:         # With probabilities
     "What could have been said instead, at each step of an answer"
     logits_rv = model(**asked.inputs, use_cache=False).logits[0, asked.rows]
-    top = logits_rv.float().softmax(-1).topk(min(
-        k, logits_rv.shape[-1]))
+    top = logits_rv.float().softmax(-1).topk(min(k, logits_rv.shape[-1]))
     words = _decoded(processor, top.indices)
     return NextWords(asked.tokens, words, top.values.cpu())
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/97_commands.proxy.ipynb #22188e20
+# %% ../../nbs/97_commands.proxy.ipynb #eac3979e
 from ..cli import Usage, command, hide_progress
 
-# %% ../../nbs/97_commands.proxy.ipynb #38951d64
+# %% ../../nbs/97_commands.proxy.ipynb #3f1efd6a
 def _proxy_args(p):
     p.add_argument('sweep', metavar='SWEEP', help='recipes or ablations, or one that a plugin registers')
     p.add_argument('--out', metavar='DIR', default='runs/proxy',
@@ -24,7 +24,7 @@ def _proxy_args(p):
     p.add_argument('--write', metavar='FILE',
                    help='gather the numbers of all finished runs there')
 
-# %% ../../nbs/97_commands.proxy.ipynb #b6c2bc2b
+# %% ../../nbs/97_commands.proxy.ipynb #7670ec73
 def _listed(a, cells):
     "One line for each run, and the line that submits them all"
     from tinyllava_cookbook.recipes.sweep import run_file
@@ -36,7 +36,7 @@ def _listed(a, cells):
     words = f'tinyllava proxy {a.sweep} --out {a.out} --seeds {seeds}{only}'
     print(f"\nsbatch --array=0-{len(cells)-1} --wrap '{words} --task $SLURM_ARRAY_TASK_ID'")
 
-# %% ../../nbs/97_commands.proxy.ipynb #a10d1272
+# %% ../../nbs/97_commands.proxy.ipynb #fcc6ce19
 def _chosen(a, cells):
     "The run of this task, or all of them"
     if a.task is None:
@@ -45,7 +45,7 @@ def _chosen(a, cells):
         raise Usage(f"--task {a.task}: there are {len(cells)} runs, 0 to {len(cells)-1}")
     return [cells[a.task]]
 
-# %% ../../nbs/97_commands.proxy.ipynb #61d7920a
+# %% ../../nbs/97_commands.proxy.ipynb #577c77b9
 @command('proxy', 'train recipes or ablations at the scale of microworld', _proxy_args)
 def _proxy(a):
     hide_progress()

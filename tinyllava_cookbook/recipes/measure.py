@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['micro_data', 'timed', 'test_micro', 'summary']
 
-# %% ../../nbs/68_recipes.measure.ipynb #9e9f401e
+# %% ../../nbs/68_recipes.measure.ipynb #494863a0
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..eval.benchmarks import Item
 from ..eval.run import answer_and_score
 from ..microworld import ASK, write_world
 
-# %% ../../nbs/68_recipes.measure.ipynb #44075794
+# %% ../../nbs/68_recipes.measure.ipynb #a206e33f
 def micro_data(
     folder:str|Path,   # Gets `train/` and `test/`
     n_train:int,       # Training scenes
@@ -29,7 +29,7 @@ def micro_data(
     write_world(test, n_test, seed, 'test')
     return train, test
 
-# %% ../../nbs/68_recipes.measure.ipynb #6565d354
+# %% ../../nbs/68_recipes.measure.ipynb #c513b881
 @contextmanager
 def timed(
     seconds:dict[str,float], # Gets the time
@@ -43,7 +43,7 @@ def timed(
     if progress:
         print(f'{name}: {seconds[name]:.1f} s', flush=True)
 
-# %% ../../nbs/68_recipes.measure.ipynb #2fa32567
+# %% ../../nbs/68_recipes.measure.ipynb #acc73bf8
 def test_micro(
     model, processor,    # What is tested
     items:list[Item],    # Questions to be matched exactly
@@ -63,7 +63,7 @@ def test_micro(
                 model, processor, questions, **how, **more)
     return results
 
-# %% ../../nbs/68_recipes.measure.ipynb #16143c35
+# %% ../../nbs/68_recipes.measure.ipynb #86e91664
 def _by_kind(result:dict) -> dict[str,float]:
     "Accuracy of each kind of question that was asked"
     kinds = result['by_kind']
@@ -72,7 +72,7 @@ def _by_kind(result:dict) -> dict[str,float]:
 
 
 
-# %% ../../nbs/68_recipes.measure.ipynb #09d9deb7
+# %% ../../nbs/68_recipes.measure.ipynb #491e6a6c
 def summary(
     results:dict[str,dict],  # From `test_micro`
     seconds:dict[str,float], # Per phase

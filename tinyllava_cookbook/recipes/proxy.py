@@ -7,7 +7,7 @@ __all__ = ['BATCH', 'STEPS', 'MOST', 'RATES', 'WIDTH', 'LAYERS', 'SCENES', 'TEST
            'proxy_steps', 'trained_kind', 'rate_factor', 'Size', 'published_size', 'proxy_tune', 'proxy_data',
            'stage_file', 'square_mode', 'proxy_stage', 'proxy', 'stage_share', 'with_world']
 
-# %% ../../nbs/69_recipes.proxy.ipynb #8e342ed4
+# %% ../../nbs/69_recipes.proxy.ipynb #3beeee82
 import dataclasses
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ..microworld import describe, image_name, write_world
 from ..train.budget import corpora
 from ..train.recipes import ADAPTERS, Recipe, Stage, Tune, recipe
 
-# %% ../../nbs/69_recipes.proxy.ipynb #5ad32b6b
+# %% ../../nbs/69_recipes.proxy.ipynb #31a17d0a
 BATCH = 32   # The published batch over the proxy's
 STEPS = 12   # Published steps for each of the proxy
 MOST = 500   # Steps of a stage, where a recipe repeats its data many times
@@ -35,7 +35,7 @@ def proxy_steps(
     steps = round(published_steps(stage)/STEPS)
     return max(1, min(MOST, steps))
 
-# %% ../../nbs/69_recipes.proxy.ipynb #cecdd66f
+# %% ../../nbs/69_recipes.proxy.ipynb #4af56f00
 RATES = dict(connector=2e-3, full=2e-3, adapter=4e-3)   # Highest rate of a proxy
 
 def trained_kind(
@@ -54,7 +54,7 @@ def rate_factor(
     rates = [stage.tune[part].lr or stage.lr for part in stage.trained]
     return RATES[trained_kind(stage)]/max(rates)
 
-# %% ../../nbs/69_recipes.proxy.ipynb #a393385f
+# %% ../../nbs/69_recipes.proxy.ipynb #acb8ea5c
 WIDTH, LAYERS = 128, 4   # Of the shipped LLM and of the shipped vision tower
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def proxy_tune(
         scaled['from_layer'] = round(tune.from_layer*LAYERS/size.layers)
     return dataclasses.replace(tune, **scaled)
 
-# %% ../../nbs/69_recipes.proxy.ipynb #09a089b6
+# %% ../../nbs/69_recipes.proxy.ipynb #e5868254
 SCENES = 3300      # Of a training world
 TEST_SCENES = 120  # Of the one test world
 
@@ -97,7 +97,7 @@ def _described(i, scene):
              {'from': 'gpt', 'value': describe(scene)}]
     return dict(id=f'detail-{i}', image=image_name(i), conversations=turns)
 
-# %% ../../nbs/69_recipes.proxy.ipynb #68dfd525
+# %% ../../nbs/69_recipes.proxy.ipynb #1791549e
 def proxy_data(
     folder:str|Path,             # Gets a folder for each seed, and `test`
     seed:int,                    # Of the training scenes
@@ -117,7 +117,7 @@ def proxy_data(
         write_json(train/'done.json', dict(scenes=scenes))
     return train, test
 
-# %% ../../nbs/69_recipes.proxy.ipynb #97181e38
+# %% ../../nbs/69_recipes.proxy.ipynb #98ee9640
 def stage_file(
     stage:Stage,   # Complete, from `Recipe.stage`
 ) -> str:          # Name of a file in a training world
@@ -127,14 +127,14 @@ def stage_file(
     long = stage.corpus == 'sharegpt4v-pt'
     return 'details.json' if long else 'pretrain.json'
 
-# %% ../../nbs/69_recipes.proxy.ipynb #5e72f28f
+# %% ../../nbs/69_recipes.proxy.ipynb #eba7a36d
 def square_mode(
     image_mode:str,  # Of a recipe
 ) -> str:            # 'anyres' or 'squash'
     "The images of microworld are square: all modes but tiles give the same pixels"
     return 'anyres' if image_mode == 'anyres' else 'squash'
 
-# %% ../../nbs/69_recipes.proxy.ipynb #07913c8c
+# %% ../../nbs/69_recipes.proxy.ipynb #26b6c898
 def proxy_stage(
     stage:Stage,   # Complete, from `Recipe.stage`
     size:Size,     # Of the published model
@@ -155,7 +155,7 @@ def proxy_stage(
         max_steps=proxy_steps(stage),
         max_length=384, pack=None, **how)
 
-# %% ../../nbs/69_recipes.proxy.ipynb #2a08a596
+# %% ../../nbs/69_recipes.proxy.ipynb #bb4a559b
 def proxy(
     r:Recipe|str,  # A recipe of published size, or its name
 ) -> Recipe:       # On shipped parts; `with_world` gives it data
@@ -171,7 +171,7 @@ def proxy(
         r, vision='micro-siglip', llm='micro-llama', template='llama',
         image_mode=square_mode(r.image_mode), stages=stages)
 
-# %% ../../nbs/69_recipes.proxy.ipynb #90a781a7
+# %% ../../nbs/69_recipes.proxy.ipynb #e18ae0e2
 def stage_share(
     stage:Stage,  # Of a proxy
     scenes:int,   # There are
@@ -180,7 +180,7 @@ def stage_share(
     samples = stage.max_steps*stage.global_batch_size
     return min(1., samples/(stage.epochs*scenes))
 
-# %% ../../nbs/69_recipes.proxy.ipynb #59918f15
+# %% ../../nbs/69_recipes.proxy.ipynb #6cf3954f
 def with_world(
     r:Recipe,    # From `proxy`
     train:Path,  # From `proxy_data`
@@ -193,7 +193,7 @@ def with_world(
         share=stage_share(s, scenes)) for s in r.stages]
     return dataclasses.replace(r, stages=stages)
 
-# %% ../../nbs/69_recipes.proxy.ipynb #8b8a6977
+# %% ../../nbs/69_recipes.proxy.ipynb #487b012b
 PROXIES = ('llava_v1', 'llava_v15', 'llava_next', 'tinyllava_base', 'tinyllava_share',
            'tinyllava_share_factory', 'tinyllava_lora', 'tinyllava_qlora', 'train_llava',
            'train_llava:variant=use_lora', 'scienceqa')   # Recipes that start from parts

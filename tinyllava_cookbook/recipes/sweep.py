@@ -8,7 +8,7 @@ __all__ = ['GREY', 'BLUE', 'ORANGE', 'sweeps', 'Cell', 'cell_id', 'sample_items'
            'results_table', 'plot_settings', 'plot_kinds', 'plot_losses', 'answers_table', 'recipe_sweep',
            'sweep_cells']
 
-# %% ../../nbs/70_recipes.sweep.ipynb #6e738098
+# %% ../../nbs/70_recipes.sweep.ipynb #e5ac6f59
 import dataclasses
 import json
 import resource
@@ -34,7 +34,7 @@ from .proxy import PROXIES, SCENES, TEST_SCENES, proxy, proxy_data, with_world
 from ..train.recipes import Recipe, to_dict
 from ..train.stages import start_identity, start_model, train_recipe
 
-# %% ../../nbs/70_recipes.sweep.ipynb #628d2ee7
+# %% ../../nbs/70_recipes.sweep.ipynb #b359e68d
 @dataclass(frozen=True)
 class Cell:
     "One run of a sweep"
@@ -48,7 +48,7 @@ class Cell:
     def seeded(self) -> Recipe:
         return dataclasses.replace(self.recipe, seed=self.seed)
 
-# %% ../../nbs/70_recipes.sweep.ipynb #9845c8da
+# %% ../../nbs/70_recipes.sweep.ipynb #c928651b
 def cell_id(
     cell:Cell,  # Any
 ) -> str:       # 32 letters
@@ -59,7 +59,7 @@ def cell_id(
     text = json.dumps(what, sort_keys=True)
     return xxh3_128(text.encode()).hexdigest()
 
-# %% ../../nbs/70_recipes.sweep.ipynb #587fb014
+# %% ../../nbs/70_recipes.sweep.ipynb #4c0ee8ab
 def sample_items(
     items:list,  # Questions of a world
 ) -> list:       # One of each kind, about different scenes
@@ -71,7 +71,7 @@ def sample_items(
         found += fresh[:1]
     return found
 
-# %% ../../nbs/70_recipes.sweep.ipynb #e4d2cf56
+# %% ../../nbs/70_recipes.sweep.ipynb #c222b4b5
 def stage_answers(
     r:Recipe,     # That was trained
     out:Path,     # In this folder
@@ -87,7 +87,7 @@ def stage_answers(
         found[name] = [row['text'] for row in result['answers']]
     return found
 
-# %% ../../nbs/70_recipes.sweep.ipynb #74dc16fd
+# %% ../../nbs/70_recipes.sweep.ipynb #a43d1a55
 def _bits(result):
     "Right or wrong, one digit for each question"
     return ''.join('01'[row['correct']] for row in result['answers'])
@@ -104,7 +104,7 @@ def commit() -> str|None:  # Short hash; `None` outside a checkout
                          capture_output=True, text=True)
     return git.stdout.strip() or None
 
-# %% ../../nbs/70_recipes.sweep.ipynb #2f69fc93
+# %% ../../nbs/70_recipes.sweep.ipynb #91d3e4fc
 def _measured(cell, trained, test):
     "What is asked of a trained model"
     items = load_questions(test/'questions.jsonl')
@@ -122,7 +122,7 @@ def _stages(results):
                        trained=o.table[-1]['trainable'])
             for name,o in results.items()}
 
-# %% ../../nbs/70_recipes.sweep.ipynb #f2bc5667
+# %% ../../nbs/70_recipes.sweep.ipynb #014e5f10
 def run_cell(
     cell:Cell,        # What to run
     folder:str|Path,  # Gets `data/`, `runs/ID.json`, and `work/ID/` for the time being
@@ -147,7 +147,7 @@ def run_cell(
         shutil.rmtree(work)
     return numbers
 
-# %% ../../nbs/70_recipes.sweep.ipynb #8af4fb06
+# %% ../../nbs/70_recipes.sweep.ipynb #a6dc5974
 def run_file(
     cell:Cell,        # Any
     folder:str|Path,  # Of the sweep
@@ -155,7 +155,7 @@ def run_file(
     "Where the numbers of a cell are"
     return Path(folder)/'runs'/f'{cell_id(cell)}.json'
 
-# %% ../../nbs/70_recipes.sweep.ipynb #7bd4d8ec
+# %% ../../nbs/70_recipes.sweep.ipynb #c58dfd78
 _RUN = """import json, sys
 from tinyllava_cookbook.recipes.sweep import Cell, run_cell
 from tinyllava_cookbook.train.recipes import from_dict
@@ -176,7 +176,7 @@ def run_apart(
                            f"{done.stderr[-2000:]}")
     return read_json(run_file(cell, folder))
 
-# %% ../../nbs/70_recipes.sweep.ipynb #9beaa122
+# %% ../../nbs/70_recipes.sweep.ipynb #033574b8
 def run_sweep(
     cells:list[Cell],    # In the order of their runs
     folder:str|Path,     # As for `run_cell`
@@ -195,7 +195,7 @@ def run_sweep(
             print(f"{name}: {right:.3f} in {numbers['cpu_seconds']} CPU s", flush=True)
     return made
 
-# %% ../../nbs/70_recipes.sweep.ipynb #26ded985
+# %% ../../nbs/70_recipes.sweep.ipynb #e0e88a22
 def collect(
     cells:list[Cell],  # Those without numbers are left out
     folder:str|Path,   # Of the sweep
@@ -214,7 +214,7 @@ def collect(
     return dict(versions=versions(), questions=[item.id for item in items],
                 shown=shown, settings=settings)
 
-# %% ../../nbs/70_recipes.sweep.ipynb #5268d5cd
+# %% ../../nbs/70_recipes.sweep.ipynb #2c1becb3
 @dataclass(frozen=True)
 class Interval:
     "A mean and where 95 % of its resamples lie"
@@ -247,7 +247,7 @@ def interval(
     low,high = np.quantile(means, [.025, .975])
     return Interval(float(values_sq.mean()), float(low), float(high))
 
-# %% ../../nbs/70_recipes.sweep.ipynb #819e7159
+# %% ../../nbs/70_recipes.sweep.ipynb #47151e83
 def bits(
     results:dict,           # From `collect`
     setting:str,            # One of its settings
@@ -263,6 +263,7 @@ def scene_of(
     "The scene that a question is about"
     return question.split('-')[0]
 
+# %% ../../nbs/70_recipes.sweep.ipynb #2e885b5e
 def accuracy(
     results:dict,        # From `collect`
     setting:str,         # One of its settings
@@ -280,7 +281,7 @@ def accuracy(
         values = values[:shared] - other[:shared]
     return interval(values[:, chosen], [scene_of(questions[i]) for i in chosen])
 
-# %% ../../nbs/70_recipes.sweep.ipynb #715cadff
+# %% ../../nbs/70_recipes.sweep.ipynb #da37fd6d
 def _mean(runs, name):
     return float(np.mean([run[name] for run in runs]))
 
@@ -298,7 +299,7 @@ def results_table(
             cpu_s=round(_mean(runs, 'cpu_seconds')), peak_mb=round(_mean(runs, 'peak_mb'))))
     return Table(rows)
 
-# %% ../../nbs/70_recipes.sweep.ipynb #20993a54
+# %% ../../nbs/70_recipes.sweep.ipynb #4f21b6db
 GREY,BLUE,ORANGE = '#8a97a6', '#2f6db3', '#d9822b'   # To be read on white and on black
 
 def _plain(ax):
@@ -317,7 +318,7 @@ def _axes(ax, width, height):
     import matplotlib.pyplot as plt
     return ax or plt.subplots(figsize=(width, height), dpi=72)[1]
 
-# %% ../../nbs/70_recipes.sweep.ipynb #23d32f7d
+# %% ../../nbs/70_recipes.sweep.ipynb #2f88ed10
 def plot_settings(
     results:dict,               # From `collect`
     settings:list|None=None,    # Which; `None`: all
@@ -339,7 +340,7 @@ def plot_settings(
     ax.legend(fontsize=7, loc='lower left', framealpha=0, labelcolor=GREY)
     return _plain(ax)
 
-# %% ../../nbs/70_recipes.sweep.ipynb #ca16c037
+# %% ../../nbs/70_recipes.sweep.ipynb #0e124704
 def plot_kinds(
     results:dict,             # From `collect`
     settings:list|None=None,  # Which; `None`: all
@@ -357,7 +358,7 @@ def plot_kinds(
     ax.set_yticks(range(len(names)), names)
     return _plain(ax)
 
-# %% ../../nbs/70_recipes.sweep.ipynb #c34a91b3
+# %% ../../nbs/70_recipes.sweep.ipynb #bda364e8
 def plot_losses(
     results:dict,        # From `collect`
     settings:list|None=None,  # Which; `None`: all
@@ -378,7 +379,7 @@ def plot_losses(
     axes[0][0].set_ylabel('loss')
     return fig
 
-# %% ../../nbs/70_recipes.sweep.ipynb #89cb3b5d
+# %% ../../nbs/70_recipes.sweep.ipynb #e501d59d
 def answers_table(
     results:dict,  # From `collect`
     setting:str,   # One of its settings
@@ -392,7 +393,7 @@ def answers_table(
         rows.append(dict(question=question, **after, reference=item['answer']))
     return Table(rows)
 
-# %% ../../nbs/70_recipes.sweep.ipynb #126af4ce
+# %% ../../nbs/70_recipes.sweep.ipynb #b0222f1b
 sweeps = Registry('sweep', 'sweeps')
 
 @sweeps.register('recipes')
@@ -400,6 +401,7 @@ def recipe_sweep() -> dict[str,Recipe]:  # Name -> proxy
     "All recipes that start from parts"
     return {name: proxy(name) for name in PROXIES}
 
+# %% ../../nbs/70_recipes.sweep.ipynb #6ff9472c
 def sweep_cells(
     name:str,                 # Of a sweep
     seeds:tuple=(1, 2, 3),    # One run for each

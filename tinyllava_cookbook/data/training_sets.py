@@ -35,6 +35,7 @@ class TrainingSet:
         images = f'{base}/{self.start}'.rstrip('/')
         return f'{base}/{self.file}', images
 
+# %% ../../nbs/16_data.training_sets.ipynb #b7c1e0aa
 training_sets = Registry('training set')
 _HUB = 'huggingface.co/datasets/'
 _OPENAI = 'CC BY 4.0, and the terms of OpenAI'

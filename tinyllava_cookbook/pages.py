@@ -160,7 +160,7 @@ def show_flow(
         if text not in places:
             raise KeyError(f"no box {text!r}; choose from {list(places)}")
     if ax is None:
-        _,ax = plt.subplots(figsize=(.07*width + .1, .16*height + .1), dpi=72)
+        _,ax = plt.subplots(figsize=(.08*width + .1, .16*height + .1), dpi=72)
     for text,place in places.items():
         _draw_box(ax, text, place, kinds.get(text, 'usual'))
     for a,b in arrows:

@@ -111,7 +111,8 @@ def model_arguments(
 ):
     "Add --model, and how it is opened"
     p.add_argument('--model', required=required, metavar='DIR',
-                   help='folder of a trained model')
+                   help='folder of a trained model, a name that `tinyllava models` lists, '
+                   'or owner/name of the Hub')
     opening_arguments(p)
 
 # %% ../nbs/90_cli.ipynb #91084a4b
@@ -190,8 +191,8 @@ def import_named(
     return given
 
 # %% ../nbs/90_cli.ipynb #edffa233
-_FIRST = """quickstart bake recipes budget instruct check train launch deepspeed-config chat eval score judge submission
-    convert compose bench""".split()
+_FIRST = """quickstart bake recipes budget instruct check train launch deepspeed-config models chat eval score judge
+    submission convert compose bench""".split()
 
 def _order():
     "Names of all commands, the usual way of work first"

@@ -111,7 +111,8 @@ def model_arguments(
 ):
     "Add --model, and how it is opened"
     p.add_argument('--model', required=required, metavar='DIR',
-                   help='folder of a trained model')
+                   help='folder of a trained model, a name that `tinyllava models` lists, '
+                   'or owner/name of the Hub')
     opening_arguments(p)
 
 # %% ../nbs/90_cli.ipynb #91084a4b
@@ -190,8 +191,8 @@ def import_named(
     return given
 
 # %% ../nbs/90_cli.ipynb #edffa233
-_FIRST = """quickstart bake recipes budget instruct check train launch deepspeed-config chat eval score judge submission
-    convert compose bench""".split()
+_FIRST = """quickstart bake recipes budget instruct check train launch deepspeed-config models chat eval score judge
+    submission convert compose bench""".split()
 
 def _order():
     "Names of all commands, the usual way of work first"
@@ -274,7 +275,7 @@ if __name__=='__main__':
     sys.modules['tinyllava_cookbook.cli'] = sys.modules[__name__]   # commands register with this very module
     sys.exit(main())
 
-# %% ../nbs/90_cli.ipynb #c179a794
+# %% ../nbs/90_cli.ipynb #8e0dab66
 def _tree(function):
     return ast.parse(textwrap.dedent(inspect.getsource(function)))
 
@@ -293,7 +294,7 @@ def _steps(run):
         found += [o for o in _beside(function) if o not in found]
     return found
 
-# %% ../nbs/90_cli.ipynb #a8964e27
+# %% ../nbs/90_cli.ipynb #72903e9c
 def command_calls(
     name:str,  # Of a command
 ) -> dict:     # Module of the library -> names that it gives
@@ -309,7 +310,7 @@ def command_calls(
             found.setdefault(module, []).extend(names)
     return {module: list(dict.fromkeys(names)) for module,names in found.items() if names}
 
-# %% ../nbs/90_cli.ipynb #29a9fa9a
+# %% ../nbs/90_cli.ipynb #623166e9
 def _module_boxes(calls):
     "Module -> the text of its box, with all names that these commands take from it"
     taken = {}

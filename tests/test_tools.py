@@ -162,6 +162,25 @@ def test_docs_finds_broken_links(tmp_path):
     (tmp_path/'b.html').write_text('<p id="z"><span>&lt;a href="</span><span class="x">{url}"&gt;')
     assert sorted(docs.broken(tmp_path)) == [('a.html', 'b.html#y'), ('a.html', 'c.html'), ('a.html', 'https://e.org/p.js is loaded from elsewhere')]
 
+def test_docs_follows_links_into_the_repository(tmp_path):
+    "To files, to lines of files and to Colab; what another repository has is not ours to say"
+    import docs
+    (tmp_path/'a.py').write_text('1\n2\n')
+    def gone(url): return docs.missing(url, 'https://h.org/us/repo', tmp_path)
+    assert not any(gone(f'https://h.org/us/repo/blob/main/{o}') for o in ('a.py', 'a.py#L2'))
+    assert all(gone(f'https://h.org/us/repo/blob/main/{o}') for o in ('b.py', 'a.py#L3'))
+    assert gone(f'{docs.COLAB}/us/repo/blob/main/b.ipynb') and not gone(f'{docs.COLAB}/us/repo/blob/main/a.py')
+    assert not gone('https://h.org/them/repo/blob/main/b.py')
+    (tmp_path/'a.html').write_text('<a href="https://h.org/us/repo/blob/main/no-such-file">')
+    assert [o[0] for o in docs.broken(tmp_path, 'https://h.org/us/repo')] == ['a.html']
+
+def test_docs_links_in_html():
+    "What a cell put out as HTML leads to pages, not to notebooks"
+    import docs
+    picture = dict(output_type='execute_result', data={'text/html': ['<a href="10_data.images.ipynb">', '<a href="11_data.templates.ipynb#a">']})
+    out = docs.code_cell(code('draw()', picture), 'G')['outputs'][0]['data']['text/html']
+    assert out == '<a href="data.images.html"><a href="data.templates.html#a">'
+
 def test_changed_notebooks(tmp_path):
     "Those of the branch, those not committed and new ones; not the deleted, not what `main` has"
     def git(*args): subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a@b.c', *args], cwd=tmp_path, check=True, capture_output=True)

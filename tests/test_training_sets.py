@@ -9,6 +9,7 @@ from tinyllava_cookbook.data.training_sets import check_set, convert_scienceqa, 
 from tinyllava_cookbook.train.budget import corpora, corpus, n_steps
 from tinyllava_cookbook.train.recipes import recipe
 from tinyllava_cookbook.train.data import stage_rows
+from tinyllava_cookbook.train.launch import stage_files
 
 def say(question, answer, **kw): return dict(kw, conversations=[{'from': 'human', 'value': question}, {'from': 'gpt', 'value': answer}])
 
@@ -31,6 +32,13 @@ def test_recipes_name_the_right_set():
         assert stage.corpus == 'sharegpt4v-pt' and round(corpora[stage.corpus].samples/1000) == 1246
         assert n_steps(stage, corpus(r, stage)) == 4867
     with pytest.raises(ValueError, match="chat.json, see: tinyllava data llava-595k"): stage_rows(recipe('llava_v1').stage('pretrain'))
+
+def test_scripts_look_for_the_published_files():
+    "One table: the file's name is that of the data set's page, in scripts too"
+    files = {name: stage_files(recipe(name).stages[-1])[0].split('/')[-1] for name in ('llava_v1', 'llava_v15', 'scienceqa')}
+    assert files == dict(llava_v1='llava_instruct_150k.json', llava_v15='llava_v1_5_mix665k.json', scienceqa='llava_train_QCM-LEA.json')
+    assert stage_files(recipe('tinyllava_share').stage('share')) == training_sets['sharegpt4v-pt'].place()
+    assert stage_files(recipe('llava_v1').stage('finetune')) == ('data/llava/llava_instruct_150k.json', 'data/llava/coco/train2017')
 
 def test_corpora_and_sets_agree():
     for name in training_sets:
@@ -98,6 +106,11 @@ def test_details_are_exchanged(tmp_path):
     assert without_details(tmp_path/'mix.json', tmp_path/'detail.json', tmp_path/'rest.json') == 1
     assert json.loads((tmp_path/'rest.json').read_text()) == mix[1:]
     with pytest.raises(ValueError, match='which is read here'): without_details(tmp_path/'mix.json', tmp_path/'detail.json', tmp_path/'mix.json')
+    (tmp_path/'mix.json').rename(tmp_path/'llava_v1_5_mix665k.json')
+    assert cli.main(['data', 'llava-665k', '--without-details', str(tmp_path)]) == 1     # detail_23k.json is not there
+    (tmp_path/'detail.json').rename(tmp_path/'detail_23k.json')
+    assert cli.main(['data', 'llava-665k', '--without-details', str(tmp_path)]) in (None, 0)
     r = recipe('llava_v15_details')
+    assert json.loads((tmp_path/r.stage('finetune').data['mix']['data']).read_text()) == mix[1:]
     assert r.stage('finetune').data['details'] == dict(data='sharegpt4v_instruct_gpt4-vision_cap100k.json', share=23_000)
     assert corpus(r, r.stage('finetune')).samples == 665_298

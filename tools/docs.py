@@ -11,6 +11,7 @@ PROC, SITE = ROOT/'_proc', ROOT/'_docs'
 WORK = PROC/'_sphinx' # all that is ours: Quarto, which may render the same folder, leaves out names with an underscore
 SRC = WORK/'source'
 DIRECTIVE = re.compile(r'^\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*)$')
+COLAB = 'https://colab.research.google.com/github'
 CALLOUT = re.compile(r'^:::\s*\{\.callout-(\w+)([^}]*)\}\s*\n(.*?)\n:::\s*$', re.S|re.M)
 
 def join(text):
@@ -55,6 +56,10 @@ def markdown(text, git):
     text = re.sub(r'\]\(([\w.-]+\.ipynb)(#[^)]*)?\)', lambda m: f'](<{page(m[1])}.ipynb{m[2] or ""}>)', text)
     return re.sub(r'\{target="_blank"[^}]*\}', '', text)
 
+def html_links(text):
+    "Links to notebooks in HTML that a cell put out, as links to their pages"
+    return re.sub(r'href="([\w.-]+\.ipynb)(#[^"]*)?"', lambda m: f'href="{page(m[1])}.html{m[2] or ""}"', text)
+
 def front_matter(text, name, git):
     "Title, description and where the page comes from, instead of Quarto's front matter"
     import yaml
@@ -84,7 +89,9 @@ def code_cell(cell, git):
     if 'label' in opts: meta['mystnb'] = dict(figure=dict(name=opts['label'], caption=opts.get('fig-cap', '')))
     if 'fig-alt' in opts: meta.setdefault('mystnb', {})['image'] = dict(alt=opts['fig-alt'])
     for o in cell.get('outputs', []):
-        if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = markdown(join(o['data']['text/markdown']), git)
+        data = o.get('data', {})
+        if 'text/markdown' in data: data['text/markdown'] = markdown(join(data['text/markdown']), git)
+        if 'text/html' in data: data['text/html'] = html_links(join(data['text/html']))
     return dict(cell_type='code', source=body, metadata=meta, outputs=cell.get('outputs', []), execution_count=None)
 
 def convert(nb, name, git):
@@ -110,6 +117,7 @@ project, copyright, author, version, release = {title!r}, {copyright!r}, {author
 extensions = ['myst_nb']
 html_theme, html_title = 'furo', {title!r}
 html_static_path, html_css_files = ['_static'], ['styles.css']
+html_favicon = '_static/favicon.svg'
 html_show_sourcelink, html_copy_source = False, False
 templates_path, exclude_patterns = [], []
 nb_execution_mode, nb_merge_streams = 'off', True
@@ -137,7 +145,7 @@ def prepare(src=SRC):
     cfg = settings()
     shutil.rmtree(src, ignore_errors=True)
     (src/'_static').mkdir(parents=True)
-    shutil.copy(ROOT/'nbs/styles.css', src/'_static/styles.css')
+    for name in ('styles.css', 'favicon.svg'): shutil.copy(ROOT/'nbs'/name, src/'_static'/name)
     if (ROOT/'nbs/images').exists(): shutil.copytree(ROOT/'nbs/images', src/'images')
     listed = {'index', *(p for _,pages in chapters() for p in pages)}
     for f in sorted(PROC.glob('*.ipynb')):
@@ -162,14 +170,22 @@ def relink(site, base):
     "nbdev links symbols to the published site; here they go to the pages beside"
     for f in site.glob('*.html'): f.write_text(f.read_text(encoding='utf-8').replace(f'href="{base}/', 'href="'), encoding='utf-8')
 
-def broken(site):
-    "Yield `(page, target)` for each link or source of the site that does not lead to a file or an anchor"
+def missing(url, git, root=ROOT):
+    "Does `url` name a file of the repository, or a line of it, that is not there?"
+    found = re.match(rf'(?:{re.escape(git)}|{COLAB}/[^/]+/[^/]+)/blob/main/([^#]*)(?:#L(\d+))?', url)
+    if not found: return False
+    path = root/unquote(found[1])
+    return not path.exists() or bool(found[2]) and int(found[2]) > len(path.read_text(encoding='utf-8').splitlines())
+
+def broken(site, git='https://github.com/none'):
+    "Yield `(page, target)` for each link or source of the site that leads to no file, anchor or line of the repository"
     ids = {f.name: set(re.findall(r'\bid="([^"]+)"', f.read_text(encoding='utf-8'))) for f in site.glob('*.html')}
     for f in sorted(site.glob('*.html')):
         tags = ' '.join(re.findall(r'<\w[^<>]*>', f.read_text(encoding='utf-8'))) # code on the page has links of its own
         for kind,url in re.findall(r'\b(href|src)="([^"]*)"', tags):
             if re.match(r'(https?:)?//', url):
                 if kind == 'src': yield f.name, f'{url} is loaded from elsewhere'
+                elif missing(url, git): yield f.name, url
             elif not re.match(r'[a-z]+:', url):
                 path, anchor = urldefrag(url)
                 name = unquote(path.split('?')[0]) or f.name
@@ -186,7 +202,7 @@ def main(argv=None):
     prepare()
     build()
     relink(SITE, cfg['doc_host'] + cfg['doc_baseurl'])
-    bad = sorted(set(broken(SITE)))
+    bad = sorted(set(broken(SITE, cfg['git_url'])))
     for f,url in bad: print(f'{f}: broken link {url}', file=sys.stderr)
     print(f'{len(list(SITE.glob("*.html")))} pages in {SITE.relative_to(ROOT)}/; open {SITE.relative_to(ROOT)}/index.html')
     return bool(bad)

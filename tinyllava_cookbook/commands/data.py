@@ -85,6 +85,8 @@ def _data_args(p):
                    help='compare its file and image folders with what was published')
     p.add_argument('--convert', metavar='DIR',
                    help="scienceqa: write training data from its problems.json")
+    p.add_argument('--without-details', metavar='DIR',
+                   help='llava-665k: write its mix without the samples of detail_23k.json; both are in DIR')
     p.add_argument('--split', default='train', metavar='NAME',
                    help='with --convert (default: %(default)s)')
     p.add_argument('--json', action='store_true', help='print JSON')
@@ -107,6 +109,22 @@ def _show_set(name, one, as_json):
     for folder,home in one.images.items():
         print(f'images   {folder}/ from {home}')
 
+# %% ../../nbs/95_commands.data.ipynb #ca10e7d6
+def _check_data_args(a):
+    "Options of other sets are mistakes"
+    if a.convert and a.name != 'scienceqa':
+        raise Usage("--convert is for scienceqa; the others are published as they are")
+    if a.without_details and a.name != 'llava-665k':
+        raise Usage("--without-details is for llava-665k, whose mix holds them")
+
+def _write_rest(folder, one):
+    "The mix without details, beside the mix; its file"
+    from tinyllava_cookbook.data.training_sets import without_details
+    mix = folder/one.file
+    out = mix.with_name(f'{mix.stem}_without_details.json')
+    without_details(mix, folder/'detail_23k.json', out)
+    return out
+
 # %% ../../nbs/95_commands.data.ipynb #b34afe5e
 @command('data',
          'list the training sets that recipes name, or compare a folder with one',
@@ -115,17 +133,18 @@ def _data(a):
     from tinyllava_cookbook.core import Table
     from tinyllava_cookbook.data.training_sets import check_set, convert_scienceqa, training_sets
     if a.name is None:
-        if a.folder or a.convert:
+        if a.folder or a.convert or a.without_details:
             raise Usage("say which: tinyllava data NAME --folder DIR")
         sets = {name: training_sets[name] for name in training_sets}
         if a.json:
             return print(json.dumps({name: vars(one) for name,one in sets.items()}))
         return print(Table(_set_row(*o) for o in sets.items()))
     one = training_sets[a.name]
-    if a.convert and a.name != 'scienceqa':
-        raise Usage("--convert is for scienceqa; the others are published as they are")
+    _check_data_args(a)
     if a.convert:
         return print(convert_scienceqa(a.convert, split=a.split))
+    if a.without_details:
+        return print(_write_rest(Path(a.without_details), one))
     if not a.folder: return _show_set(a.name, one, a.json)
     report = check_set(a.name, a.folder)
     print(json.dumps(vars(report) | dict(ok=report.ok)) if a.json else report)

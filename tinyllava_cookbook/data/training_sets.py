@@ -24,25 +24,41 @@ class TrainingSet:
     size:str       # To download, about
     images:dict    # Folder beside the file -> where it comes from
     about:str      # What it teaches
+    folder:str     # Below `data`, where scripts look for the file
+    start:str=''   # Folder in there that image paths start from
+
+    def place(self,
+        root:str='data',   # Folder of all sets
+    ) -> tuple[str,str]:   # The file, and the folder of its images
+        "Where scripts look for a set"
+        base = f'{root}/{self.folder}'
+        images = f'{base}/{self.start}'.rstrip('/')
+        return f'{base}/{self.file}', images
+
+# %% ../../nbs/16_data.training_sets.ipynb #b7c1e0aa
 training_sets = Registry('training set')
 _HUB = 'huggingface.co/datasets/'
 _OPENAI = 'CC BY 4.0, and the terms of OpenAI'
 for _name,*_row in (
     ('llava-558k', 558_128, 'blip_laion_cc_sbu_558k.json', f'{_HUB}liuhaotian/LLaVA-Pretrain',
      'those of LAION, CC3M and SBU; captions by BLIP', '27 GB',
-     {'images': 'images.zip of the same page'}, 'alignment: short captions'),
+     {'images': 'images.zip of the same page'}, 'alignment: short captions',
+     'llava', 'llava_pretrain/images'),
     ('llava-595k', 595_375, 'chat.json', f'{_HUB}liuhaotian/LLaVA-CC3M-Pretrain-595K',
      'that of CC3M', '7 GB',
      {'images': 'images.zip of the same page'},
-     'alignment: captions of CC3M, filtered'),
+     'alignment: captions of CC3M, filtered',
+     'LLaVA-CC3M-Pretrain-595K', 'images'),
     ('llava-158k', 157_712, 'llava_instruct_150k.json', f'{_HUB}liuhaotian/LLaVA-Instruct-150K',
      _OPENAI, '20 GB',
      {'train2017': 'images.cocodataset.org/zips/train2017.zip'},
-     'instructions: conversation, detail, reasoning'),
+     'instructions: conversation, detail, reasoning',
+     'llava', 'coco/train2017'),
     ('scienceqa', 12_726, 'llava_train_QCM-LEA.json', 'scienceqa.github.io; tinyllava data scienceqa --convert DIR',
      'CC BY-NC-SA 4.0', '1 GB',
      {'train': 'scienceqa.s3.us-west-1.amazonaws.com/images/train.zip'},
-     'multiple choice with explanation')):
+     'multiple choice with explanation',
+     'scienceqa', 'images/train')):
     training_sets.register(_name, TrainingSet(*_row))
 
 # %% ../../nbs/16_data.training_sets.ipynb #1ceefff6
@@ -64,14 +80,15 @@ _NC = 'CC BY-NC 4.0, and the terms of OpenAI'
 for _name,*_row in (
     ('llava-665k', 665_298, 'llava_v1_5_mix665k.json', f'{_HUB}liuhaotian/LLaVA-Instruct-150K',
      f'{_OPENAI}; images under their own', '80 GB', _MIX,
-     'instructions: mix of LLaVA-1.5'),
+     'instructions: mix of LLaVA-1.5', 'llava'),
     ('sharegpt4v-pt', 1_245_902, 'share-captioner_coco_lcs_sam_1246k_1107.json', _V,
-     _NC, '150 GB', _SHARE, 'alignment: long captions by Share-Captioner'),
+     _NC, '150 GB', _SHARE, 'alignment: long captions by Share-Captioner',
+     'sharegpt4v'),
     ('sharegpt4v-100k', 102_025, 'sharegpt4v_instruct_gpt4-vision_cap100k.json', _V,
-     _NC, '150 GB', _BY_GPT4V, 'long captions by GPT-4V'),
+     _NC, '150 GB', _BY_GPT4V, 'long captions by GPT-4V', 'sharegpt4v'),
     ('sharegpt4v-665k', 665_058, 'sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json', _V,
      _NC, '230 GB', _MIX | _BY_GPT4V,
-     'instructions: LLaVA-1.5 with 23K details by GPT-4V')):
+     'instructions: LLaVA-1.5 with 23K details by GPT-4V', 'sharegpt4v')):
     training_sets.register(_name, TrainingSet(*_row))
 
 # %% ../../nbs/16_data.training_sets.ipynb #653013aa
@@ -89,8 +106,10 @@ def _first_images(path, each):
 # %% ../../nbs/16_data.training_sets.ipynb #f2d77769
 def _places(name, folder):
     "Where images of a set may start from, by its layout"
-    first = training_sets[name].images
-    return [folder/o for o in first if '/' not in o] + [folder, folder.parent, folder/'data']
+    known = training_sets[name]
+    beside = [o for o in known.images if '/' not in o]
+    inner = [folder/o for o in (*beside, known.start)]
+    return [*inner, folder, folder.parent, folder/'data']
 
 # %% ../../nbs/16_data.training_sets.ipynb #7b7db465
 @dataclass
@@ -191,6 +210,10 @@ def without_details(
     "LLaVA-1.5's mix without its detailed descriptions"
     if Path(out).absolute() in (Path(mix).absolute(), Path(details).absolute()):
         raise ValueError(f"out is {str(out)!r}, which is read here; give another file")
+    for path in (mix, details):
+        if not Path(path).is_file():
+            home = training_sets['llava-158k'].home
+            raise FileNotFoundError(f"{str(path)!r} is missing; it is published at {home}")
     told = {_said_last(record) for record in read_records(details)}
     every = list(read_records(mix))
     kept = [o for o in every if len(o['conversations']) != 2 or _said_last(o) not in told]

@@ -56,12 +56,12 @@ def layout(
     kind = cfg.get('model_type')
     if kind == VLMConfig.model_type:
         return 'ours'
+    if 'mm_vision_tower' in cfg:   # TinyLLaVA-1.5B's says 'tinyllava' besides
+        return 'bench'
     if kind == 'tinyllava':
         if (path/'adapter_config.json').exists():
             return 'factory-lora'
         return 'factory-parts' if (path/'language_model').is_dir() else 'factory'
-    if 'mm_vision_tower' in cfg:
-        return 'bench'
     if kind in ('llava', 'llava_next'):
         return kind
     raise ValueError(

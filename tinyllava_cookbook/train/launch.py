@@ -10,6 +10,7 @@ __all__ = ['jobs', 'Cluster', 'Job', 'stage_files', 'find_job', 'job_script', 's
 from dataclasses import dataclass, replace
 from pathlib import Path
 from ..core import Registry, Table
+from ..data.training_sets import training_sets
 from .job_lines import (COMMON, CONTAINER_CHECKS, IN_CONTAINER, IN_VENV, RUN_RANKS, STEP,
     VENV_CHECKS, WAIT_FOR_RANKS, Line, script_lines, script_text, shell_word)
 from .recipes import Stage, check_names, recipe, recipes
@@ -165,23 +166,14 @@ _how = dict(
     PARALLEL=('ddp', "zero2, zero3, fsdp: for what one GPU cannot hold"),
     DEVICE=('cuda', "or cpu"))
 
-# %% ../../nbs/89_train.launch.ipynb #6c36d964
-_CORPUS_FILES = {   # Corpus of a stage -> file, and folder of its images
-    'llava-558k': ('llava/blip_laion_cc_sbu_558k.json', 'llava/llava_pretrain/images'),
-    'llava-595k': ('LLaVA-CC3M-Pretrain-595K/chat.json', 'LLaVA-CC3M-Pretrain-595K/images'),
-    'llava-158k': ('llava/llava_instruct_158k.json', 'llava/coco/train2017'),
-    'llava-665k': ('llava/llava_v1_5_mix665k.json', 'llava'),
-    'scienceqa': ('scienceqa/llava_train_QCM-LEA.json', 'scienceqa/images/train')}
-_CAPTIONS = 'sharegpt4v/share-captioner_coco_lcs_sam_1246k_1107.json', 'sharegpt4v'
-
 # %% ../../nbs/89_train.launch.ipynb #5903c7fb
 def stage_files(
     stage:Stage,       # Of a recipe
 ) -> tuple[str,str]:   # Data and folder of images; empty: the recipe's own
     "Where a script looks for the data of a stage"
-    if stage.data: return '', ''
-    files = _CAPTIONS if stage.name == 'share' else _CORPUS_FILES.get(stage.corpus)
-    return tuple(f'data/{o}' for o in files) if files else ('', '')
+    if stage.data or stage.corpus not in training_sets:
+        return '', ''
+    return training_sets[stage.corpus].place()
 
 # %% ../../nbs/89_train.launch.ipynb #90ea5667
 def _train_job(title, stage, files, start, command=_TRAIN, array=None, **more):
@@ -196,8 +188,8 @@ def _train_job(title, stage, files, start, command=_TRAIN, array=None, **more):
 
 def _recipe_is(name):
     return dict(RECIPE=(name, _recipe['RECIPE'][1]))
-_pairs,_mix,_captions = [tuple(f'data/{o}' for o in files)
-    for files in (_CORPUS_FILES['llava-558k'], _CORPUS_FILES['llava-665k'], _CAPTIONS)]
+_pairs,_mix,_captions = [training_sets[name].place()
+    for name in ('llava-558k', 'llava-665k', 'sharegpt4v-pt')]
 _aligned = 'runs/tinyllava_base/pretrain'
 
 # %% ../../nbs/89_train.launch.ipynb #3f30050b

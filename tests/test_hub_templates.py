@@ -10,7 +10,8 @@ from tinyllava_cookbook.core import IGNORE
 from tinyllava_cookbook.data.records import Sample
 from tinyllava_cookbook.data.templates import chat_template
 from tinyllava_cookbook.eval.identity import identity
-from tinyllava_cookbook.infer.generate import prompt_ids, user_turn
+from tinyllava_cookbook.infer import batching
+from tinyllava_cookbook.infer.generate import prompt_ids, supervised_ids, user_turn
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load, save
 from tinyllava_cookbook.model.llms import add_image_token, load_llm
@@ -154,3 +155,17 @@ def test_attention_and_evaluation_ask_in_the_same_words(folders):
     assert ''.join(seen.tokens).strip() == 'A cat.'
     said = identity(*load(folders('llava-v1.6-mistral-7b-hf'), 'cpu'))['template']
     assert '[INST]' in said and 'USER:' not in said and said.endswith('| </s>')
+
+@pytest.mark.parametrize('name', ['llava-1.5-7b-hf', 'llava-v1.6-34b-hf'])
+def test_served_in_the_folder_s_own_format(folders, name, monkeypatch):
+    "The batches of `serve` and `demo` end an answer where its template does; a given answer ends there too"
+    model, proc = load(folders(name), 'cpu')
+    turns, told = [user_turn(QUESTION, 1)], []
+    ids = supervised_ids(proc, turns, 'A cat.')
+    assert proc.tokenizer.decode(ids[:-1]).strip() == 'A cat.'
+    assert proc.tokenizer.decode(ids[-1:]) == STOPS[FOLDERS[name][2]]
+    def say(*args, streamer, **kwargs):
+        for token in ids: streamer.put(torch.tensor([token]))
+    monkeypatch.setattr(batching, 'answer_ids', say)
+    batching.answer_jobs(model, proc, [batching.Job(prompt_ids(proc, turns, [image()]), [], told.append)], batching.Counts())
+    assert told[-1] == batching.Finish('A cat.', 'stop', len(ids) - 1)

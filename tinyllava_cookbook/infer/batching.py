@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from ..data.templates import chat_template
-from .generate import answer_ids
-from ..model.llms import stop_ids
+from .generate import answer_ends, answer_ids
 
 # %% ../../nbs/41_infer.batching.ipynb #369fcb2d
 class Finish(NamedTuple):
@@ -120,10 +118,11 @@ class Answer:
         if self.job.left.is_set(): return self.end(self.text(), 'cancelled')
         if token in self.ends: return self.end(self.text(), 'stop')
         self.ids.append(token)
-        cut = before_stop(self.text(), self.job.stops)
+        text = self.text()
+        cut = before_stop(text, self.job.stops)
         if cut is not None: return self.end(cut, 'stop')
-        if len(self.ids) == self.job.max_new_tokens: return self.end(self.text(), 'length')
-        self.tell(settled(self.text(), self.job.stops))
+        if len(self.ids) == self.job.max_new_tokens: return self.end(text, 'length')
+        self.tell(settled(text, self.job.stops))
 
     def tell(self, text:str):
         "Tell what is new"
@@ -205,7 +204,7 @@ def answer_jobs(
     counts:Counts,    # Changed in place
 ):
     "Answer one batch; each job is told its own"
-    ends = stop_ids(processor.tokenizer, chat_template(processor.template).stop)
+    ends = answer_ends(processor)
     rows = [Answer(job, processor.tokenizer, ends) for job in jobs]
     counts.batches += 1
     counts.largest = max(counts.largest, len(jobs))
@@ -351,6 +350,3 @@ class Batcher:
     def _put(self, item):
         if self.closed: raise RuntimeError("the batcher is closed; make another one")
         self.inbox.put(item)
-
-
-    def _work(self): _answer_all(self)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAP_SIDE', 'MAP_CELLS', 'MAP_TOKENS', 'PAGE', 'SECURE', 'Inside', 'coarse', 'small_copy', 'where_it_looked',
-           'answer_tokens', 'pixel_inputs', 'next_words', 'add_page', 'look_inside', 'add_demo']
+           'likely_words', 'add_page', 'look_inside', 'add_demo']
 
 # %% ../../nbs/67_infer.demo.ipynb #06ab20ff
 import base64
@@ -18,12 +18,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 from starlette.concurrency import run_in_threadpool
-from ..core import IGNORE, IMAGE_TOKEN, package_data
-from ..data.templates import chat_template
-from .generate import prompt_ids
+from ..core import IMAGE_TOKEN, package_data
+from .generate import prompt_ids, supervised_ids
 from .requests import Message, RequestError, Strict, conversation
 from .service import Service
-from ..viz.attention import answer_attention
+from ..viz.attention import answer_attention, conversation_inputs
+from ..viz.tokens import next_words
 
 # %% ../../nbs/67_infer.demo.ipynb #a5a0a03e
 class Inside(Strict):
@@ -79,40 +79,9 @@ def where_it_looked(
               one in zip(found.tokens, shares, maps)]
     return dict(image=_as_url(found.image), tokens=tokens)
 
-# %% ../../nbs/67_infer.demo.ipynb #b85d4992
-def answer_tokens(
-    processor,        # Of the model
-    turns:list[dict], # Messages up to the question
-    answer:str,       # What was said
-) -> list[int]:       # Without the end of the turn
-    "Ids of an answer, as the model writes it after these turns"
-    template = chat_template(processor.template)
-    of = dict(tokenizer=processor.tokenizer, image_token_id=processor.image_token_id)
-    before,_ = template.encode(turns, **of, generate=True)
-    whole,labels = template.encode([*turns, dict(role='assistant', content=answer)],
-                                   **of)
-    supervised = [id_ for id_,label in zip(whole, labels) if label != IGNORE]
-    last = sum(label != IGNORE for label in labels[len(before):])
-    return supervised[-last:-1]
-
-# %% ../../nbs/67_infer.demo.ipynb #55515f2f
-def pixel_inputs(
-    service:Service, # Whose model
-    images:list,     # PIL images
-) -> dict:           # For `forward`; empty without images
-    "Images as the model takes them"
-    if not images: return {}
-    model,processor = service.model,service.processor
-    pixels = torch.cat([processor.pixels(image) for image in images])
-    inputs = dict(pixel_values=pixels.to(model.device, model.dtype))
-    if processor.image_mode == 'anyres':
-        inputs['image_sizes'] = torch.tensor(
-            [image.size[::-1] for image in images], device=model.device)
-    return inputs
-
-# %% ../../nbs/67_infer.demo.ipynb #34b7cc60
+# %% ../../nbs/67_infer.demo.ipynb #252f02c0
 @torch.inference_mode()
-def next_words(
+def likely_words(
     service:Service,  # Whose model
     turns:list[dict], # Messages up to the question
     images:list,      # Of all of them
@@ -120,23 +89,12 @@ def next_words(
     n:int=3,          # Words for each step
 ) -> list[dict]:      # For each token of the answer its text and the likeliest with their probabilities
     "The likeliest words at each step of an answer"
-    model,processor = service.model,service.processor
-    prompt = prompt_ids(processor, turns, images)
-    new = answer_tokens(processor, turns, answer)[:MAP_TOKENS]
-    ids = torch.tensor([prompt + new], device=model.device)
-    rows = torch.arange(len(prompt) - 1, len(prompt) - 1 + len(new),
-                        device=model.device)
-    out = model(input_ids=ids, **pixel_inputs(service, images), logits_to_keep=rows,
-                use_cache=False)
-    values,words = out.logits[0].float().softmax(-1).topk(n)
-    return [_step(processor, *one) for one in zip(new, words.tolist(), values.tolist())]
-
-# %% ../../nbs/67_infer.demo.ipynb #45dd1b4d
-def _step(processor, token, words, values):
-    "One row of the table"
-    decode = processor.tokenizer.decode
-    choices = [(decode([word]), value) for word,value in zip(words, values)]
-    return dict(text=decode([token]), choices=choices)
+    of = service.model, service.processor
+    new = supervised_ids(service.processor, turns, answer)[:-1][:MAP_TOKENS]
+    steps = next_words(*of, conversation_inputs(*of, turns, images, new), n)
+    rows = zip(steps.tokens, steps.words, steps.probs.tolist())
+    return [dict(text=text, choices=list(zip(words, probs)))
+            for text,words,probs in rows]
 
 # %% ../../nbs/67_infer.demo.ipynb #19caaae4
 PAGE = {
@@ -165,7 +123,7 @@ def add_page(
 async def look_inside(
     service:Service,  # Whose model
     asked:Inside,     # By the page
-    view,             # `where_it_looked` or `next_words`
+    view,             # `where_it_looked` or `likely_words`
 ):
     "One view of an answer, computed between two batches"
     def work():
@@ -192,4 +150,4 @@ def add_demo(
 
     @app.post('/demo/words')
     async def words(body: Inside):
-        return dict(steps=await look_inside(service, body, next_words))
+        return dict(steps=await look_inside(service, body, likely_words))

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import safe_open
 
 from ..core import read_json
+from .hub import name_of_recipe
 from .vlm import flat_name
 
 # %% ../../nbs/26_model.card.ipynb #d0ca55f1
@@ -172,6 +173,14 @@ def _recipe_of(folder, recipe):
         return read_json(folder/'recipe.json')
     return recipe.to_dict() if hasattr(recipe, 'to_dict') else recipe
 
+# %% ../../nbs/26_model.card.ipynb #96c201cc
+def _recipe_names(recipe):
+    "The recipe by its own name, and by TinyLLaVA's rule where that applies"
+    own = code_markdown(recipe.get('name', '?'))
+    name = name_of_recipe(recipe)
+    rule = f"; by the paper's rule {code_markdown(name)}" if name else ''
+    return f'Recipe {own}{rule}.'
+
 # %% ../../nbs/26_model.card.ipynb #a6ba97cd
 def model_card(
     folder,       # A checkpoint: ours or exported
@@ -185,7 +194,6 @@ def model_card(
     card = _CARD.format(**_about(read_json(folder/'config.json'), folder,
                                  name or folder.name))
     if recipe:
-        named = code_markdown(recipe.get('name', '?'))
-        card += f"\n## Training\n\nRecipe {named}.\n\n{stages_table(recipe)}\n"
+        card += f"\n## Training\n\n{_recipe_names(recipe)}\n\n{stages_table(recipe)}\n"
     if scores: card += f"\n## Scores\n\n{scores_table(scores)}\n"
     return card

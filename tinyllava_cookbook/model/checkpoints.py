@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from ..core import pick_device, pick_dtype, write_json
@@ -18,6 +17,7 @@ from ..data.images import target_size
 from ..durable import MARKER, checksum, mark_complete, read_marker
 from ..plugins import PLUGINS_FILE, held_plugins
 from .foreign import build, layout, load_processor, readers
+from .hub import fetch_model
 from .llms import check_tokenizer, own_code
 from .processor import processor_for
 from .vision import input_size
@@ -108,8 +108,7 @@ def _check_whole(path, trusted):
 # %% ../../nbs/26_model.checkpoints.ipynb #cd6e98ed
 def _folder(path):
     "A folder on this machine; what has a name on the Hub is fetched"
-    path = checkpoint_path(path)
-    return check_folder(path if Path(path).is_dir() else snapshot_download(path))
+    return check_folder(fetch_model(path, check=layout))
 
 # %% ../../nbs/26_model.checkpoints.ipynb #70999e0f
 def _check_config(config, kind):
@@ -191,7 +190,7 @@ def _open_foreign(foreign, path, config, **kwargs):
 
 # %% ../../nbs/26_model.checkpoints.ipynb #5d268ca4
 def load(
-    path,              # A folder of a layout that `layout` knows, or its name on the Hub
+    path,              # A folder of a layout that `layout` knows, a name of `models`, or owner/name on the Hub
     device=None,       # 'cpu', 'cuda', ...; `None` takes the best one here
     dtype=None,        # 'float32', 'bfloat16', ...; 'file' as it was saved; `None` takes the usual one of the device
     quantization=None, # '4bit' or '8bit' for the language model

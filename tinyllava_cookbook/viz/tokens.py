@@ -49,7 +49,8 @@ def next_words(
     k:int=5,            # Words per step
 ) -> NextWords:         # With probabilities
     "What could have been said instead, at each step of an answer"
-    logits_rv = model(**asked.inputs, use_cache=False).logits[0, asked.rows]
+    rows = torch.tensor(asked.rows, device=model.device)
+    logits_rv = model(**asked.inputs, logits_to_keep=rows, use_cache=False).logits[0]
     top = logits_rv.float().softmax(-1).topk(min(k, logits_rv.shape[-1]))
     words = _decoded(processor, top.indices)
     return NextWords(asked.tokens, words, top.values.cpu())

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GREY', 'BLUE', 'ORANGE', 'sweeps', 'Cell', 'cell_id', 'sample_items', 'stage_answers', 'commit', 'run_cell',
            'run_file', 'run_apart', 'run_sweep', 'collect', 'Interval', 'interval', 'bits', 'scene_of', 'accuracy',
-           'results_table', 'plot_settings', 'plot_kinds', 'plot_losses', 'answers_table', 'recipe_sweep',
-           'sweep_cells']
+           'results_table', 'plot_settings', 'plot_kinds', 'plot_losses', 'answers_table', 'StopAfter', 'first_steps',
+           'same_losses', 'longer', 'recipe_sweep', 'sweep_cells']
 
-# %% ../../nbs/70_recipes.sweep.ipynb #e5ac6f59
+# %% ../../nbs/70_recipes.sweep.ipynb #20409e36
 import dataclasses
 import json
 import resource
@@ -31,10 +31,11 @@ from ..eval.run import answer_and_score
 from ..microworld import ASK
 from .measure import summary, test_micro
 from .proxy import PROXIES, SCENES, TEST_SCENES, proxy, proxy_data, with_world
-from ..train.recipes import Recipe, to_dict
+from ..train.recipes import Recipe, from_dict, to_dict
 from ..train.stages import start_identity, start_model, train_recipe
+from transformers import TrainerCallback
 
-# %% ../../nbs/70_recipes.sweep.ipynb #b359e68d
+# %% ../../nbs/70_recipes.sweep.ipynb #58a05c86
 @dataclass(frozen=True)
 class Cell:
     "One run of a sweep"
@@ -48,7 +49,7 @@ class Cell:
     def seeded(self) -> Recipe:
         return dataclasses.replace(self.recipe, seed=self.seed)
 
-# %% ../../nbs/70_recipes.sweep.ipynb #c928651b
+# %% ../../nbs/70_recipes.sweep.ipynb #2448daa2
 def cell_id(
     cell:Cell,  # Any
 ) -> str:       # 32 letters
@@ -59,7 +60,7 @@ def cell_id(
     text = json.dumps(what, sort_keys=True)
     return xxh3_128(text.encode()).hexdigest()
 
-# %% ../../nbs/70_recipes.sweep.ipynb #4c0ee8ab
+# %% ../../nbs/70_recipes.sweep.ipynb #1b691143
 def sample_items(
     items:list,  # Questions of a world
 ) -> list:       # One of each kind, about different scenes
@@ -71,7 +72,7 @@ def sample_items(
         found += fresh[:1]
     return found
 
-# %% ../../nbs/70_recipes.sweep.ipynb #c222b4b5
+# %% ../../nbs/70_recipes.sweep.ipynb #a99c414a
 def stage_answers(
     r:Recipe,     # That was trained
     out:Path,     # In this folder
@@ -87,7 +88,7 @@ def stage_answers(
         found[name] = [row['text'] for row in result['answers']]
     return found
 
-# %% ../../nbs/70_recipes.sweep.ipynb #a43d1a55
+# %% ../../nbs/70_recipes.sweep.ipynb #266aa416
 def _bits(result):
     "Right or wrong, one digit for each question"
     return ''.join('01'[row['correct']] for row in result['answers'])
@@ -104,7 +105,7 @@ def commit() -> str|None:  # Short hash; `None` outside a checkout
                          capture_output=True, text=True)
     return git.stdout.strip() or None
 
-# %% ../../nbs/70_recipes.sweep.ipynb #91d3e4fc
+# %% ../../nbs/70_recipes.sweep.ipynb #5d4aa1c2
 def _measured(cell, trained, test):
     "What is asked of a trained model"
     items = load_questions(test/'questions.jsonl')
@@ -122,7 +123,7 @@ def _stages(results):
                        trained=o.table[-1]['trainable'])
             for name,o in results.items()}
 
-# %% ../../nbs/70_recipes.sweep.ipynb #014e5f10
+# %% ../../nbs/70_recipes.sweep.ipynb #805d91fa
 def run_cell(
     cell:Cell,        # What to run
     folder:str|Path,  # Gets `data/`, `runs/ID.json`, and `work/ID/` for the time being
@@ -147,7 +148,7 @@ def run_cell(
         shutil.rmtree(work)
     return numbers
 
-# %% ../../nbs/70_recipes.sweep.ipynb #a6dc5974
+# %% ../../nbs/70_recipes.sweep.ipynb #2a9065c5
 def run_file(
     cell:Cell,        # Any
     folder:str|Path,  # Of the sweep
@@ -155,7 +156,7 @@ def run_file(
     "Where the numbers of a cell are"
     return Path(folder)/'runs'/f'{cell_id(cell)}.json'
 
-# %% ../../nbs/70_recipes.sweep.ipynb #c58dfd78
+# %% ../../nbs/70_recipes.sweep.ipynb #9b7ae3a6
 _RUN = """import json, sys
 from tinyllava_cookbook.recipes.sweep import Cell, run_cell
 from tinyllava_cookbook.train.recipes import from_dict
@@ -176,7 +177,7 @@ def run_apart(
                            f"{done.stderr[-2000:]}")
     return read_json(run_file(cell, folder))
 
-# %% ../../nbs/70_recipes.sweep.ipynb #033574b8
+# %% ../../nbs/70_recipes.sweep.ipynb #57ecc4d5
 def run_sweep(
     cells:list[Cell],    # In the order of their runs
     folder:str|Path,     # As for `run_cell`
@@ -195,7 +196,7 @@ def run_sweep(
             print(f"{name}: {right:.3f} in {numbers['cpu_seconds']} CPU s", flush=True)
     return made
 
-# %% ../../nbs/70_recipes.sweep.ipynb #e0e88a22
+# %% ../../nbs/70_recipes.sweep.ipynb #29a8fc14
 def collect(
     cells:list[Cell],  # Those without numbers are left out
     folder:str|Path,   # Of the sweep
@@ -214,7 +215,7 @@ def collect(
     return dict(versions=versions(), questions=[item.id for item in items],
                 shown=shown, settings=settings)
 
-# %% ../../nbs/70_recipes.sweep.ipynb #2c1becb3
+# %% ../../nbs/70_recipes.sweep.ipynb #138a91e2
 @dataclass(frozen=True)
 class Interval:
     "A mean and where 95 % of its resamples lie"
@@ -247,7 +248,7 @@ def interval(
     low,high = np.quantile(means, [.025, .975])
     return Interval(float(values_sq.mean()), float(low), float(high))
 
-# %% ../../nbs/70_recipes.sweep.ipynb #47151e83
+# %% ../../nbs/70_recipes.sweep.ipynb #15b25c83
 def bits(
     results:dict,           # From `collect`
     setting:str,            # One of its settings
@@ -263,7 +264,7 @@ def scene_of(
     "The scene that a question is about"
     return question.split('-')[0]
 
-# %% ../../nbs/70_recipes.sweep.ipynb #2e885b5e
+# %% ../../nbs/70_recipes.sweep.ipynb #d89cf3aa
 def accuracy(
     results:dict,        # From `collect`
     setting:str,         # One of its settings
@@ -281,16 +282,18 @@ def accuracy(
         values = values[:shared] - other[:shared]
     return interval(values[:, chosen], [scene_of(questions[i]) for i in chosen])
 
-# %% ../../nbs/70_recipes.sweep.ipynb #da37fd6d
+# %% ../../nbs/70_recipes.sweep.ipynb #ac02870c
 def _mean(runs, name):
     return float(np.mean([run[name] for run in runs]))
 
 def results_table(
-    results:dict,  # From `collect`
-) -> Table:        # One row for each setting
+    results:dict,             # From `collect`
+    settings:list|None=None,  # Which; `None`: all
+) -> Table:                   # One row for each
     "What each setting reaches, in which time and memory"
     rows = []
-    for setting,runs in results['settings'].items():
+    for setting in settings or results['settings']:
+        runs = results['settings'][setting]
         found = accuracy(results, setting)
         interval = f'{found.low:.3f} to {found.high:.3f}'
         rows.append(dict(
@@ -299,7 +302,7 @@ def results_table(
             cpu_s=round(_mean(runs, 'cpu_seconds')), peak_mb=round(_mean(runs, 'peak_mb'))))
     return Table(rows)
 
-# %% ../../nbs/70_recipes.sweep.ipynb #4f21b6db
+# %% ../../nbs/70_recipes.sweep.ipynb #d8f2c3fe
 GREY,BLUE,ORANGE = '#8a97a6', '#2f6db3', '#d9822b'   # To be read on white and on black
 
 def _plain(ax):
@@ -318,7 +321,7 @@ def _axes(ax, width, height):
     import matplotlib.pyplot as plt
     return ax or plt.subplots(figsize=(width, height), dpi=72)[1]
 
-# %% ../../nbs/70_recipes.sweep.ipynb #2f88ed10
+# %% ../../nbs/70_recipes.sweep.ipynb #15d9e20a
 def plot_settings(
     results:dict,               # From `collect`
     settings:list|None=None,    # Which; `None`: all
@@ -326,7 +329,7 @@ def plot_settings(
 ):                              # The axes
     "Accuracy of each setting with its interval, and the blind baseline"
     names = list(settings or results['settings'])
-    ax = _axes(ax, 6, .6 + .32*len(names))
+    ax = _axes(ax, 6, 1 + .32*len(names))
     for y,name in enumerate(names):
         found = accuracy(results, name)
         blind = accuracy(results, name, which='blind').mean
@@ -336,11 +339,12 @@ def plot_settings(
         ax.text(found.high + .02, y, f'{found.mean:.3f}', va='center', fontsize=8, color=BLUE)
     ax.set_yticks(range(len(names)), names)
     ax.set(xlim=(0, 1.12), xlabel='accuracy on held-out scenes')
-    ax.invert_yaxis()
-    ax.legend(fontsize=7, loc='lower left', framealpha=0, labelcolor=GREY)
+    ax.set_ylim(len(names) - .5, -.5)
+    ax.legend(fontsize=8, loc='lower left', bbox_to_anchor=(0, 1), ncol=2,
+              framealpha=0, labelcolor=GREY)
     return _plain(ax)
 
-# %% ../../nbs/70_recipes.sweep.ipynb #0e124704
+# %% ../../nbs/70_recipes.sweep.ipynb #ee7a830e
 def plot_kinds(
     results:dict,             # From `collect`
     settings:list|None=None,  # Which; `None`: all
@@ -358,7 +362,7 @@ def plot_kinds(
     ax.set_yticks(range(len(names)), names)
     return _plain(ax)
 
-# %% ../../nbs/70_recipes.sweep.ipynb #bda364e8
+# %% ../../nbs/70_recipes.sweep.ipynb #cb606da5
 def plot_losses(
     results:dict,        # From `collect`
     settings:list|None=None,  # Which; `None`: all
@@ -372,14 +376,14 @@ def plot_losses(
     for ax,stage in zip(axes[0], stages):
         for name,run in first.items():
             if stage in run:
-                ax.plot(*zip(*run[stage]['curve']), label=name)
+                ax.plot(*zip(*run[stage]['curve']), label=name, lw=1)
         ax.set(title=stage, xlabel='step', yscale='log')
         ax.legend(fontsize=7, framealpha=0, labelcolor=GREY)
         _plain(ax)
     axes[0][0].set_ylabel('loss')
     return fig
 
-# %% ../../nbs/70_recipes.sweep.ipynb #e501d59d
+# %% ../../nbs/70_recipes.sweep.ipynb #6fa9ecc6
 def answers_table(
     results:dict,  # From `collect`
     setting:str,   # One of its settings
@@ -393,15 +397,67 @@ def answers_table(
         rows.append(dict(question=question, **after, reference=item['answer']))
     return Table(rows)
 
-# %% ../../nbs/70_recipes.sweep.ipynb #b0222f1b
+# %% ../../nbs/70_recipes.sweep.ipynb #dc63f76a
+class StopAfter(TrainerCallback):
+    "Ends a stage early, under the schedule of all its steps"
+    def __init__(self,
+        steps:int,  # How many to take
+    ):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step >= self.steps
+
+# %% ../../nbs/70_recipes.sweep.ipynb #61711297
+def first_steps(
+    results:dict,        # From `collect`
+    setting:str,         # One of its settings
+    folder:str|Path,     # For the world and the weights
+    steps:int=12,        # How many
+    scenes:int=SCENES,   # Of the training world
+) -> list[dict]:         # The log of these steps
+    "Begin the first run of a setting once more"
+    run = results['settings'][setting][0]
+    r = from_dict(run['recipe'])
+    train,_ = proxy_data(Path(folder)/'data', run['seed'], scenes)
+    name = r.stages[0].name
+    short = [StopAfter(steps)]
+    _,_,found = train_recipe(with_world(r, train), Path(folder)/'first', stages=[name],
+                             callbacks=short, progress=False, device='cpu')
+    return found[name].log
+
+# %% ../../nbs/70_recipes.sweep.ipynb #642f5571
+def same_losses(
+    results:dict,    # From `collect`
+    setting:str,     # One of its settings
+    log:list[dict],  # From `first_steps`
+) -> list[dict]:     # Step, committed loss, loss of now
+    "Committed losses beside those of the same steps now"
+    run = results['settings'][setting][0]
+    curve = next(iter(run['stages'].values()))['curve']
+    now = {row['step']: round(row['loss'], 4) for row in log}
+    return Table([dict(step=step, committed=loss, now=now[step])
+                  for step,loss in curve if step in now])
+
+# %% ../../nbs/70_recipes.sweep.ipynb #f4b9b436
 sweeps = Registry('sweep', 'sweeps')
+
+def longer(
+    r:Recipe,    # A proxy
+    times:int,   # As many steps in every stage
+) -> Recipe:
+    "The proxy, trained for longer"
+    stages = [dataclasses.replace(s, max_steps=times*s.max_steps) for s in r.stages]
+    return dataclasses.replace(r, stages=stages)
 
 @sweeps.register('recipes')
 def recipe_sweep() -> dict[str,Recipe]:  # Name -> proxy
-    "All recipes that start from parts"
-    return {name: proxy(name) for name in PROXIES}
+    "All recipes that start from parts, and one of them with twice the steps"
+    found = {name: proxy(name) for name in PROXIES}
+    base = found['tinyllava_base']
+    return found | {'tinyllava_base, twice the steps': longer(base, 2)}
 
-# %% ../../nbs/70_recipes.sweep.ipynb #6ff9472c
+# %% ../../nbs/70_recipes.sweep.ipynb #83aa7d65
 def sweep_cells(
     name:str,                 # Of a sweep
     seeds:tuple=(1, 2, 3),    # One run for each

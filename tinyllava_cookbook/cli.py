@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['commands', 'Command', 'Usage', 'command', 'positive', 'pairs', 'json_value', 'trust_argument', 'recipe_arguments',
            'opening_arguments', 'model_arguments', 'hide_progress', 'load_model', 'endpoint_arguments', 'endpoint_of',
-           'import_argument', 'import_named', 'parser', 'one_line', 'main']
+           'import_argument', 'import_named', 'parser', 'one_line', 'main', 'command_calls', 'show_commands']
 
 # %% ../nbs/90_cli.ipynb #02acc75e
-import argparse, json, os, sys
+import argparse, ast, inspect, json, os, sys, textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 import tinyllava_cookbook
@@ -274,3 +274,62 @@ def main(
 if __name__=='__main__':
     sys.modules['tinyllava_cookbook.cli'] = sys.modules[__name__]   # commands register with this very module
     sys.exit(main())
+
+# %% ../nbs/90_cli.ipynb #8e0dab66
+def _tree(function):
+    return ast.parse(textwrap.dedent(inspect.getsource(function)))
+
+def _beside(function):
+    "Functions of the same module that a function names"
+    known = vars(sys.modules[function.__module__])
+    named = [node.id for node in ast.walk(_tree(function)) if isinstance(node, ast.Name)]
+    found = [known.get(name) for name in named]
+    return [o for o in found
+            if inspect.isfunction(o) and o.__module__ == function.__module__]
+
+def _steps(run):
+    "The function of a command and its helpers"
+    found = [run]
+    for function in found:
+        found += [o for o in _beside(function) if o not in found]
+    return found
+
+# %% ../nbs/90_cli.ipynb #72903e9c
+def command_calls(
+    name:str,  # Of a command
+) -> dict:     # Module of the library -> names that it gives
+    "What of the library a command imports when it runs"
+    found = {}
+    for step in _steps(commands[name].run):
+        for node in ast.walk(_tree(step)):
+            if not isinstance(node, ast.ImportFrom): continue
+            package,_,module = (node.module or '').partition('.')
+            if package != tinyllava_cookbook.__name__: continue
+            if module in ('', 'core'): continue
+            names = [o.name for o in node.names if not o.name.isupper()]
+            found.setdefault(module, []).extend(names)
+    return {module: list(dict.fromkeys(names)) for module,names in found.items() if names}
+
+# %% ../nbs/90_cli.ipynb #623166e9
+def _module_boxes(calls):
+    "Module -> the text of its box, with all names that these commands take from it"
+    taken = {}
+    for found in calls.values():
+        for module,names in found.items():
+            taken.setdefault(module, []).extend(names)
+    return {module: textwrap.fill(f'{module}: ' + ', '.join(dict.fromkeys(names)), 46)
+            for module,names in taken.items()}
+
+def show_commands(
+    names:list,  # Of commands
+    ax=None,     # Matplotlib axes; made when absent
+):               # The axes
+    "Draw what of the library some commands call"
+    from tinyllava_cookbook.pages import show_flow
+    calls = {name: command_calls(name) for name in names}
+    boxes = _module_boxes(calls)
+    arrows = []
+    for name,found in calls.items():
+        arrows += [(name, boxes[module]) for module in found]
+    return show_flow([list(names), list(boxes.values())], arrows,
+                     dict.fromkeys(names, 'key'), ax)

@@ -16,7 +16,7 @@ from tinyllava_cookbook.model.checkpoints import load
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Recipe, Stage, to_dict
 from tinyllava_cookbook.train.stages import train_recipe, train_stage
-from tinyllava_cookbook.train.displays import keep_lines_before
+from tinyllava_cookbook.train.run_log import keep_lines_before
 
 logging.disable_progress_bar()
 COLORS = 'red', 'green', 'blue', 'yellow'

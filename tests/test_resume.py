@@ -116,7 +116,7 @@ def test_asked_to_stop(job, whole, sig):
 
 def test_nothing_is_left_beside(whole):
     "Two newest checkpoints, no half ones, and a finished stage says so"
-    assert sorted(o.name for o in (whole/'finetune').iterdir()) == ['checkpoint-8', 'checkpoint-9', 'done.json', 'log.json']
+    assert sorted(o.name for o in (whole/'finetune').iterdir()) == ['checkpoint-8', 'checkpoint-9', 'done.json', 'log.json', 'log.jsonl']
     facts = check_complete(whole/'finetune/checkpoint-9')
     assert {'model.safetensors', 'optimizer.pt', 'scheduler.pt', 'rng_state.pth', 'trainer_state.json'} <= facts['files'].keys()
     assert facts['step'] == 9 and facts['plan']['processes'] == 1

@@ -29,12 +29,13 @@ from ..model.packed_attention import row_attention
 from ..model.processor import compose
 from tinyllava_cookbook.train.data import (pack_sizes, replaced_samples, stage_dataset, stage_packs,
     stage_rows)
-from .displays import SampleAnswers, progress_callback
+from .displays import LogLines, SampleAnswers, progress_callback
 from .identity import data_identity, folder_identity, model_identity
 from .parallel import join_processes, parallel_args
 from .plan import check_same_plan, run_plan
 from .recipes import Recipe, Stage, check_names, to_dict
 from .recipes import recipe as find_recipe
+from .run_log import LOG, log_row
 from .trainer import DONE, StopSignal, VLMTrainer, training_args
 from .tuning import PART_MODULES, apply_tune, check_tune
 from ..trust import vouched
@@ -55,20 +56,10 @@ class StageResult:
         return f"StageResult({self.steps} steps in {self.seconds:.1f} s{last})"
 
 # %% ../../nbs/36_train.stages.ipynb #dbfbf35d
-_LOGGED = dict(   # Name in the log of a stage, and in that of the trainer
-    step='step', epoch='epoch', loss='loss', lr='learning_rate',
-    grad_norm='grad_norm',
-    samples_s='samples_per_second', tokens_s='tokens_per_second',
-    data_wait='data_wait',
-    padding='padding', tflops='tflops', mfu='mfu')
-
-def _log_row(row): return {name: row.get(theirs) for name,theirs in _LOGGED.items()}
-
-# %% ../../nbs/36_train.stages.ipynb #0a39888e
 def _result(trainer, seconds, table):
     "What the trainer's history says of a stage"
     history = trainer.state.log_history
-    log = [_log_row(row) for row in history if 'loss' in row]
+    log = [log_row(row) for row in history if 'loss' in row]
     evals = [dict(step=row['step'], loss=row['eval_loss']) for row in history if 'eval_loss' in row]
     bad = replaced_samples(trainer.train_dataset)
     return StageResult(log, seconds, trainer.state.global_step, table, evals, bad)
@@ -214,7 +205,8 @@ def _arguments(model, stage, out, device, seed, parallel, sizes):
 # %% ../../nbs/36_train.stages.ipynb #3169b59e
 def _callbacks(processor, stage, dataset, out, table, callbacks, progress, ask_every):
     "What is shown while a stage is trained"
-    shown = [progress_callback(stage.name, table)] if progress else []
+    shown = [LogLines(out/LOG)]   # first, to tell apart what took how long
+    if progress: shown.append(progress_callback(stage.name, table))
     if ask_every: shown.append(_sample_answers(processor, stage, dataset, out, ask_every))
     return [*shown, *callbacks]
 

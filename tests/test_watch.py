@@ -1,0 +1,89 @@
+"Watching a run: its log while it is written, its page, and what its checkpoints answer."
+import json, random
+import pytest
+from tinyllava_cookbook.train import run_log as L
+
+def lines(*rows): return ''.join(map(L.json_line, rows))
+def begin(step, most=20, **more): return dict(step=step, event='begin', max_steps=most, **more)
+def steps(first, last, scale=1.): return [dict(step=i, loss=scale*i) for i in range(first, last+1)]
+
+def test_a_log_cut_at_any_byte_is_read(tmp_path):
+    "Whatever was written when it was looked at: complete lines count, the torn one does not, nothing is called damaged"
+    file = tmp_path/'log.jsonl'
+    whole = lines(begin(0), *steps(1, 6), dict(step=6, event='save'), dict(step=6, loss='ü\u2028')).encode()
+    for n in range(len(whole) + 1):
+        file.write_bytes(whole[:n])
+        log = L.read_log(file)
+        assert log.damaged == 0
+        complete = whole[:n].count(b'\n')
+        assert len(log.steps) + len(log.events) in (complete, complete - (complete == 9))   # the last line repeats step 6
+
+def test_repeated_steps_are_shown_once(tmp_path):
+    "Against replaying the events by hand: the last word on each step counts, up to where the last resume began"
+    rng = random.Random(0)
+    for _ in range(50):
+        rows, truth, at, value = [begin(0)], {}, 0, 0
+        for _ in range(rng.randrange(1, 5)):
+            for step in range(at + 1, at + rng.randrange(2, 9)):
+                value += 1
+                rows.append(dict(step=step, loss=value))
+                truth[step] = value
+            at = rng.randrange(0, max(truth) + 1)
+            rows.append(begin(at))
+            truth = {step: loss for step, loss in truth.items() if step <= at}
+        (tmp_path/'log.jsonl').write_text(lines(*rows))
+        log = L.read_log(tmp_path/'log.jsonl')
+        assert dict(zip(*log.values('loss'))) == truth
+        assert log.begin['step'] == at and not log.ended
+
+@pytest.mark.parametrize('junk', ['', '\n', 'null', '[]', '{"step": "x"}', '{"step": 1e3}', '{}', '\x00\xff', '['*9999,
+    '{"step": 3, "event": 7}', '{"step": 3, "event": "begin", "max_steps": "many", "time": "x"}', '{"step": 3, "spent": {"step": "x", "odd": 1}}',
+    '{"step": 3, "loss": NaN, "time": []}', '{"step": -5, "loss": 1}'])
+def test_odd_lines_break_no_view(tmp_path, junk):
+    (tmp_path/'log.jsonl').write_text(lines(begin(0, time=0.), *steps(1, 4)) + junk + '\n' + lines(*steps(5, 6)))
+    run = L.read_run(tmp_path)
+    assert run.stages[0].step >= 6 and 'loss' in L.run_text(run)
+    L.speed_ledger(run.stages[0]), L.seconds_left(run.stages[0])
+
+def test_sparkline_has_the_extremes_where_they_are():
+    course = L.sparkline([5.]*30 + [9.] + [1.] + [5.]*30, width=62)
+    assert course[30] == '█' and course[31] == '▁' and len(course) == 62
+    assert len(L.sparkline(list(range(10_000)), 40)) == 40
+    assert L.sparkline([1.]) == '▁'
+
+def test_watch_in_a_terminal(tmp_path, capsys):
+    from tinyllava_cookbook.cli import main
+    (tmp_path/'run/finetune').mkdir(parents=True)
+    (tmp_path/'run/finetune/log.jsonl').write_text(lines(begin(0, 8, time=0.), *steps(1, 4)) + '{"step": 5')
+    assert main(['watch', str(tmp_path/'run')]) == 0                  # nobody is at work there: no waiting
+    said = capsys.readouterr().out
+    assert 'interrupted' in said and 'step 4/8' in said and 'loss' in said
+    assert main(['watch', str(tmp_path), '--once']) == 1
+    error = capsys.readouterr().err
+    assert "it holds run" in error and 'log.jsonl' in error
+    odd = tmp_path/'odd\x1b[2J'/'x'
+    odd.mkdir(parents=True)
+    (odd/'log.jsonl').write_text(lines(begin(0), *steps(1, 2)))
+    assert main(['watch', str(odd), '--once']) == 0 and '\x1b' not in capsys.readouterr().out
+
+def test_watch_follows_until_the_run_ends(tmp_path):
+    "A process watches while lines are written here, and ends by itself once the run has"
+    import os, subprocess, sys, time
+    folder = tmp_path/'run/finetune'
+    folder.mkdir(parents=True)
+    (tmp_path/'run/run.lock').touch()
+    file = (folder/'log.jsonl').open('a', buffering=1)
+    file.write(lines(begin(0, 6)))
+    said = (tmp_path/'said.txt').open('wb')
+    job = subprocess.Popen([sys.executable, '-m', 'tinyllava_cookbook.cli', 'watch', str(tmp_path/'run'), '--every', '.1'], stdout=said,
+                           stderr=subprocess.PIPE, env=os.environ | {'PYTHONIOENCODING': 'ascii'})
+    for row in steps(1, 6):
+        for part in (lines(row)[:9], lines(row)[9:]):                 # torn while it is looked at
+            file.write(part)
+            time.sleep(.12)
+    assert job.poll() is None
+    file.write(lines(dict(step=6, event='end')))
+    (tmp_path/'run/run.lock').unlink()
+    _, err = job.communicate(timeout=60)
+    text = (tmp_path/'said.txt').read_text()
+    assert job.returncode == 0 and 'finished' in text and text.isascii() and not err, err

@@ -106,8 +106,8 @@ def test_every_row_is_complete():
     "What opens has a reader, what has a reader opens, and the pages' licences are those that were read"
     assert set(LAYOUTS) - {'ours'} <= set(readers) and all('/' in models[o].hub for o in models)
     assert {models[o].layout for o in models if models[o].opens} <= set(LAYOUTS)
-    assert {name: models[name].licence for name in ('TinyLLaVA-3.1B', 'llama3-llava-next-8b-hf', 'llava-v1.6-vicuna-13b-hf', 'llava-1.5-7b-hf')} == {
-        'TinyLLaVA-3.1B': 'apache-2.0', 'llama3-llava-next-8b-hf': 'llama3', 'llava-v1.6-vicuna-13b-hf': 'llama2', 'llava-1.5-7b-hf': 'llama2'}
+    assert {name: models[name].licence for name in ('TinyLLaVA-3.1B', 'llava-next-72b-hf', 'llama3-llava-next-8b-hf', 'llava-v1.6-vicuna-13b-hf', 'llava-1.5-7b-hf')} == {
+        'TinyLLaVA-3.1B': 'apache-2.0', 'llava-next-72b-hf': 'tongyi-qianwen', 'llama3-llava-next-8b-hf': 'llama3', 'llava-v1.6-vicuna-13b-hf': 'llama2', 'llava-1.5-7b-hf': 'llama2'}
 
 def test_names_of_recipes():
     assert {name: name_of_recipe(recipe(name)) for name in ('tinyllava_base', 'tinyllava_share', 'llava_v15')} == dict(

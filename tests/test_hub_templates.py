@@ -21,23 +21,31 @@ from tinyllava_cookbook.viz.attention import answer_attention
 logging.disable_progress_bar()
 QUESTION = 'What is shown in this image?'
 
-def of_kind(kind, before='', after=''):
+def of_kind(kind, before='', after='', image="'<image>\\n'"):
     "Jinja that writes the images or the texts of a message"
-    what = "'<image>\\n'" if kind == 'image' else f"{before}c['text']{after}"
+    what = image if kind == 'image' else f"{before}c['text']{after}"
     return f"{{% for c in m['content'] | selectattr('type', 'equalto', '{kind}') %}}{{{{ {what} }}}}{{% endfor %}}"
 
-def headed(head, end, begin):
+def headed(head, end, begin, images=of_kind('image'), texts=of_kind('text')):
     "A format whose turns have a head and an end"
-    return ("{% for m in messages %}{{ " + head + " }}" + of_kind('image') + of_kind('text') + "{{ " + end + " }}{% endfor %}"
+    end = f"{{{{ {end} }}}}" if end else ''
+    return ("{% for m in messages %}{{ " + head + " }}" + images + texts + end + "{% endfor %}"
         "{% if add_generation_prompt %}{{ " + begin + " }}{% endif %}")
 
-VICUNA = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'][0]['text'] }}{% else %}{{ m['role'].upper() + ': ' }}{% endif %}"
-    + of_kind('image') + of_kind('text', after=" + ' '") + "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+# What the folders' own chat_template.json write, as published on the Hub: llava-1.5-7b-hf (a mark of what is generated within), and of LLaVA-NeXT
+# llava-v1.6-34b-hf at ccd5c91, llama3-llava-next-8b-hf at 2844b9a, llava-next-72b-hf at 51a850d; Mistral's closes an answer by <\s>, not </s>
+SAID = "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{% generation %}{{ c['text'] + ' ' }}{% endgeneration %}{% endfor %}"
+VICUNA = ("{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'].upper() + ': ' }}{% endif %}" + of_kind('image')
+    + "{% if m['role'] != 'assistant' %}" + of_kind('text', after=" + ' '") + "{% else %}" + SAID + "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
 MISTRAL = ("{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' }}" + of_kind('image') + of_kind('text') + "{{ ' [/INST]' }}"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'][0]['text'] + '</s> ' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'][0]['text'] + '<\\\\s> ' }}"
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}")
 CHATML = headed("'<|im_start|>' + m['role'] + '\\n'", "'<|im_end|>' + '\\n'", "'<|im_start|>assistant\\n'")
-LLAMA3 = headed("'<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n'", "'<|eot_id|>'", "'<|start_header_id|>assistant<|end_header_id|>\\n\\n'")
+ALONE, BELOW = of_kind('image', image="'<image>'"), of_kind('text', "'\\n' + ")
+QWEN = headed("'<|im_start|>' + m['role'] + '\\n'", "'<|im_end|>' + '\\n'", "'<|im_start|>assistant\\n'", ALONE, BELOW)
+LLAMA3 = headed("'<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n'", '', "'<|start_header_id|>assistant<|end_header_id|>\\n\\n'",
+    ALONE, of_kind('text', "'\\n' + ", " + '<|eot_id|>'"))
 
 # Folder on the Hub: processor, tokenizer, template, and the prompt of one question as its model card and the conversion script of
 # `transformers` (convert_llava_next_weights_to_hf.py, convert_llava_next_video_weights_to_hf.py) write it
@@ -50,9 +58,9 @@ FOLDERS = {
     'llava-v1.6-vicuna-7b-hf': (LlavaNextProcessor, 'llama', VICUNA, _USER), 'llava-v1.6-vicuna-13b-hf': (LlavaNextProcessor, 'llama', VICUNA, _USER),
     'llava-v1.6-mistral-7b-hf': (LlavaNextProcessor, 'mistral', MISTRAL, _INST), 'llava-v1.6-34b-hf': (LlavaNextProcessor, 'llama', CHATML, _IM),
     'llama3-llava-next-8b-hf': (LlavaNextProcessor, 'llama3', LLAMA3, _EOT),
-    'llava-next-72b-hf': (LlavaNextProcessor, 'qwen2', CHATML, _IM), 'llava-next-110b-hf': (LlavaNextProcessor, 'qwen2', CHATML, _IM)}
+    'llava-next-72b-hf': (LlavaNextProcessor, 'qwen2', QWEN, _IM), 'llava-next-110b-hf': (LlavaNextProcessor, 'qwen2', QWEN, _IM)}
 CONTROL = '<|im_start|>', '<|im_end|>', '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>'
-STOPS = {VICUNA: '</s>', MISTRAL: '</s>', CHATML: '<|im_end|>', LLAMA3: '<|eot_id|>'}
+STOPS = {VICUNA: '</s>', MISTRAL: '</s>', CHATML: '<|im_end|>', QWEN: '<|im_end|>', LLAMA3: '<|eot_id|>'}
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
@@ -68,7 +76,7 @@ def folders(tmp_path_factory):
 def write_folder(dir, cls, family, template):
     tower, eyes = load_vision(tiny_checkpoint('clip', dir/'v'))
     lm, tok = load_llm(tiny_checkpoint(family, dir/'t'))
-    if template in (CHATML, LLAMA3):
+    if template in (CHATML, QWEN, LLAMA3):
         tok.add_tokens([AddedToken(o, special=True, normalized=False) for o in CONTROL], special_tokens=True)
     image = add_image_token(tok, lm)
     how = dict(vision_config=tower.config, text_config=lm.config, image_token_index=image, vision_feature_select_strategy='default')

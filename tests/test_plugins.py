@@ -147,6 +147,28 @@ def test_own_parts_through_a_cluster(tmp_path):
     out, err = commands(tmp_path, ask.format('again'))
     assert out == '1\n' and err.count('\n') == 1 and "'again' needs connector 'half', " in err and "give --import 'own.py' on the command line" in err
 
+def two_processes(cwd, words):
+    "A command as two processes of torchrun; what they print"
+    run = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'tinyllava_cookbook.cli', *shlex.split(words)]
+    r = subprocess.run(run, cwd=cwd, env=BARE | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore'), capture_output=True, text=True, timeout=300)
+    assert r.returncode == 0, f'{r.stdout[-1000:]}\n{r.stderr[-4000:]}'
+    return r.stdout
+
+@pytest.mark.slow
+def test_own_parts_in_two_processes(tmp_path):
+    "Trained data-parallel and evaluated in shards: each process reads the plugin, and both wrote their part"
+    (tmp_path/'own.py').write_text(OWN)
+    python(PARTS.format("from tinyllava_cookbook.plugins import import_plugin\nown = import_plugin('own.py')"), tmp_path)
+    out = two_processes(tmp_path, 'train own.json align --import own.py --out run --device cpu')
+    assert out.count('done: weights in run') == 1
+    plugins = list((tmp_path/'run').rglob('plugins.json'))
+    assert json.loads(plugins[0].read_text()) == dict(own={'from': 'own.py', 'parts': HELD})
+    two_processes(tmp_path, f"eval '{plugins[0].parent}' --bench pope --data bench --out scores --import own.py --device cpu")
+    scores = json.loads((tmp_path/'scores/scores.json').read_text())
+    shards = [len((tmp_path/f'scores/pope/rank-{i}.jsonl').read_text().splitlines()) for i in (0, 1)]
+    answers = (tmp_path/'scores/pope/answers.jsonl').read_text().splitlines()
+    assert 'published' in scores['benchmarks']['pope'] and min(shards) > 2 and len(answers) == sum(shards)
+
 def notebook(source):
     "The cells of a notebook that exports `own_parts`"
     cells = ['#| default_exp own_parts', '#| export\n' + source]

@@ -192,7 +192,8 @@ def _train(a):
     if a.dry_run:
         return _show_plan(r, [r.stage(name) for name in todo], out, a)
     with stop_on_signal(): _run_recipe(a, r, todo, out, data)
-    print(f"done: weights in {out}")
+    if rank_and_world()[0] == 0:
+        print(f"done: weights in {out}")
 
 # %% ../../nbs/92_commands.training.ipynb #e7da9ef3
 def _recipes_args(p):

@@ -26,6 +26,7 @@ class TrainingSet:
     about:str      # What it teaches
     folder:str     # Below `data`, where scripts look for the file
     start:str=''   # Folder in there that image paths start from
+    source:str=''  # Where licence and file sizes were read
 
     def place(self,
         root:str='data',   # Folder of all sets
@@ -43,22 +44,22 @@ for _name,*_row in (
     ('llava-558k', 558_128, 'blip_laion_cc_sbu_558k.json', f'{_HUB}liuhaotian/LLaVA-Pretrain',
      'those of LAION, CC3M and SBU; captions by BLIP', '27 GB',
      {'images': 'images.zip of the same page'}, 'alignment: short captions',
-     'llava', 'llava_pretrain/images'),
+     'llava', 'llava_pretrain/images', 'its page at 70f9d1e'),
     ('llava-595k', 595_375, 'chat.json', f'{_HUB}liuhaotian/LLaVA-CC3M-Pretrain-595K',
      'that of CC3M', '7 GB',
      {'images': 'images.zip of the same page'},
      'alignment: captions of CC3M, filtered',
-     'LLaVA-CC3M-Pretrain-595K', 'images'),
+     'LLaVA-CC3M-Pretrain-595K', 'images', 'its page at 814894e'),
     ('llava-158k', 157_712, 'llava_instruct_150k.json', f'{_HUB}liuhaotian/LLaVA-Instruct-150K',
      _OPENAI, '20 GB',
      {'train2017': 'images.cocodataset.org/zips/train2017.zip'},
      'instructions: conversation, detail, reasoning',
-     'llava', 'coco/train2017'),
+     'llava', 'coco/train2017', 'its page at 9d451dc'),
     ('scienceqa', 12_726, 'llava_train_QCM-LEA.json', 'scienceqa.github.io; tinyllava data scienceqa --convert DIR',
      'CC BY-NC-SA 4.0', '1 GB',
      {'train': 'scienceqa.s3.us-west-1.amazonaws.com/images/train.zip'},
      'multiple choice with explanation',
-     'scienceqa', 'images/train')):
+     'scienceqa', 'images/train', 'README of lupantech/ScienceQA')):
     training_sets.register(_name, TrainingSet(*_row))
 
 # %% ../../nbs/16_data.training_sets.ipynb #1ceefff6
@@ -77,18 +78,21 @@ _BY_GPT4V = _SHARE | {o: 'docs/Data.md of github.com/ShareGPT4Omni/ShareGPT4V'
     for o in ('share_textvqa/images', 'web-celebrity/images', 'web-landmark/images', 'wikiart/images')}
 _V = f'{_HUB}Lin-Chen/ShareGPT4V'
 _NC = 'CC BY-NC 4.0, and the terms of OpenAI'
+_AT = 'its page at 55d02b0'
 for _name,*_row in (
     ('llava-665k', 665_298, 'llava_v1_5_mix665k.json', f'{_HUB}liuhaotian/LLaVA-Instruct-150K',
      f'{_OPENAI}; images under their own', '80 GB', _MIX,
-     'instructions: mix of LLaVA-1.5', 'llava'),
+     'instructions: mix of LLaVA-1.5', 'llava', '', 'its page at 9d451dc'),
     ('sharegpt4v-pt', 1_245_902, 'share-captioner_coco_lcs_sam_1246k_1107.json', _V,
      _NC, '150 GB', _SHARE, 'alignment: long captions by Share-Captioner',
-     'sharegpt4v'),
+     'sharegpt4v', '', _AT),
     ('sharegpt4v-100k', 102_025, 'sharegpt4v_instruct_gpt4-vision_cap100k.json', _V,
-     _NC, '150 GB', _BY_GPT4V, 'long captions by GPT-4V', 'sharegpt4v'),
+     _NC, '150 GB', _BY_GPT4V, 'long captions by GPT-4V',
+     'sharegpt4v', '', _AT),
     ('sharegpt4v-665k', 665_058, 'sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json', _V,
      _NC, '230 GB', _MIX | _BY_GPT4V,
-     'instructions: LLaVA-1.5 with 23K details by GPT-4V', 'sharegpt4v')):
+     'instructions: LLaVA-1.5 with 23K details by GPT-4V',
+     'sharegpt4v', '', _AT)):
     training_sets.register(_name, TrainingSet(*_row))
 
 # %% ../../nbs/16_data.training_sets.ipynb #653013aa

@@ -172,7 +172,7 @@ _HF = (   # Name, Hub id, licence, layout, LLM; all CLIP, asked in the folder's 
     ('llava-v1.6-mistral-7b-hf', _OPEN, 'llava_next', 'Mistral-7B'),
     ('llava-v1.6-34b-hf', None, 'llava_next', 'Yi-34B'),
     ('llama3-llava-next-8b-hf', 'llama3', 'llava_next', 'Llama-3-8B'),
-    ('llava-next-72b-hf', None, 'llava_next', 'Qwen1.5-72B'),
+    ('llava-next-72b-hf', 'tongyi-qianwen', 'llava_next', 'Qwen1.5-72B'),
     ('llava-next-110b-hf', None, 'llava_next', 'Qwen1.5-110B'))
 for _name,_licence,_layout,_llm in _HF:
     _recipe = 'LLaVA-1.5' if _layout == 'llava' else 'LLaVA-NeXT'

@@ -5,7 +5,8 @@ import pytest
 
 torch = pytest.importorskip('torch')
 from tinyllava_cookbook.recipes.proxy import PROXIES, RATES, proxy, proxy_data, trained_kind, with_world
-from tinyllava_cookbook.recipes.sweep import Cell, accuracy, cell_id, interval, run_file, run_sweep, sweep_cells, sweeps
+from tinyllava_cookbook.recipes.results import accuracy, interval
+from tinyllava_cookbook.recipes.sweep import Cell, cell_id, run_file, run_sweep, sweep_cells, sweeps
 from tinyllava_cookbook.train.recipes import recipe, recipe_names
 
 @pytest.mark.parametrize('name', PROXIES)

@@ -94,3 +94,17 @@ def test_one_recipe_is_shown_resolved():
                            (('show', 'train_llava:variant=lora'), 1, "choose from ['full'")]:
         r = cli('recipes', *argv)
         assert (r.returncode, r.stdout) == (code, '') and says in r.stderr
+
+def test_a_change_of_one_stage_leaves_the_others():
+    "Recipes give their stages the same settings, as one object; a change of one stage is of that stage alone"
+    from tinyllava_cookbook.train.recipes import override, recipe, recipe_names
+    changed = 0
+    for name in recipe_names():
+        old = recipe(name)
+        for i,stage in enumerate(old.stages):
+            new = override(old, [f'{stage.name}.trainer.logging_steps=77', f'{stage.name}.tune.llm.lr=7e-7'])
+            for j,(was,now) in enumerate(zip(old.stages, new.stages)):
+                assert (now.trainer.get('logging_steps') == 77) == (i == j), (name, stage.name, was.name)
+                assert (now.tune['llm'].lr == 7e-7) == (i == j), (name, stage.name, was.name)
+                changed += i != j
+    assert changed > 10

@@ -133,3 +133,13 @@ def test_a_page_as_nbdev_processes_it(tmp_path, monkeypatch):
     assert text.count('class="colab"') == 1 and 'nbs/05_durable.ipynb' in text and len(entries) >= 5
     assert all(o.startswith('### ') and '```python\n' in o for o in entries) and any('<table class="params">' in o for o in entries)
     assert 'tinyllava-cookbook[dev]' not in text   # the cell for Colab is hidden
+
+def test_links_between_notebooks_exist():
+    "In text and in what cells put out: the how-to pages, the glossary and the map are mostly links"
+    links = []
+    for name, nb in pages():
+        texts = [cell.source for cell in nb.cells if cell.cell_type == 'markdown']
+        texts += [''.join(out.get('data', {}).get('text/markdown', '')) for cell in nb.cells for out in cell.get('outputs', [])]
+        links += [(name, path) for text in texts for path in re.findall(r'\]\(([^()\s#:]+\.ipynb)(?:#[^)]*)?\)', text)]
+    assert [o for o in links if not (ROOT/'nbs'/o[1]).is_file()] == []
+    assert sum(name == '99_glossary.ipynb' for name, _ in links) > 45 and len(links) > 400

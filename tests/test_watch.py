@@ -50,3 +50,64 @@ def test_sparkline_has_the_extremes_where_they_are():
     assert course[30] == '█' and course[31] == '▁' and len(course) == 62
     assert len(L.sparkline(list(range(10_000)), 40)) == 40
     assert L.sparkline([1.]) == '▁'
+
+def test_watch_in_a_terminal(tmp_path, capsys):
+    from tinyllava_cookbook.cli import main
+    (tmp_path/'run/finetune').mkdir(parents=True)
+    (tmp_path/'run/finetune/log.jsonl').write_text(lines(begin(0, 8, time=0.), *steps(1, 4)) + '{"step": 5')
+    assert main(['watch', str(tmp_path/'run')]) == 0                  # nobody is at work there: no waiting
+    said = capsys.readouterr().out
+    assert 'interrupted' in said and 'step 4/8' in said and 'loss' in said
+    assert main(['watch', str(tmp_path), '--once']) == 1
+    error = capsys.readouterr().err
+    assert "it holds run" in error and 'log.jsonl' in error
+    odd = tmp_path/'odd\x1b[2J'/'x'
+    odd.mkdir(parents=True)
+    (odd/'log.jsonl').write_text(lines(begin(0), *steps(1, 2)))
+    assert main(['watch', str(odd), '--once']) == 0 and '\x1b' not in capsys.readouterr().out
+
+def test_watch_follows_until_the_run_ends(tmp_path):
+    "A process watches while lines are written here, and ends by itself once the run has"
+    import os, subprocess, sys, time
+    folder = tmp_path/'run/finetune'
+    folder.mkdir(parents=True)
+    (tmp_path/'run/run.lock').touch()
+    file = (folder/'log.jsonl').open('a', buffering=1)
+    file.write(lines(begin(0, 6)))
+    said = (tmp_path/'said.txt').open('wb')
+    job = subprocess.Popen([sys.executable, '-m', 'tinyllava_cookbook.cli', 'watch', str(tmp_path/'run'), '--every', '.1'], stdout=said,
+                           stderr=subprocess.PIPE, env=os.environ | {'PYTHONIOENCODING': 'ascii'})
+    for row in steps(1, 6):
+        for part in (lines(row)[:9], lines(row)[9:]):                 # torn while it is looked at
+            file.write(part)
+            time.sleep(.12)
+    assert job.poll() is None
+    file.write(lines(dict(step=6, event='end')))
+    (tmp_path/'run/run.lock').unlink()
+    _, err = job.communicate(timeout=60)
+    text = (tmp_path/'said.txt').read_text()
+    assert job.returncode == 0 and 'finished' in text and text.isascii() and not err, err
+
+@pytest.mark.parametrize('mode', ['lora', 'dora', 'qlora'])
+def test_a_checkpoint_with_adapters_opens_as_what_was_merged(mode, tmp_path):
+    import torch
+    from tinyllava_cookbook.data.records import Sample
+    from tinyllava_cookbook.infer.generate import user_turn
+    from tinyllava_cookbook.train.recipes import Stage
+    from tinyllava_cookbook.train.stages import train_stage
+    from tinyllava_cookbook.viz.checkpoints import open_checkpoint, run_checkpoints
+    from tinyllava_cookbook.viz.micro import color_cases, micro_vlm
+    if mode == 'qlora': pytest.importorskip('bitsandbytes')
+    model, processor = micro_vlm()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    case = color_cases(1)[0]
+    sample = Sample('0', [user_turn(case.question, 1), dict(role='assistant', content=case.answer)], [case.image])
+    stage = Stage('adapted', tune=dict(llm=dict(mode=mode, r=4, alpha=8)), lr=1e-2, warmup=0., global_batch_size=1, max_steps=2,
+                  trainer=dict(save_steps=2))
+    train_stage(model, processor, stage, tmp_path/'adapted', [sample], progress=False, device='cpu', final=tmp_path/'model')
+    opened, _ = open_checkpoint(tmp_path/'adapted/checkpoint-2', 'cpu')
+    found = opened.state_dict()
+    assert found.keys() == model.state_dict().keys()
+    for name, weight in model.state_dict().items(): assert (found[name] - weight).abs().max() < 1e-5, name
+    assert any((found[name] - before[name]).abs().max() > 1e-3 for name in before)           # it did learn
+    assert [one.folder.name for one in run_checkpoints(tmp_path)] == ['model']

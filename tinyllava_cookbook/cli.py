@@ -191,8 +191,8 @@ def import_named(
     return given
 
 # %% ../nbs/90_cli.ipynb #edffa233
-_FIRST = """quickstart bake recipes budget instruct check train launch deepspeed-config models chat eval score judge
-    submission convert compose bench""".split()
+_FIRST = """quickstart bake recipes budget instruct check train watch launch deepspeed-config models chat eval score
+    judge submission convert compose bench""".split()
 
 def _order():
     "Names of all commands, the usual way of work first"

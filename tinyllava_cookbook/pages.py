@@ -86,11 +86,12 @@ def write_page(
     return Path(path)
 
 # %% ../nbs/07_pages.ipynb #e05e1d2d
-_GAP = 6   # Characters between two columns
+_GAP = 6      # Characters between two columns
+_BEND = -.1   # Of an arrow that leads back
 
 def _box_size(text):
     "Width in characters, height in lines"
-    lines = text.split('\n')
+    lines = (text or '').split('\n')
     return max(map(len, lines)) + 2, len(lines) + .8
 
 def _place_column(texts, left, total):
@@ -103,6 +104,7 @@ def _place_column(texts, left, total):
     for text,(_,height) in zip(texts, sizes):
         places[text] = left, right, top, top + height
         top += height + spare
+    places.pop(None, None)
     return places, right
 
 # %% ../nbs/07_pages.ipynb #52fd2fb3
@@ -126,7 +128,7 @@ def _arrow_ends(a, b):
         x = (a[0] + a[1])/2
         return ((x, a[3]), (x, b[2]), 0) if a[2] < b[2] else ((x, a[2]), (x, b[3]), 0)
     if a[0] > b[0]:   # back: below everything between
-        return ((a[0] + a[1])/2, a[3]), ((b[0] + b[1])/2, b[3]), -.25
+        return ((a[0] + a[1])/2, a[3]), ((b[0] + b[1])/2, b[3]), _BEND
     return (a[1], middle[0]), (b[0], middle[1]), 0
 
 # %% ../nbs/07_pages.ipynb #da8dbca9
@@ -147,7 +149,7 @@ def _draw_arrow(ax, start, end, bend):
 
 # %% ../nbs/07_pages.ipynb #a4cffa36
 def show_flow(
-    columns:list,     # Texts of the boxes, a list for each column
+    columns:list,     # Texts of the boxes, a list for each column; `None` leaves a place free
     arrows:list,      # `(text, text)`: from which box to which
     kinds=None,       # Text -> 'key' (yellow), 'yes' (green) or 'no' (red); others are grey
     ax=None,          # Matplotlib axes; made when absent
@@ -159,13 +161,14 @@ def show_flow(
     for text in (*kinds, *chain.from_iterable(arrows)):
         if text not in places:
             raise KeyError(f"no box {text!r}; choose from {list(places)}")
+    if any(places[a][0] > places[b][0] for a,b in arrows):
+        height += .025*width   # room for an arrow that leads back
     if ax is None:
         _,ax = plt.subplots(figsize=(.08*width + .1, .16*height + .1), dpi=72)
     for text,place in places.items():
         _draw_box(ax, text, place, kinds.get(text, 'usual'))
     for a,b in arrows:
         _draw_arrow(ax, *_arrow_ends(places[a], places[b]))
-    back = any(places[a][0] > places[b][0] for a,b in arrows)
-    ax.set(xlim=(-.5, width + .5), ylim=(height*(1.3 if back else 1), 0))
+    ax.set(xlim=(-.5, width + .5), ylim=(height, 0))
     ax.axis('off')
     return ax

@@ -171,9 +171,9 @@ def image_file(
         return None
     check_text(name, f'{where}: its image')
     if not (path := Path(root)/name).is_file():
-        raise FileNotFoundError(f"{where}: no picture {str(path)!r}; "
+        raise FileNotFoundError(f"{where}: no image {str(path)!r}; "
                                 "give the folder that holds the "
-                                "pictures as `images`")
+                                "images as `images`")
     return path
 
 # %% ../../nbs/48_eval.items.ipynb #c26e2f51

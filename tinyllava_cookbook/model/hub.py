@@ -113,6 +113,11 @@ class PublishedModel:
         return None if None in sizes else round(sum(sizes), 3)
     @property
     def opens(self) -> bool: return self.layout in LAYOUTS
+    @property
+    def rule(self) -> str:
+        "Its name by the paper's rule; '' for other recipes"
+        if self.recipe not in ('base', 'share'): return ''
+        return paper_name(self.recipe, self.vision, self.llm)
 models = Registry('published model')
 
 # %% ../../nbs/24_model.hub.ipynb #9e30c540
@@ -195,7 +200,7 @@ def _model_row(name):
     "One line of the list"
     known = models[name]
     size = known.parameters
-    return dict(name=name, hub=known.hub,
+    return dict(name=name, rule=known.rule, hub=known.hub,
                 billions='' if size is None else f'{size:.1f}',
                 layout=known.layout, template=known.template or '?',
                 licence=known.licence or '?',
@@ -219,6 +224,13 @@ def _check_opens(name, known):
     raise ValueError(f"{name!r} is published as {known.layout}, which does not open here; "
                      f"layouts that do: {kinds}{instead}")
 
+# %% ../../nbs/24_model.hub.ipynb #455b0b48
+def _find(name):
+    "The published model that is meant: by its name, the paper's rule or its Hub id; the paper's own first"
+    known = sorted((models[o] for o in models), key=lambda o: o.layout != 'bench')
+    if name in models: return models[name]
+    return next((o for o in known if name in (o.hub, o.rule)), None)
+
 # %% ../../nbs/24_model.hub.ipynb #ae8dfe82
 def hub_id(
     name:str,  # A folder, a name of `models`, or owner/name
@@ -226,8 +238,7 @@ def hub_id(
     "What the name of a model stands for"
     name = str(name)
     if Path(name).exists(): return name
-    ids = {models[o].hub: models[o] for o in models}
-    known = models[name] if name in models else ids.get(name)
+    known = _find(name)
     if known:
         _check_opens(name, known)
         return known.hub

@@ -47,6 +47,7 @@ for _name,*_row in (
     ('llava-158k', 157_712, 330, 200, 1., 1500, 'LLaVA stage 2: conversation, detail, reasoning'),
     ('llava-760k', 760_000, 349, 140, .94, 2048, 'LLaVA-NeXT: about 760k, taken to be like mix665k'),
     ('sharegpt4v-pt', 1_245_902, 230, 205, 1., 600, 'ShareGPT4V: Share-Captioner, 826 characters on average'),
+    ('sharegpt4v-665k', 665_058, 352, 143, .94, 2048, 'ShareGPT4V stage 2: mix665k, 23k captions longer'),
     ('scienceqa', 12_726, 180, 90, .49, 1024, 'ScienceQA, train split'),
     ('microworld', 6_000, 60, 25, 1., 200, 'drawn by the notebook on the microworld')):
     corpora.register(_name, Corpus(*_row))

@@ -16,14 +16,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from ..data.templates import chat_template
-from .run_log import LineWriter, json_line, keep_lines_before, log_row
-
-# %% ../../nbs/35_train.displays.ipynb #c0edbd2d
-def _running_mean(losses):
-    "Over a fifth of the steps, at most 25"
-    window = np.ones(max(1, min(25, len(losses)//5)))
-    counts = np.convolve(np.ones_like(losses), window, 'same')
-    return np.convolve(losses, window, 'same')/counts
+from .run_log import (LineWriter, json_line, keep_lines_before, log_row,
+                                               running_mean)
 
 # %% ../../nbs/35_train.displays.ipynb #9df30758
 def plot_log(
@@ -37,7 +31,7 @@ def plot_log(
     steps = [row['step'] for row in log]
     losses = np.array([row['loss'] for row in log], float)
     ax.plot(steps, losses, color='#c8d3df', lw=1)
-    ax.plot(steps, _running_mean(losses), color='#1f4e8c')
+    ax.plot(steps, running_mean(losses), color='#1f4e8c')
     ax.set(xlabel='step', ylabel='loss')
     ax.set_title(title, parse_math=False)   # a title may hold dollars
     return ax

@@ -153,7 +153,9 @@ class Stage:
     def __post_init__(self):
         check_types(self, f'stage {self.name!r}')
         check_names(self.tune, PARTS, f"component in stage {self.name!r}:")
-        self.tune = {part: _tune(self.tune.get(part, 'frozen')) for part in PARTS}
+        # a stage's own, also where two were given one dict
+        tune, self.trainer = copy.deepcopy((self.tune, self.trainer))
+        self.tune = {part: _tune(tune.get(part, 'frozen')) for part in PARTS}
         _check_stage(self)
     @property
     def trained(self) -> list[str]: return [part for part,tune in self.tune.items() if tune.mode != 'frozen']
@@ -206,7 +208,7 @@ class Recipe:
     stages:list = field(default_factory=list)  # `Stage`s, in order
     model:dict = field(default_factory=dict)   # Further settings of the model, e.g. `vision_feature_layer`
     seed:int = 0                      # Of new weights and of the order of the data
-    start:str|None = None             # Folder of a model that the first stage goes on from; `None` joins the parts
+    start:str|None = None             # Folder of a model that the first stage starts from; `None` joins the parts
 
     def __post_init__(self):
         check_types(self, f'recipe {self.name!r}')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOGGED', 'LOG', 'SPENT', 'SHOWN', 'keep_lines_before', 'json_line', 'log_row', 'LineWriter', 'StageLog', 'read_log',
-           'RunLog', 'read_run', 'speed_ledger', 'sparkline', 'seconds_left', 'run_text']
+           'RunLog', 'read_run', 'speed_ledger', 'running_mean', 'sparkline', 'seconds_left', 'run_text']
 
 # %% ../../nbs/34_train.run_log.ipynb #e090e871
 import json, math, sys, time
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from logging import getLogger
 from pathlib import Path
 
+import numpy as np
 from ..core import read_json, replacing
 from ..durable import LOCK, PATIENCE
 
@@ -228,9 +229,12 @@ class RunLog:
         if not last.ended: return 'interrupted'
         return 'finished' if last.step >= last.max_steps else 'stopped'
 
-    def __repr__(self):
+    @property
+    def summary(self) -> str:
+        "Name, steps of each stage, and state"
         stages = ', '.join(f'{log.name} {log.step}/{log.max_steps}' for log in self.stages)
-        return f'RunLog({self.folder.name}: {stages}, {self.state})'
+        return f'{self.folder.name}: {stages}, {self.state}'
+    def __repr__(self): return f'RunLog({self.summary})'
 
 # %% ../../nbs/34_train.run_log.ipynb #d173dc41
 def _no_run(folder):
@@ -270,6 +274,15 @@ def speed_ledger(
         for name,seconds in spent.items() if isinstance(spent, dict) else ():
             if name in sums and _is_number(seconds): sums[name] += seconds
     return {name: seconds for name,seconds in sums.items() if seconds}
+
+# %% ../../nbs/34_train.run_log.ipynb #7db3a43c
+def running_mean(
+    losses,  # Array, one value for each step
+):           # As many means
+    "Over a fifth of the steps, at most 25"
+    window = np.ones(max(1, min(25, len(losses)//5)))
+    counts = np.convolve(np.ones_like(losses), window, 'same')
+    return np.convolve(losses, window, 'same')/counts
 
 # %% ../../nbs/34_train.run_log.ipynb #c909f64b
 def sparkline(
@@ -322,7 +335,12 @@ def _head(run, log, last):
     place = f'step {log.step}/{log.max_steps}' if log.max_steps else ''
     left = seconds_left(log)
     more = f', {_clock(left)} left' if state == 'running' and left else ''
-    return f'{run.folder/log.name if run.folder.name != log.name else run.folder}  {state}  {place}{more}'
+    folder = run.folder if run.folder.name == log.name else run.folder/log.name
+    return f'{_printable(folder)}  {state}  {place}{more}'
+
+def _printable(folder):
+    "The name of a folder, which may hold what would move the cursor"
+    return ''.join(c if c.isprintable() else '?' for c in str(folder))
 
 # %% ../../nbs/34_train.run_log.ipynb #7a7a774a
 def run_text(

@@ -175,7 +175,7 @@ def lens_maps(
 def nearest_words(
     model,          # A `VLMForConditionalGeneration`
     processor,      # Its processor
-    asked:AnswerInputs, # Whose picture is taken
+    asked:AnswerInputs, # Whose image is taken
     k:int=3,        # Words per image token
 ) -> tuple:         # Words (n, k) and their cosines (n, k)
     "Words whose embeddings lie nearest to each image token"
@@ -212,7 +212,7 @@ def earlier_words(
 def words_to_image(
     model,               # A `VLMForConditionalGeneration`
     processor,           # Its processor
-    asked:AnswerInputs,  # Whose picture is taken
+    asked:AnswerInputs,  # Whose image is taken
     words:list[str],     # Each at least one token; its first is taken
     layer:int=0,         # States of which layer: 0 is the image tokens themselves
 ) -> Tensor:             # (words, n)

@@ -112,5 +112,6 @@ def test_every_row_is_complete():
 def test_names_of_recipes():
     assert {name: name_of_recipe(recipe(name)) for name in ('tinyllava_base', 'tinyllava_share', 'llava_v15')} == dict(
         tinyllava_base='TinyLLaVA-base-Sig-Phi', tinyllava_share='TinyLLaVA-share-Sig-Phi', llava_v15='')
+    assert hub_id('TinyLLaVA-share-Sig-StLM') == 'bczhou/TinyLLaVA-2.0B' and hub_id('TinyLLaVA-base-Sig-Qwen2-0.5B').startswith('Zhang199/')
     own = recipe('tinyllava_share').to_dict() | dict(vision='openai/clip-vit-large-patch14-336', llm='stabilityai/stablelm-2-zephyr-1_6b')
     assert name_of_recipe(own) == 'TinyLLaVA-share-C-StLM'

@@ -79,7 +79,8 @@ def test_a_pipeline_has_a_job_for_each_stage_of_any_recipe(tmp_path, on_path):
     assert list(jobs) == ['pretrain', 'share', 'finetune', 'evaluate']
     assert [option(jobs[o], '--start') for o in ('pretrain', 'share', 'finetune')] == [None, 'runs/tinyllava_share/pretrain', 'runs/tinyllava_share/share']
     assert [option(jobs[o], '--data') for o in ('pretrain', 'share', 'finetune')] == ['data/llava/blip_laion_cc_sbu_558k.json',
-        'data/sharegpt4v/share-captioner_coco_lcs_sam_1246k_1107.json', 'data/llava/llava_v1_5_mix665k.json']
+        'data/sharegpt4v/share-captioner_coco_lcs_sam_1246k_1107.json',
+        'data/sharegpt4v/sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json']     # table 2 of the paper, train_phi_share.sh of TinyLLaVA Factory
     assert option(jobs['finetune'], '--images') == 'my images'
     assert all(o[o.index('train'):][1:3] == ['tinyllava_share', stage] for stage,o in jobs.items() if stage != 'evaluate')
     said = jobs['evaluate']

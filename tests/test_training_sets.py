@@ -31,6 +31,7 @@ def test_recipes_name_the_right_set():
         stage = r.stage('share')
         assert stage.corpus == 'sharegpt4v-pt' and round(corpora[stage.corpus].samples/1000) == 1246
         assert n_steps(stage, corpus(r, stage)) == 4867
+        assert r.stage('finetune').corpus == 'sharegpt4v-665k' and recipe('tinyllava_base').stage('finetune').corpus == 'llava-665k'
     with pytest.raises(ValueError, match="chat.json, see: tinyllava data llava-595k"): stage_rows(recipe('llava_v1').stage('pretrain'))
 
 def test_scripts_look_for_the_published_files():

@@ -87,3 +87,27 @@ def test_watch_follows_until_the_run_ends(tmp_path):
     _, err = job.communicate(timeout=60)
     text = (tmp_path/'said.txt').read_text()
     assert job.returncode == 0 and 'finished' in text and text.isascii() and not err, err
+
+@pytest.mark.parametrize('mode', ['lora', 'dora', 'qlora'])
+def test_a_checkpoint_with_adapters_opens_as_what_was_merged(mode, tmp_path):
+    import torch
+    from tinyllava_cookbook.data.records import Sample
+    from tinyllava_cookbook.infer.generate import user_turn
+    from tinyllava_cookbook.train.recipes import Stage
+    from tinyllava_cookbook.train.stages import train_stage
+    from tinyllava_cookbook.viz.checkpoints import open_checkpoint, run_checkpoints
+    from tinyllava_cookbook.viz.micro import color_cases, micro_vlm
+    if mode == 'qlora': pytest.importorskip('bitsandbytes')
+    model, processor = micro_vlm()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    case = color_cases(1)[0]
+    sample = Sample('0', [user_turn(case.question, 1), dict(role='assistant', content=case.answer)], [case.image])
+    stage = Stage('adapted', tune=dict(llm=dict(mode=mode, r=4, alpha=8)), lr=1e-2, warmup=0., global_batch_size=1, max_steps=2,
+                  trainer=dict(save_steps=2))
+    train_stage(model, processor, stage, tmp_path/'adapted', [sample], progress=False, device='cpu', final=tmp_path/'model')
+    opened, _ = open_checkpoint(tmp_path/'adapted/checkpoint-2', 'cpu')
+    found = opened.state_dict()
+    assert found.keys() == model.state_dict().keys()
+    for name, weight in model.state_dict().items(): assert (found[name] - weight).abs().max() < 1e-5, name
+    assert any((found[name] - before[name]).abs().max() > 1e-3 for name in before)           # it did learn
+    assert [one.folder.name for one in run_checkpoints(tmp_path)] == ['model']

@@ -19,7 +19,7 @@ def _port(text):
 
 # %% ../../nbs/96_commands.serving.ipynb #1c7bb24e
 def _add_listening(p):
-    p.add_argument('model', metavar='MODEL', help='folder of a trained model')
+    p.add_argument('model', metavar='MODEL', help='a trained model, as for chat --model')
     opening_arguments(p)
     p.add_argument('--host', default='127.0.0.1', help='address to listen on; beyond this machine a key is needed, in '
                    'the environment variable TINYLLAVA_API_KEY (default: %(default)s)')

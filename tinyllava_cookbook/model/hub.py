@@ -14,8 +14,6 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from ..core import Registry, Table
-from ..trust import checkpoint_path
-from ..weights import weight_files
 
 # %% ../../nbs/24_model.hub.ipynb #edf01d9b
 _SHORT_VISION = {'siglip': 'Sig', 'clip': 'C'}
@@ -113,6 +111,11 @@ class PublishedModel:
         return None if None in sizes else round(sum(sizes), 3)
     @property
     def opens(self) -> bool: return self.layout in LAYOUTS
+    @property
+    def rule(self) -> str:
+        "Its name by the paper's rule; '' for other recipes"
+        if self.recipe not in ('base', 'share'): return ''
+        return paper_name(self.recipe, self.vision, self.llm)
 models = Registry('published model')
 
 # %% ../../nbs/24_model.hub.ipynb #9e30c540
@@ -186,6 +189,7 @@ def in_cache(
     "Is a checkpoint in the local cache of the Hub?"
     config = try_to_load_from_cache(hub, 'config.json')
     if not isinstance(config, str): return ''
+    from tinyllava_cookbook.weights import weight_files   # a list of names does not wait for torch
     try: weight_files(Path(config).parent)
     except (FileNotFoundError, ValueError): return 'partly'
     return 'yes'
@@ -195,7 +199,7 @@ def _model_row(name):
     "One line of the list"
     known = models[name]
     size = known.parameters
-    return dict(name=name, hub=known.hub,
+    return dict(name=name, rule=known.rule, hub=known.hub,
                 billions='' if size is None else f'{size:.1f}',
                 layout=known.layout, template=known.template or '?',
                 licence=known.licence or '?',
@@ -219,6 +223,13 @@ def _check_opens(name, known):
     raise ValueError(f"{name!r} is published as {known.layout}, which does not open here; "
                      f"layouts that do: {kinds}{instead}")
 
+# %% ../../nbs/24_model.hub.ipynb #455b0b48
+def _find(name):
+    "The published model that is meant: by its name, the paper's rule or its Hub id; the paper's own first"
+    known = sorted((models[o] for o in models), key=lambda o: o.layout != 'bench')
+    if name in models: return models[name]
+    return next((o for o in known if name in (o.hub, o.rule)), None)
+
 # %% ../../nbs/24_model.hub.ipynb #ae8dfe82
 def hub_id(
     name:str,  # A folder, a name of `models`, or owner/name
@@ -226,8 +237,7 @@ def hub_id(
     "What the name of a model stands for"
     name = str(name)
     if Path(name).exists(): return name
-    ids = {models[o].hub: models[o] for o in models}
-    known = models[name] if name in models else ids.get(name)
+    known = _find(name)
     if known:
         _check_opens(name, known)
         return known.hub
@@ -266,6 +276,7 @@ def fetch_model(
     check=None,  # Called with the folder while it holds the JSON files alone
 ) -> str:        # A folder on this machine
     "The folder of a model; what is not here is fetched from the Hub"
+    from tinyllava_cookbook.trust import checkpoint_path
     hub = checkpoint_path(hub_id(name))
     if Path(hub).is_dir(): return hub
     folder = _snapshot(hub, allow_patterns=['*.json'])

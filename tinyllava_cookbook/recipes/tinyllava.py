@@ -16,8 +16,9 @@ def _stages(share=None, **plan):
     plan = PLAN | plan | dict(trainer=_more)
     pretrain = Stage(**ALIGNMENT, **plan, lr=1e-3, global_batch_size=256,
                      device_batch_size=32, corpus='llava-558k')
+    mix = 'sharegpt4v-665k' if share else 'llava-665k'
     finetune = Stage(**INSTRUCTION, **plan, lr=2e-5, global_batch_size=128,
-                     device_batch_size=8, corpus='llava-665k')
+                     device_batch_size=8, corpus=mix)
     if share is None: return [pretrain, finetune]
     captions = Stage('share', template='pretrain', tune=share, **plan, lr=2e-5, global_batch_size=256,
                      device_batch_size=8, corpus='sharegpt4v-pt')
@@ -46,7 +47,8 @@ def tinyllava_share(
     """TinyLLaVA's share recipe, as in the paper: arXiv 2402.14289, section 3
 
     Stage `pretrain` is base's; to use base's weights, run `share` and `finetune` with `start=`. Stage `share`:
-    vision from layer 12, connector and LLM, 2e-5, batch 256, ShareGPT4V's 1246k captions. `finetune` is base's."""
+    vision from layer 12, connector and LLM, 2e-5, batch 256, ShareGPT4V's 1246k captions. `finetune` is base's,
+    on ShareGPT4V's mix (table 2)."""
     share = dict(vision=Tune('partial', from_layer=12), connector='full', llm='full')
     return Recipe('tinyllava_share', vision, llm, template=template,
                   image_mode='squash', stages=_stages(share))

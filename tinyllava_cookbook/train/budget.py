@@ -47,6 +47,7 @@ for _name,*_row in (
     ('llava-158k', 157_712, 330, 200, 1., 1500, 'LLaVA stage 2: conversation, detail, reasoning'),
     ('llava-760k', 760_000, 349, 140, .94, 2048, 'LLaVA-NeXT: about 760k, taken to be like mix665k'),
     ('sharegpt4v-pt', 1_245_902, 230, 205, 1., 600, 'ShareGPT4V: Share-Captioner, 826 characters on average'),
+    ('sharegpt4v-665k', 665_058, 352, 143, .94, 2048, 'ShareGPT4V stage 2: mix665k, 23k captions longer'),
     ('scienceqa', 12_726, 180, 90, .49, 1024, 'ScienceQA, train split'),
     ('microworld', 6_000, 60, 25, 1., 200, 'drawn by the notebook on the microworld')):
     corpora.register(_name, Corpus(*_row))
@@ -117,7 +118,7 @@ def step_shape(
     data:Corpus,                  # What it trains on
     world:int=1,                  # GPUs
 ) -> tuple[MicroBatch,int]:       # The largest micro-batch, and gradient accumulation steps
-    "What one GPU takes at once, at most, and how often each step"
+    "The largest micro-batch of a GPU, and how many make a step"
     image_tokens = model.config.image_seq_length*_tiles(stage)
     if stage.pack:
         return _packed_shape(model, stage, data, image_tokens, world)
@@ -182,7 +183,7 @@ class StageBudget:
     stage:str         # Its name
     memory:Memory     # Of one GPU
     fits:bool         # With what CUDA and the allocator take
-    batch:MicroBatch  # What a GPU takes at once
+    batch:MicroBatch  # What a GPU computes in one pass
     accumulate:int    # Gradient accumulation steps
     steps:int         # Optimizer steps
     flops:float       # Of a step, on all GPUs

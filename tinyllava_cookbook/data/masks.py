@@ -6,6 +6,7 @@
 __all__ = ['KIND_COLORS', 'spell_token', 'token_kinds', 'lay_out', 'show_mask']
 
 # %% ../../nbs/10_data.masks.ipynb #d7a91b17
+import functools
 from ..core import IGNORE, IMAGE_TOKEN
 
 # %% ../../nbs/10_data.masks.ipynb #bce9fd79
@@ -60,18 +61,27 @@ def lay_out(
 KIND_COLORS = dict(supervised='#9ecae1', image='#c7e9c0', given='#f0f0f0')   # Of tokens, by kind
 
 # %% ../../nbs/10_data.masks.ipynb #e7d95771
-def _draw_token(ax, x:int, y:int, text:str, kind:str):
-    "A coloured box with a character in each place; an empty square for what the font lacks"
+@functools.lru_cache(maxsize=1)
+def _known_characters() -> frozenset:
+    "What the monospace font can draw"
     from matplotlib.font_manager import findfont, get_font
+    return frozenset(get_font(findfont('monospace')).get_charmap())
+
+def _drawable(text:str) -> str:
+    "The text, an empty square for what the font lacks"
+    known = _known_characters()
+    return ''.join(c if c.isprintable() and ord(c) in known else '\u25a1' for c in text)
+
+# %% ../../nbs/10_data.masks.ipynb #67134550
+def _draw_token(ax, x:int, y:int, text:str, kind:str, size:float):
+    "A coloured box with a character in each place"
     from matplotlib.patches import Rectangle
-    known = get_font(findfont('monospace')).get_charmap()
     box = Rectangle((x + .04, y - .42), len(text) - .08, .84, fc=KIND_COLORS[kind],
                     lw=0)
-    ax.add_patch(box)
-    for k, c in enumerate(text):
-        drawn = c if c.isprintable() and ord(c) in known else '\u25a1'
-        ax.text(x + k + .5, y, drawn, ha='center', va='center', fontsize=6.5,
-                family='monospace', parse_math=False)
+    ax.add_artist(box)
+    middle = x + len(text)/2
+    ax.text(middle, y + .22, _drawable(text), ha='center', va='baseline',
+            fontsize=size, family='monospace', parse_math=False)
 
 # %% ../../nbs/10_data.masks.ipynb #a77b6313
 def show_mask(
@@ -95,6 +105,8 @@ def show_mask(
     ax.set_position((0, 0, 1, 1))
     ax.set(xlim=(-.5, columns + 2), ylim=(n_lines - .4, -.6))
     ax.axis('off')
+    # a character is .602 of the font's size wide, a little more after rounding
+    size = 4*72/(columns + 2.5)/.62
     for x, y, text, kind in kept:
-        _draw_token(ax, x, y, text, kind)
+        _draw_token(ax, x, y, text, kind, size)
     return fig

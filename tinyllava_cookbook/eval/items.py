@@ -64,7 +64,7 @@ class Item:
 # %% ../../nbs/48_eval.items.ipynb #c471f168
 def answer_row(
     item:Item,       # What was asked
-    text:str,        # What was said
+    text:str,        # The prediction
     model_id:str='', # By whom
 ) -> dict:           # JSON
     "A line of an answers file"
@@ -156,7 +156,7 @@ def lacking(
     total:int,  # How many there are
     what:str,   # What they lack
 ) -> list[str]: # A sentence; none where nothing lacks
-    "What is said of questions that lack something"
+    "The message for questions that lack something"
     if not ids: return []
     return [f"{len(ids)} of {total} {what}, the first is {ids[0]!r}"]
 

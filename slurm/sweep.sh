@@ -87,7 +87,7 @@ export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 asked='' srun=''                                           # was a signal seen; the process of srun
 # pass the signal to srun, which passes it to every rank: once, as SLURM may repeat it and a second one ends a rank
 pass_on() { [ -n "$asked" ] || [ -z "$srun" ] || kill -USR1 "$srun"; asked=1; }
-trap pass_on USR1                                          # the time limit is near, or the node is wanted back
+trap pass_on USR1                                          # the time limit is near, or the job is preempted
 "${step[@]}" &                                             # in the background, so that the signal is seen at once
 srun=$!                                                    # to be waited for
 [ -z "$asked" ] || kill -USR1 "$srun"                      # the signal came before there was anybody to tell

@@ -221,5 +221,5 @@ def test_two_processes_learn_the_same(launched, mode):
 
 def test_4_bit_weights_are_not_cut_up(parts, world, tmp_path):
     model,processor = compose(parts['siglip'], parts['llama'])
-    with patch.dict(os.environ, RANK='0'), pytest.raises(ValueError, match="cannot be cut up by 'zero3'; take 'ddp' or 'zero2'"):
+    with patch.dict(os.environ, RANK='0'), pytest.raises(ValueError, match="cannot be sharded by 'zero3'; take 'ddp' or 'zero2'"):
         train_stage(model, processor, stage(TUNES['qlora']), tmp_path, world, progress=False, device='cpu', parallel='zero3')

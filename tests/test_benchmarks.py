@@ -155,7 +155,7 @@ def test_without_ocr_tokens(data, tmp_path):
     path = tmp_path/'textvqa'/'llava_textvqa_val_v051_ocr.jsonl'
     whole = path.read_text()
     path.write_text(whole.splitlines()[0])
-    with pytest.raises(ValueError, match='no OCR tokens for picture'): B.load_benchmark('textvqa', tmp_path)
+    with pytest.raises(ValueError, match='no OCR tokens for image'): B.load_benchmark('textvqa', tmp_path)
     path.unlink()
     (tmp_path/'textvqa'/'TextVQA_Rosetta_OCR_v0.2_val.json').unlink()
     with pytest.raises(FileNotFoundError, match='Rosetta'): B.load_benchmark('textvqa', tmp_path)

@@ -28,7 +28,7 @@ def _grey(
 
 # %% ../nbs/09_image_files.ipynb #78279f36
 def to_rgb(
-    im:Image.Image,  # A picture of any mode
+    im:Image.Image,  # An image of any mode
 ) -> Image.Image:    # Mode RGB
     "Any PIL mode to RGB, transparency over white"
     if im.mode == 'RGB' and 'transparency' not in im.info:

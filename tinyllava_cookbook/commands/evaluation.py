@@ -19,7 +19,7 @@ def _question_args(p):
     what.add_argument('--bench', metavar='NAME,NAME',
                       help='benchmarks by name; see `tinyllava score --help`')
     what.add_argument('--questions', metavar='FILE',
-                      help='a questions.jsonl; its pictures are beside it, in images/')
+                      help='a questions.jsonl; its images are beside it, in images/')
     what.add_argument('--pope', metavar='DIR',
                       help='folder of coco_pope_{random,popular,adversarial}.json')
 
@@ -32,12 +32,12 @@ def _bench_args(p):
                    help='another split than the usual one, e.g. vqav2=test-dev (repeatable)')
     p.add_argument('--graded', metavar='BENCH=FILE', action='append', default=[],
                    help='what `tinyllava judge` wrote, e.g. mmvet=grades.json (repeatable)')
-    p.add_argument('--out', metavar='DIR', help='gets the answers as they come, so that a killed run can go on; with '
+    p.add_argument('--out', metavar='DIR', help='gets the answers as they come, so that a killed run can resume; with '
                    '--bench, where it is needed, scores.json and index.html too')
     p.add_argument('--anew', action='store_true',
                    help='ask everything again; answers in --out are kept in old-1, ...')
     p.add_argument('--images', metavar='DIR',
-                   help='folder of the pictures; needed for --pope')
+                   help='folder of the images; needed for --pope')
 
 # %% ../../nbs/93_commands.evaluation.ipynb #aa59dc26
 def _eval_args(p):
@@ -67,7 +67,7 @@ def question_items(
     "The questions of --questions or --pope"
     from tinyllava_cookbook.eval.benchmarks import SHORT, load_pope, load_questions
     if a.pope and not a.images:
-        raise Usage("--pope needs --images DIR, the folder of its pictures")
+        raise Usage("--pope needs --images DIR, the folder of its images")
     suffix = SHORT if (bool(a.pope) if a.short is None else a.short) else ''
     items = load_pope(a.pope, a.images, suffix) if a.pope else load_questions(a.questions, a.images, suffix)
     return items[:a.limit]

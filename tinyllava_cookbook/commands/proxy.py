@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/97_commands.proxy.ipynb #eac3979e
+# %% ../../nbs/97_commands.proxy.ipynb #2f7faa34
 from ..cli import Usage, command, hide_progress
 
-# %% ../../nbs/97_commands.proxy.ipynb #3f1efd6a
+# %% ../../nbs/97_commands.proxy.ipynb #a74f9ee8
 def _proxy_args(p):
     p.add_argument('sweep', metavar='SWEEP', help='recipes or ablations, or one that a plugin registers')
     p.add_argument('--out', metavar='DIR', default='runs/proxy',
@@ -22,9 +22,9 @@ def _proxy_args(p):
     p.add_argument('--list', action='store_true',
                    help='print the runs and the sbatch line, and train nothing')
     p.add_argument('--write', metavar='FILE',
-                   help='gather the numbers of all finished runs there')
+                   help='gather the numbers of the finished runs there')
 
-# %% ../../nbs/97_commands.proxy.ipynb #7670ec73
+# %% ../../nbs/97_commands.proxy.ipynb #d8a444b8
 def _listed(a, cells):
     "One line for each run, and the line that submits them all"
     from tinyllava_cookbook.recipes.sweep import run_file
@@ -36,7 +36,7 @@ def _listed(a, cells):
     words = f'tinyllava proxy {a.sweep} --out {a.out} --seeds {seeds}{only}'
     print(f"\nsbatch --array=0-{len(cells)-1} --wrap '{words} --task $SLURM_ARRAY_TASK_ID'")
 
-# %% ../../nbs/97_commands.proxy.ipynb #fcc6ce19
+# %% ../../nbs/97_commands.proxy.ipynb #2d5cbec1
 def _chosen(a, cells):
     "The run of this task, or all of them"
     if a.task is None:
@@ -45,17 +45,18 @@ def _chosen(a, cells):
         raise Usage(f"--task {a.task}: there are {len(cells)} runs, 0 to {len(cells)-1}")
     return [cells[a.task]]
 
-# %% ../../nbs/97_commands.proxy.ipynb #577c77b9
+# %% ../../nbs/97_commands.proxy.ipynb #d2dcaa25
 @command('proxy', 'train recipes or ablations at the scale of microworld', _proxy_args)
 def _proxy(a):
     hide_progress()
     from tinyllava_cookbook.core import write_json
-    from tinyllava_cookbook.recipes.sweep import collect, results_table, run_sweep, sweep_cells
+    from tinyllava_cookbook.recipes.results import results_table
+    from tinyllava_cookbook.recipes.sweep import collect, run_sweep, sweep_cells
     cells = sweep_cells(a.sweep, tuple(a.seeds), a.only)
     if a.list:
-        return _listed(a, cells)
-    run_sweep(_chosen(a, cells), a.out)
-    found = collect(cells, a.out)
-    print(results_table(found))
+        _listed(a, cells)
+    else:
+        run_sweep(_chosen(a, cells), a.out)
+        print(results_table(collect(cells, a.out)))
     if a.write:
-        print(f"wrote {write_json(a.write, found)}")
+        print(f"wrote {write_json(a.write, collect(cells, a.out), indent=None)}")

@@ -223,14 +223,17 @@ def _doc(function): return (function.__doc__ or '').strip()
 # %% ../../nbs/92_commands.training.ipynb #f108ada7
 def _about(name, recipes):
     "Name, parts, stages and source of a recipe"
+    from tinyllava_cookbook.model.hub import name_of_recipe
     r = recipes[name]()
     return dict(name=name, vision=r.vision, connector=r.connector, llm=r.llm, start=r.start,
                 stages=[s.name for s in r.stages],
+                trains=name_of_recipe(r),
                 about=_doc(recipes[name]).split('\n')[0])
 
 def _recipe_line(o):
     parts = o['start'] or f"{o['vision']} + {o['connector']} + {o['llm']}"
-    return f"{o['name']:24}{o['about']}\n{'':24}{parts}: {', '.join(o['stages'])}"
+    model = f" -> {o['trains']}" if o['trains'] else ''
+    return f"{o['name']:24}{o['about']}\n{'':24}{parts}: {', '.join(o['stages'])}{model}"
 
 # %% ../../nbs/92_commands.training.ipynb #2f756577
 def _stage_lines(a, name, stages):

@@ -80,7 +80,7 @@ def photo(
 
 # %% ../../nbs/18_data.bench.ipynb #23aa5b82
 def _world(folder, n, size, mode, seed=0):
-    "A dataset of `n` pictures and conversations"
+    "A dataset of `n` images and conversations"
     rng = np.random.default_rng(seed)
     # drawing them all would take longer than what is measured
     some = [photo(size, rng) for _ in range(8)]
@@ -118,10 +118,10 @@ def _timed(ds, batch_size:int, workers:int) -> dict:
 def bench_data(
     n:int=256,                                # Samples
     workers:tuple[int, ...]=(0, 2),           # Numbers of loader processes to try
-    size:tuple[int, int]=(336, 336),          # Width and height of the pictures
+    size:tuple[int, int]=(336, 336),          # Width and height of the images
     batch_size:int=16,                        # Samples per batch
     mode:str='pad',                           # A key of `IMAGE_MODES`
-    folder=None,                              # Where to write the pictures; `None`: a temporary folder
+    folder=None,                              # Where to write the images; `None`: a temporary folder
 ) -> list[dict]:                              # One row per number of workers
     "How fast a dataset and its collator are"
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
@@ -156,7 +156,7 @@ def _part_row(name:str, part:Callable, n:int) -> dict:
 # %% ../../nbs/18_data.bench.ipynb #2e4279a1
 def bench_parts(
     n:int=64,                         # Samples
-    size:tuple[int, int]=(336, 336),  # Width and height of the pictures
+    size:tuple[int, int]=(336, 336),  # Width and height of the images
     mode:str='pad',                   # A key of `IMAGE_MODES`
 ) -> list[dict]:                      # One row per part
     "Milliseconds of processor per sample, by part"

@@ -27,8 +27,8 @@ FAULTS = {   # Kind to what it means
     'too-long':          'the end is cut off by the length limit',
     'duplicate-id':      'an earlier sample has this id',
     'missing-image':     'no such file, or it cannot be reached',
-    'undecodable-image': 'not a picture',
-    'truncated-image':   'begins as a picture and breaks off, or is damaged',
+    'undecodable-image': 'not an image',
+    'truncated-image':   'begins as an image and breaks off, or is damaged',
     'huge-image':        'more pixels than PIL.Image.MAX_IMAGE_PIXELS',
     'absurd-aspect':     'so long and thin that nothing of it is left in a square',
 }
@@ -79,7 +79,7 @@ def text_fault(
         return 'image-count' if f'{IMAGE_TOKEN} in its user turns' in why else 'bad-record', why
     odd = [o for o in sample.images if not (isinstance(o, (str, Path, bytes)) or hasattr(o, 'size'))]
     if odd:
-        return 'bad-record', f'an image is {odd[0]!r}, not a path or a picture'
+        return 'bad-record', f'an image is {odd[0]!r}, not a path or a PIL image'
     return _turn_fault(sample.messages)
 
 # %% ../../nbs/15_data.faults.ipynb #397b5a88
@@ -96,7 +96,7 @@ def _turn_fault(messages):
 class Count(NamedTuple):
     "What a sample takes, and what limits would cost it"
     tokens:int          # In all, image tokens included
-    learned:int         # Of them supervised
+    learned:int         # Of them, supervised tokens
     lost:tuple[int,...] # Of these beyond each limit
 
 # %% ../../nbs/15_data.faults.ipynb #87cc3128

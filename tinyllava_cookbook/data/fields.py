@@ -116,7 +116,7 @@ def locate_image(
     image,        # Path, URL, bytes, PIL image, or what HF stores: `{"bytes", "path"}`
     folder=None,  # Where relative paths start; or a folder for each first part of a path
     k:int=0,      # Which of the record's images, for errors
-):                # A path, a URL or a picture
+):                # A path, a URL or an image
     "Where the image of a record is, or the image itself"
     found = image
     if isinstance(image, dict):
@@ -124,5 +124,5 @@ def locate_image(
     if _is_picture(found): return found
     if not isinstance(found, (str, Path)) or not str(found):
         raise ValueError(f"image {k} is {short_repr(image)}; give a "
-                         "path, a URL or a picture")
+                         "path, a URL or an image")
     return found if is_remote(found) else _join(found, folder)

@@ -53,7 +53,7 @@ def shrink(
 @IMAGE_MODES.register('pad')
 def pad(
     image:Image.Image,  # RGB
-    processor,          # Its `image_mean` is the border's colour
+    processor,          # Its `image_mean` is the colour of the padding
 ) -> Image.Image:       # A square
     "Expand to a square with the mean colour"
     image = shrink(image, processor)
@@ -113,7 +113,7 @@ def _resample(processor):
 def squash(
     image:Image.Image,  # RGB
     processor,          # Gives the size and the resampling filter
-) -> Image.Image:       # The whole picture, its proportions changed
+) -> Image.Image:       # The whole image, its proportions changed
     "Everything into the processor's size"
     if not getattr(processor, 'do_center_crop', False):
         return image   # the processor does just this
@@ -130,7 +130,7 @@ def untouched(
     return narrow(image, processor)
 
 # %% ../../nbs/10_data.images.ipynb #95e1bc1d
-GRIDS = (1, 2), (2, 1), (2, 2), (1, 4), (4, 1)   # Rows and columns of tiles that LLaVA-NeXT lays a picture on
+GRIDS = (1, 2), (2, 1), (2, 2), (1, 4), (4, 1)   # Rows and columns of tiles that LLaVA-NeXT lays an image on
 
 # %% ../../nbs/10_data.images.ipynb #39cdac02
 def canvases(
@@ -157,7 +157,7 @@ def pinpoints(
 
 # %% ../../nbs/10_data.images.ipynb #e43d2abf
 def best_canvas(
-    size:tuple[int, int],         # Of the picture
+    size:tuple[int, int],         # Of the image
     pinpoints,                    # To choose from
 ) -> tuple[int, int]:             # One of them
     "The canvas that keeps most pixels and, of those, wastes least"
@@ -170,7 +170,7 @@ def best_canvas(
 
 # %% ../../nbs/10_data.images.ipynb #ec8608ee
 def fit_size(
-    size:tuple[int, int],     # Of the picture
+    size:tuple[int, int],     # Of the image
     canvas:tuple[int, int],   # What it has to fit into
 ) -> tuple[int, int]:         # Touches the canvas in one direction
     "The largest size inside the canvas, proportions kept"
@@ -196,7 +196,7 @@ def anyres(
     image:Image.Image,  # RGB
     processor,          # Gives the size of a tile, and perhaps `image_grid_pinpoints`
 ) -> tuple[list[Image.Image], tuple[int, int]]:  # Views, the squeezed one first, then row by row; rows and columns
-    "A view of everything, and tiles of the picture on its best canvas"
+    "A view of everything, and tiles of the image on its best canvas"
     height, width = target_size(processor)
     canvas = _on_canvas(image, best_canvas(image.size[::-1], pinpoints(processor)),
                         _resample(processor))
@@ -207,7 +207,7 @@ def anyres(
 
 # %% ../../nbs/10_data.images.ipynb #1f678187
 def _inside(size, canvas):
-    "Top, bottom, left and right of the picture on a canvas; the rounding is LLaVA-NeXT's"
+    "Top, bottom, left and right of the image on a canvas; the rounding is LLaVA-NeXT's"
     height, width = size
     tall, wide = canvas
     if width / height > wide / tall:
@@ -219,20 +219,20 @@ def _inside(size, canvas):
 # %% ../../nbs/10_data.images.ipynb #a43a70e4
 def unpad(
     x_dhw:torch.Tensor,      # Tiles side by side: pixels, or features of patches
-    size:tuple[int, int],    # Of the picture before all
-) -> torch.Tensor:           # What shows the picture
-    "Cut off what lies around the picture on its canvas"
+    size:tuple[int, int],    # Of the image before all
+) -> torch.Tensor:           # What shows the image
+    "Cut off what lies around the image on its canvas"
     top, bottom, left, right = _inside(size, x_dhw.shape[-2:])
     return x_dhw[..., top:bottom, left:right]
 
 # %% ../../nbs/10_data.images.ipynb #e54de909
 def anyres_n_tokens(
-    size:tuple[int, int],        # Of the picture
+    size:tuple[int, int],        # Of the image
     patch_grid:tuple[int, int],  # Rows and columns of tokens that one tile makes
     pinpoints,                   # As from `pinpoints`
     tile:tuple[int, int],        # Height and width of a tile
 ) -> int:                        # Of the view of everything, the tiles without their padding, and the newlines
-    "Image tokens of one picture"
+    "Image tokens of one image"
     tall, wide = best_canvas(size, pinpoints)
     rows, columns = patch_grid
     patches = (tall // tile[0] * rows, wide // tile[1] * columns)
@@ -242,13 +242,13 @@ def anyres_n_tokens(
 
 # %% ../../nbs/10_data.images.ipynb #f9fdc120
 def join_tiles(
-    x_tnd:torch.Tensor,          # Features of the tiles of one picture, the view of everything first
-    size:tuple[int, int],        # Of the picture
+    x_tnd:torch.Tensor,          # Features of the tiles of one image, the view of everything first
+    size:tuple[int, int],        # Of the image
     patch_grid:tuple[int, int],  # Rows and columns of the features of one tile
     tiles:tuple[int, int],       # Rows and columns of the tiles
     newline:torch.Tensor,        # (d,) what ends a row
 ) -> torch.Tensor:               # (m, d); m as `anyres_n_tokens` says
-    "One sequence of the features of all tiles of a picture"
+    "One sequence of the features of all tiles of an image"
     everything_nd, x_tnd = x_tnd[0], x_tnd[1:]
     # rows, columns; patches of a tile
     x_rchwd = x_tnd.unflatten(0, tiles).unflatten(2, patch_grid)
@@ -328,7 +328,7 @@ def prepare(
     processor,                      # A HF image processor
     mode:str='pad',                 # A key of `IMAGE_MODES`
 ) -> tuple[torch.Tensor, tuple[int, int]]:  # Pixel values (tiles, 3, h, w) in float32; grid (rows, columns)
-    "Pixel values of one picture"
+    "Pixel values of one image"
     if not isinstance(image, Image.Image):
         raise TypeError(
             f"prepare needs a PIL image, not {type(image).__name__}; call load_image first")

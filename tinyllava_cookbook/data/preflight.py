@@ -28,7 +28,7 @@ from .masks import show_mask
 class Report:
     "What was found"
     samples:int             # Looked at
-    images:int              # Different pictures opened
+    images:int              # Different images opened
     faults:list[Fault]      # In the order of the data
     allowed:tuple           # Kinds that do not count
     counts:list             # A `Count` per sample; `None` where it has none
@@ -111,14 +111,14 @@ def _token_line(found) -> str:
     half, most, longest = at['0.5'], at['0.99'], at['1']
     return (f"tokens: half of the samples have up to {half:,}, 99 % up "
             f"to {most:,}, the longest {longest:,}; "
-            f"{found['supervised_share']:.1%} of all are learned")
+            f"{found['supervised_share']:.1%} of all are supervised")
 
 # %% ../../nbs/16_data.preflight.ipynb #fe3c4c3d
 def _limit_line(r, row) -> str:
     here = ' (this recipe)' if row['max_length'] == r.max_length else ''
     return (f"  at {row['max_length']:>6,}: {row['cut']:>7,} samples "
-            f"cut, {row['lost']:.2%} of what is to be "
-            f"learned lost{here}")
+            f"cut, {row['lost']:.2%} of the supervised "
+            f"tokens lost{here}")
 
 # %% ../../nbs/16_data.preflight.ipynb #67b3fb5a
 def report_dict(
@@ -140,7 +140,7 @@ def report_table(
     "The report in a few lines"
     n, found = len(r.bad), _lengths(r)
     verdict = f'{n:,} samples are at fault' if n else 'nothing wrong'
-    out = [f'{r.samples:,} samples, {r.images:,} pictures: {verdict}']
+    out = [f'{r.samples:,} samples, {r.images:,} images: {verdict}']
     out += [_kind_line(r, kind, k) for kind, k in r.by_kind.items()]
     if found: out.append(_token_line(found))
     out += [_limit_line(r, row) for row in _forecast(r)]
@@ -233,7 +233,7 @@ def save_report(
     r:Report,    # From `preflight`
     out,         # Folder; made if absent
 ) -> Path:       # `report.json` in it
-    "Write the report as JSON, as a table and, where tokens were counted, as pictures"
+    "Write the report as JSON, as a table and, where tokens were counted, as figures"
     out = Path(out)
     path = write_json(out/'report.json', report_dict(r))
     (out/'report.txt').write_text(f'{report_table(r)}\n',
@@ -308,7 +308,7 @@ def write_clean(
         with replacing(path) as part, part.open('w', encoding='utf-8') as file:
             return _write_records(r, path, file)
     except TypeError:
-        raise ValueError("rows that hold pictures fit no JSON file; "
+        raise ValueError("rows that hold images fit no JSON file; "
                          "select those outside `.bad`") from None
 
 # %% ../../nbs/16_data.preflight.ipynb #fb893c47
@@ -431,7 +431,7 @@ def preflight(
     workers:int|None=None,  # Processes; `None`: one per core, if there is work for them
     progress:bool=True,     # Show bars?
     fix=None,               # File for the samples without fault
-    out=None,               # Folder for `report.json` and the pictures
+    out=None,               # Folder for `report.json` and the figures
 ) -> Report:                # `.ok`, `.by_kind`, `.faults`; prints as a table
     "Look at every sample once"
     start = time.perf_counter()

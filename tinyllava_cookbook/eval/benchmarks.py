@@ -42,7 +42,7 @@ def _question(row, root, suffix, path):
 # %% ../../nbs/54_eval.benchmarks.ipynb #5edfbf55
 def load_questions(
     path,          # A questions.jsonl
-    images=None,   # Folder of the pictures; `None`: `images/` beside the file
+    images=None,   # Folder of the images; `None`: `images/` beside the file
     suffix:str='', # Appended to each question, e.g. `SHORT`
 ) -> list[Item]:   # In the order of the file
     "Read questions with one right answer each"
@@ -127,7 +127,7 @@ def load_gqa(
 
 # %% ../../nbs/54_eval.benchmarks.ipynb #d9d54fa7
 def _textvqa_prompts(data_dir):
-    "(picture id, question) -> prompt, from LLaVA's file, or `None`"
+    "(image id, question) -> prompt, from LLaVA's file, or `None`"
     path = Path(data_dir)/'textvqa'/'llava_textvqa_val_v051_ocr.jsonl'
     if not path.is_file():
         return None
@@ -159,7 +159,7 @@ def _textvqa_item(data_dir, row, prompts):
     id = row['image_id']
     question = row['question']
     if (id, question.lower()) not in prompts:
-        raise ValueError(f"no OCR tokens for picture {id!r}, "
+        raise ValueError(f"no OCR tokens for image {id!r}, "
                          f"question {question!r}")
     image = need(data_dir, f"textvqa/train_images/{id}.jpg")
     return Item(row['question_id'], image,
@@ -205,7 +205,7 @@ def _mme_image(stem, path):
     for ending in ('jpg', 'png', 'jpeg'):
         if (image := Path(f'{stem}.{ending}')).is_file():
             return image
-    raise FileNotFoundError(f"{path}: no picture {str(stem)!r} (.jpg "
+    raise FileNotFoundError(f"{path}: no image {str(stem)!r} (.jpg "
                             "or .png) beside it")
 
 # %% ../../nbs/54_eval.benchmarks.ipynb #2e9f0e53

@@ -64,7 +64,7 @@ class Item:
 # %% ../../nbs/48_eval.items.ipynb #c471f168
 def answer_row(
     item:Item,       # What was asked
-    text:str,        # What was said
+    text:str,        # The prediction
     model_id:str='', # By whom
 ) -> dict:           # JSON
     "A line of an answers file"
@@ -156,7 +156,7 @@ def lacking(
     total:int,  # How many there are
     what:str,   # What they lack
 ) -> list[str]: # A sentence; none where nothing lacks
-    "What is said of questions that lack something"
+    "The message for questions that lack something"
     if not ids: return []
     return [f"{len(ids)} of {total} {what}, the first is {ids[0]!r}"]
 
@@ -171,9 +171,9 @@ def image_file(
         return None
     check_text(name, f'{where}: its image')
     if not (path := Path(root)/name).is_file():
-        raise FileNotFoundError(f"{where}: no picture {str(path)!r}; "
+        raise FileNotFoundError(f"{where}: no image {str(path)!r}; "
                                 "give the folder that holds the "
-                                "pictures as `images`")
+                                "images as `images`")
     return path
 
 # %% ../../nbs/48_eval.items.ipynb #c26e2f51

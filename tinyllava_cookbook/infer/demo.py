@@ -32,12 +32,12 @@ class Inside(Strict):
     answer: str = Field(min_length=1, max_length=20_000)
 
 # %% ../../nbs/67_infer.demo.ipynb #0edb7315
-MAP_SIDE = 448   # Pixels of the longest side of a picture whose maps are computed
+MAP_SIDE = 448   # Pixels of the longest side of an image whose maps are computed
 MAP_CELLS = 24   # Rows and columns of a map, at most
 MAP_TOKENS = 48  # Words of an answer with a map
 
 def coarse(
-    heat_thw:Tensor,  # On a picture; NaN where there is no token
+    heat_thw:Tensor,  # On an image; NaN where there is no token
 ) -> list:            # For each word rows of whole numbers, the largest 255
     "Maps small enough for a page"
     size = tuple(min(MAP_CELLS, side) for side in heat_thw.shape[1:])
@@ -49,14 +49,14 @@ def coarse(
 def small_copy(
     image:Image.Image,  # Any
 ) -> Image.Image:       # At most `MAP_SIDE` wide and high
-    "A picture to lay maps on"
+    "An image to lay maps on"
     image = image.copy()
     image.thumbnail((MAP_SIDE, MAP_SIDE))
     return image
 
 # %% ../../nbs/67_infer.demo.ipynb #25c31ae6
 def _as_url(image):
-    "A picture for the page"
+    "An image for the page"
     buffer = io.BytesIO()
     image.save(buffer, 'PNG')
     return f'data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'
@@ -66,8 +66,8 @@ def where_it_looked(
     service:Service,  # Whose model
     turns:list[dict], # Messages up to the question
     images:list,      # Of all of them
-    answer:str,       # What was said
-) -> dict:            # Picture, words and maps
+    answer:str,       # Of the model
+) -> dict:            # Image, words and maps
     "Attention of each word of an answer over the last image"
     if not images: return dict(image=None, tokens=[])
     question = turns[-1]['content'].replace(IMAGE_TOKEN, '').strip()
@@ -85,7 +85,7 @@ def likely_words(
     service:Service,  # Whose model
     turns:list[dict], # Messages up to the question
     images:list,      # Of all of them
-    answer:str,       # What was said
+    answer:str,       # Of the model
     n:int=3,          # Words for each step
 ) -> list[dict]:      # For each token of the answer its text and the likeliest with their probabilities
     "The likeliest words at each step of an answer"

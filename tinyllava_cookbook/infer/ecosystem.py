@@ -17,7 +17,7 @@ from ..core import IMAGE_TOKEN
 # %% ../../nbs/44_infer.ecosystem.ipynb #595c2237
 def message_row(
     sample:dict,  # `messages` with `<image>` in their text, and `images`
-) -> dict:        # The same, the marks left out
+) -> dict:        # The same, the image tokens left out
     "A sample as TRL reads it"
     first,*rest = sample['messages']
     if any(IMAGE_TOKEN in turn['content'] for turn in rest):

@@ -136,7 +136,7 @@ def _take(state, name, layer):
 # %% ../../nbs/28_model.adapters.ipynb #0117a74f
 def merged_state(
     model:nn.Module,          # With adapters
-    state:dict|None=None,     # Its tensors by name, when they had to be gathered; `None` asks the model
+    state:dict|None=None,     # Its tensors by name, when they had to be consolidated; `None` asks the model
 ) -> dict[str,Tensor]:        # Tensors of the plain model
     "What the weights would be without adapters"
     state = dict(model.state_dict() if state is None else state)
@@ -188,7 +188,7 @@ def save_adapters(
     model:nn.Module,       # With adapters
     path,                  # A folder; of both kinds, LoRA and DoRA, there are two below it
     also=(),               # Submodules to keep whole
-    state:dict|None=None,  # Its tensors by name, when they had to be gathered
+    state:dict|None=None,  # Its tensors by name, when they had to be consolidated
 ) -> Path:                 # The folder
     "Write the corrections as peft does"
     path = Path(path)

@@ -7,7 +7,7 @@ __all__ = ['BATCH', 'STEPS', 'MOST', 'RATES', 'WIDTH', 'LAYERS', 'SCENES', 'TEST
            'proxy_steps', 'trained_kind', 'rate_factor', 'Size', 'published_size', 'proxy_tune', 'proxy_data',
            'stage_file', 'square_mode', 'proxy_stage', 'proxy', 'stage_share', 'with_world']
 
-# %% ../../nbs/69_recipes.proxy.ipynb #3beeee82
+# %% ../../nbs/69_recipes.proxy.ipynb #b46723f2
 import dataclasses
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ..microworld import describe, image_name, write_world
 from ..train.budget import corpora
 from ..train.recipes import ADAPTERS, Recipe, Stage, Tune, recipe
 
-# %% ../../nbs/69_recipes.proxy.ipynb #31a17d0a
+# %% ../../nbs/69_recipes.proxy.ipynb #f012c902
 BATCH = 32   # The published batch over the proxy's
 STEPS = 12   # Published steps for each of the proxy
 MOST = 500   # Steps of a stage, where a recipe repeats its data many times
@@ -25,17 +25,20 @@ def published_steps(
     stage:Stage,  # With a published corpus
 ) -> float:       # Optimizer steps
     "How many steps a stage takes on its published data"
+    if stage.max_steps:
+        return stage.max_steps
     samples = corpora[stage.corpus].samples*stage.share
     return samples*stage.epochs/stage.global_batch_size
 
 def proxy_steps(
-    stage:Stage,  # With a published corpus
-) -> int:         # From 1 to `MOST`
+    stage:Stage,      # With a published corpus
+    every:int=STEPS,  # Published steps for each of the proxy
+) -> int:             # From 1 to `MOST`
     "How many steps its proxy takes"
-    steps = round(published_steps(stage)/STEPS)
+    steps = round(published_steps(stage)/every)
     return max(1, min(MOST, steps))
 
-# %% ../../nbs/69_recipes.proxy.ipynb #4af56f00
+# %% ../../nbs/69_recipes.proxy.ipynb #454b2aed
 RATES = dict(connector=2e-3, full=2e-3, adapter=4e-3)   # Highest rate of a proxy
 
 def trained_kind(
@@ -54,7 +57,7 @@ def rate_factor(
     rates = [stage.tune[part].lr or stage.lr for part in stage.trained]
     return RATES[trained_kind(stage)]/max(rates)
 
-# %% ../../nbs/69_recipes.proxy.ipynb #acb8ea5c
+# %% ../../nbs/69_recipes.proxy.ipynb #d28e5c87
 WIDTH, LAYERS = 128, 4   # Of the shipped LLM and of the shipped vision tower
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +89,7 @@ def proxy_tune(
         scaled['from_layer'] = round(tune.from_layer*LAYERS/size.layers)
     return dataclasses.replace(tune, **scaled)
 
-# %% ../../nbs/69_recipes.proxy.ipynb #e5868254
+# %% ../../nbs/69_recipes.proxy.ipynb #096a85f7
 SCENES = 3300      # Of a training world
 TEST_SCENES = 120  # Of the one test world
 
@@ -97,7 +100,7 @@ def _described(i, scene):
              {'from': 'gpt', 'value': describe(scene)}]
     return dict(id=f'detail-{i}', image=image_name(i), conversations=turns)
 
-# %% ../../nbs/69_recipes.proxy.ipynb #1791549e
+# %% ../../nbs/69_recipes.proxy.ipynb #9e54c902
 def proxy_data(
     folder:str|Path,             # Gets a folder for each seed, and `test`
     seed:int,                    # Of the training scenes
@@ -117,7 +120,7 @@ def proxy_data(
         write_json(train/'done.json', dict(scenes=scenes))
     return train, test
 
-# %% ../../nbs/69_recipes.proxy.ipynb #98ee9640
+# %% ../../nbs/69_recipes.proxy.ipynb #605130da
 def stage_file(
     stage:Stage,   # Complete, from `Recipe.stage`
 ) -> str:          # Name of a file in a training world
@@ -127,18 +130,19 @@ def stage_file(
     long = stage.corpus == 'sharegpt4v-pt'
     return 'details.json' if long else 'pretrain.json'
 
-# %% ../../nbs/69_recipes.proxy.ipynb #eba7a36d
+# %% ../../nbs/69_recipes.proxy.ipynb #e742ad17
 def square_mode(
     image_mode:str,  # Of a recipe
 ) -> str:            # 'anyres' or 'squash'
     "The images of microworld are square: all modes but tiles give the same pixels"
     return 'anyres' if image_mode == 'anyres' else 'squash'
 
-# %% ../../nbs/69_recipes.proxy.ipynb #26b6c898
+# %% ../../nbs/69_recipes.proxy.ipynb #c947d4fd
 def proxy_stage(
-    stage:Stage,   # Complete, from `Recipe.stage`
-    size:Size,     # Of the published model
-) -> Stage:        # Without data; its `corpus` says which
+    stage:Stage,      # Complete, from `Recipe.stage`
+    size:Size,        # Of the published model
+    every:int=STEPS,  # Published steps for each of the proxy
+) -> Stage:           # Without data; its `corpus` says which
     "The same stage, at a small scale"
     factor = rate_factor(stage)
     tune = {part: proxy_tune(one, size, factor)
@@ -152,26 +156,30 @@ def proxy_stage(
         stage, tune=tune, lr=stage.lr*factor, template=template,
         global_batch_size=batch, device_batch_size=None,
         image_mode=square_mode(stage.image_mode),
-        max_steps=proxy_steps(stage),
+        max_steps=proxy_steps(stage, every),
         max_length=384, pack=None, **how)
 
-# %% ../../nbs/69_recipes.proxy.ipynb #bb4a559b
+# %% ../../nbs/69_recipes.proxy.ipynb #8dbcaf46
 def proxy(
-    r:Recipe|str,  # A recipe of published size, or its name
-) -> Recipe:       # On shipped parts; `with_world` gives it data
+    r:Recipe|str,     # A recipe of published size, or its name
+    every:int=STEPS,  # Published steps for each of the proxy
+) -> Recipe:          # On shipped parts; `with_world` gives it data
     "A recipe at the scale of microworld, complete but for its data"
     if not isinstance(r, Recipe):
         r = recipe(r)
     if r.start:
         raise ValueError(f"recipe {r.name!r} goes on from {r.start!r}; "
                          "a proxy begins with parts: take a recipe that does")
+    if ' + ' in r.vision:
+        raise ValueError(f"recipe {r.name!r} has two vision towers, {r.vision!r}; "
+                         "one is shipped: take a recipe with one")
     size = published_size(r)
-    stages = [proxy_stage(r.stage(s.name), size) for s in r.stages]
+    stages = [proxy_stage(r.stage(s.name), size, every) for s in r.stages]
     return dataclasses.replace(
         r, vision='micro-siglip', llm='micro-llama', template='llama',
         image_mode=square_mode(r.image_mode), stages=stages)
 
-# %% ../../nbs/69_recipes.proxy.ipynb #e18ae0e2
+# %% ../../nbs/69_recipes.proxy.ipynb #68e607d4
 def stage_share(
     stage:Stage,  # Of a proxy
     scenes:int,   # There are
@@ -180,7 +188,7 @@ def stage_share(
     samples = stage.max_steps*stage.global_batch_size
     return min(1., samples/(stage.epochs*scenes))
 
-# %% ../../nbs/69_recipes.proxy.ipynb #6cf3954f
+# %% ../../nbs/69_recipes.proxy.ipynb #e25410d5
 def with_world(
     r:Recipe,    # From `proxy`
     train:Path,  # From `proxy_data`
@@ -193,7 +201,7 @@ def with_world(
         share=stage_share(s, scenes)) for s in r.stages]
     return dataclasses.replace(r, stages=stages)
 
-# %% ../../nbs/69_recipes.proxy.ipynb #487b012b
+# %% ../../nbs/69_recipes.proxy.ipynb #212ed5d0
 PROXIES = ('llava_v1', 'llava_v15', 'llava_next', 'tinyllava_base', 'tinyllava_share',
            'tinyllava_share_factory', 'tinyllava_lora', 'tinyllava_qlora', 'train_llava',
            'train_llava:variant=use_lora', 'scienceqa')   # Recipes that start from parts

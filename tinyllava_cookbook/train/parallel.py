@@ -145,7 +145,7 @@ def _check_parallel(name, stage, cuda):
     four_bit = any(tune.mode == 'qlora' for tune in stage.tune.values())
     if name in _NEEDS_SHARDED_WEIGHTS and four_bit:
         raise ValueError(
-            f"stage {stage.name!r}: 4-bit weights cannot be cut up by {name!r}; take 'ddp' or 'zero2'")
+            f"stage {stage.name!r}: 4-bit weights cannot be sharded by {name!r}; take 'ddp' or 'zero2'")
     if name == 'fsdp' and not cuda:
         raise ValueError(
             "parallel 'fsdp' needs GPUs: accelerate runs plain DDP on a CPU, in silence")

@@ -208,7 +208,7 @@ class Recipe:
     stages:list = field(default_factory=list)  # `Stage`s, in order
     model:dict = field(default_factory=dict)   # Further settings of the model, e.g. `vision_feature_layer`
     seed:int = 0                      # Of new weights and of the order of the data
-    start:str|None = None             # Folder of a model that the first stage goes on from; `None` joins the parts
+    start:str|None = None             # Folder of a model that the first stage starts from; `None` joins the parts
 
     def __post_init__(self):
         check_types(self, f'recipe {self.name!r}')

@@ -136,7 +136,7 @@ def _stopped(trainer, out):
     watch = next(callback for callback in callbacks if isinstance(callback, StopSignal))
     if not watch.stopped or state.global_step >= state.max_steps: return
     at = f"step {state.global_step} of {state.max_steps}"
-    raise Stopped(f"asked to stop: saved in {str(out)!r} at {at}; resume='auto' goes on")
+    raise Stopped(f"asked to stop: saved in {str(out)!r} at {at}; resume='auto' resumes")
 
 # %% ../../nbs/36_train.stages.ipynb #10bdbde9
 def _record(trainer, result, out, final, origin):

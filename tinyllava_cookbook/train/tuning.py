@@ -140,7 +140,7 @@ def _tower_from_layer(tower, start, first, reached, part):
     choices = _reached_layers(layers, count, names, start, reached)
     if first not in choices:
         raise ValueError(
-            f"{part} has no layer {first} to learn from; from_layer must be 0 to {choices[-1]}")
+            f"{part} has no layer {first} to train from; from_layer must be 0 to {choices[-1]}")
     begin = [name.startswith(f'{layers}.{first}.') for name in names].index(True)
     return [start + name for name in names[begin:]]
 
@@ -185,7 +185,7 @@ def linear_names(
         if not any(_ends_with(name, target) for name in names):
             ends = sorted({name.rsplit('.', 1)[-1] for name in names})
             raise ValueError(
-                f"{part} has no linear layer {target!r} that learns; choose targets from {ends}")
+                f"{part} has no linear layer {target!r} that is trainable; choose targets from {ends}")
     return [name for name in names if any(_ends_with(name, target) for target in targets)]
 
 # %% ../../nbs/31_train.tuning.ipynb #e48ca15a

@@ -93,7 +93,7 @@ def _small_model(model):
     return {k: v for k,v in model.items() if k != 'trust_remote_code'}
 
 def _start_model(r, path):
-    "A model to go on from, as the one that the recipe names"
+    "A model to start from, as the one that the recipe names"
     how = dict(connector=r.connector, template=r.template, image_mode=r.image_mode,
                seed=r.seed)
     return save(*compose(r.vision, r.llm, **how, **r.model), path)

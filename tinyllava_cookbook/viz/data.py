@@ -46,7 +46,7 @@ def _grid_boxes(size, processor):
     canvas = best_canvas(size, pinpoints(processor))
     fitted = fit_size(size, canvas)
     def edge(i, at):
-        "A place on the canvas, in pixels of the picture: 0 down, 1 across"
+        "A place on the canvas, in pixels of the image: 0 down, 1 across"
         return (at - (canvas[i]-fitted[i])//2)*size[i]/fitted[i]
     boxes = []
     for top in range(0, canvas[0], tile[0]):
@@ -57,11 +57,11 @@ def _grid_boxes(size, processor):
 
 # %% ../../nbs/61_viz.data.ipynb #fa9bc4f8
 def tile_boxes(
-    size:tuple[int, int], # Height and width of the picture
+    size:tuple[int, int], # Height and width of the image
     mode:str,             # A name of `IMAGE_MODES`
     processor,            # The image processor of the vision tower
-) -> list[Box]:           # One for each tile, in pixels of the picture
-    "The rectangle of the picture that each tile shows; for 'anyres' the view of everything first"
+) -> list[Box]:           # One for each tile, in pixels of the image
+    "The rectangle of the image that each tile shows; for 'anyres' the view of everything first"
     boxes = [shown_box(size, mode, processor)]
     return boxes + _grid_boxes(size, processor) if mode == 'anyres' else boxes
 
@@ -79,10 +79,10 @@ def tile_pixels(
 def show_tiles(
     pixels_nchw:Tensor,  # From an encoder
     processor,           # The image processor that normalized them
-    image=None,          # The picture, a PIL image: drawn first
+    image=None,          # The image, a PIL image: drawn first
     boxes=(),            # From `tile_boxes`, drawn on it
 ):                       # The figure
-    "The picture with the rectangles of its tiles, and each tile as the vision tower sees it"
+    "The image with the rectangles of its tiles, and each tile as the vision tower sees it"
     import matplotlib.pyplot as plt
     tiles = [*tile_pixels(pixels_nchw, processor).permute(0, 2, 3, 1)]
     panels = tiles if image is None else [image, *tiles]
@@ -104,7 +104,7 @@ def _draw_box(ax, box, color, width):
     ax.plot(across, down, color=color, lw=width, clip_on=False)
 
 def _frame(axes, boxes):
-    "The rectangle of each tile on the picture, and the tile, in one color"
+    "The rectangle of each tile on the image, and the tile, in one color"
     width = 6   # narrower each time, so that none hides another
     for ax,box,color in zip(axes[1:], boxes, cycle(_EDGES)):
         _draw_box(axes[0], box, color, width)

@@ -39,7 +39,7 @@ def png(
 
 # %% ../../nbs/64_viz.explorer.ipynb #720d5891
 class Explorer:
-    "Controls above a picture, which is drawn anew at each change"
+    "Controls above a figure, which is drawn anew at each change"
     def __init__(self,
         draw:Callable,   # Of the values of the controls, by name; returns a figure
         controls:dict,   # Name to widget
@@ -62,7 +62,7 @@ class Explorer:
         return {name: control.value for name,control in self.controls.items()}
 
     def update(self, change=None):
-        "Draw the picture"
+        "Draw the figure"
         self.picture.value = png(self.draw(**self.values))
         if self.caption:
             self.line.value = self.caption(**self.values)
@@ -74,7 +74,7 @@ class Explorer:
 
 # %% ../../nbs/64_viz.explorer.ipynb #74f5e358
 def _attention_figure(att, token, layer, head):
-    "The picture and one map beside it"
+    "The image and one map beside it"
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(4, 2.2), dpi=72)
     axes[0].imshow(att.image)
@@ -122,7 +122,7 @@ def explore_attention(
 
 # %% ../../nbs/64_viz.explorer.ipynb #e54bf89c
 class DatasetExplorer(Explorer):
-    "A slider over samples: the picture as the tower sees it, and the text with its supervised tokens"
+    "A slider over samples: the image as the tower sees it, and the text with its supervised tokens"
     def __init__(self,
         samples:list,     # `Sample`s, or anything the encoder takes
         processor,        # Of the model they are for

@@ -122,7 +122,7 @@ def recolored(
 # %% ../../nbs/60_viz.micro.ipynb #bc0b2241
 def object_box(
     obj:Obj,        # Of a scene
-    side:int=64,    # Pixels of the picture's side
+    side:int=64,    # Pixels of the image's side
 ) -> tuple:         # Left, top, right and bottom
     "The rectangle that an object lies in, whatever its jitter"
     row, col = obj.cell

@@ -43,7 +43,7 @@ check: ## the inner loop, under 3 minutes: tree, lint, changed notebooks, fast t
 	$(BIN)/python -m pytest -q $(TWO) -m 'not slow' tests
 
 docs: ## render the notebooks as a site into _docs/ (offline, no Quarto)
-	@tools/env.sh dev docs
+	@tools/env.sh dev docs onnx
 	$(BIN)/python tools/docs.py
 
 outputs: ## run notebooks again in place and clean them: make outputs NB=nbs/00_core.ipynb

@@ -17,7 +17,7 @@ from typing import Any
 
 # %% ../nbs/00_core.ipynb #55973c5c
 IGNORE = -100            # Label value that the loss skips
-IMAGE_TOKEN = '<image>'  # Text that marks where an image goes
+IMAGE_TOKEN = '<image>'  # Placeholder of an image in text
 
 # LLaVA-1.5's requests for a short answer and for a letter, appended to questions in training and in benchmarks alike
 SHORT = "\nAnswer the question using a single word or phrase."

@@ -142,7 +142,7 @@ def read_body(
 # %% ../nbs/06_endpoint.ipynb #1544ba13
 class Reply(NamedTuple):
     "An answer and what it cost"
-    text:str      # What was said
+    text:str      # The reply
     read:int = 0  # Tokens of the request, as billed
     made:int = 0  # Tokens of the answer
 
@@ -301,7 +301,7 @@ def without_key(
     found,              # Anything of dicts, lists and texts
     endpoint:Endpoint,  # Whose key
 ):                      # The same, to be written
-    "What an endpoint said, without its key"
+    "The reply of an endpoint, without its key"
     if isinstance(found, str): return endpoint.hide(found)
     if isinstance(found, dict):
         return {k: without_key(v, endpoint) for k, v in found.items()}

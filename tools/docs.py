@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Render the notebooks as a site into _docs/: nbdev processes them (show_doc, hidden cells), this turns Quarto's dialect
 into MyST, Sphinx builds the pages. Nothing is executed but imports and exported cells; outputs are the saved ones.
-Works offline and needs no Quarto. Usage: python tools/docs.py [--no-proc]"""
+Works offline and needs no Quarto. Usage: python tools/docs.py [--no-proc] [--no-panel]"""
 import argparse, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
@@ -117,7 +117,7 @@ project, copyright, author, version, release = {title!r}, {copyright!r}, {author
 extensions = ['myst_nb']
 html_theme, html_title = 'furo', {title!r}
 html_static_path, html_css_files = ['_static'], ['styles.css']
-html_favicon = '_static/favicon.svg'
+html_favicon, html_js_files = '_static/favicon.svg', {scripts!r}
 html_show_sourcelink, html_copy_source = False, False
 templates_path, exclude_patterns = [], []
 nb_execution_mode, nb_merge_streams = 'off', True
@@ -140,7 +140,18 @@ def mathml(display):
 def setup(app): app.add_html_math_renderer('mathml', mathml('inline'), mathml('block'))
 '''
 
-def prepare(src=SRC):
+def panel(static):
+    "The live panel's files, if they can be had here; the scripts that a page loads for it"
+    import live
+    try: live.build(static/'live')
+    except live.Absent as why:
+        shutil.rmtree(static/'live', ignore_errors=True)
+        print(f'without the live panel, a picture stands in its place: {why}', file=sys.stderr)
+        return []
+    shutil.copy(ROOT/'nbs/live.js', static/'live.js')
+    return ['live.js']
+
+def prepare(src=SRC, with_panel=True):
     "Write the sources for Sphinx"
     cfg = settings()
     shutil.rmtree(src, ignore_errors=True)
@@ -153,8 +164,9 @@ def prepare(src=SRC):
         nb = convert(json.loads(f.read_text(encoding='utf-8')), f.name, cfg['git_url'])
         if f.name == 'index.ipynb': nb['cells'].append(toctree())
         (src/f'{page(f.name)}.ipynb').write_text(json.dumps(nb), encoding='utf-8')
+    scripts = panel(src/'_static') if with_panel else []
     keys = ('title', 'copyright', 'author', 'version')
-    (src/'conf.py').write_text(CONF.format(**{k: cfg[k] for k in keys}), encoding='utf-8')
+    (src/'conf.py').write_text(CONF.format(**{k: cfg[k] for k in keys}, scripts=scripts), encoding='utf-8')
 
 def build(src=SRC, site=SITE):
     "Run Sphinx; a warning is an error"
@@ -196,10 +208,11 @@ def main(argv=None):
     "Command line"
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--no-proc', action='store_true', help='take _proc as it is: only the pages are built anew')
+    p.add_argument('--no-panel', action='store_true', help='leave out the model that runs in the page')
     a = p.parse_args(argv)
     cfg = settings()
     if not a.no_proc: process()
-    prepare()
+    prepare(with_panel=not a.no_panel)
     build()
     relink(SITE, cfg['doc_host'] + cfg['doc_baseurl'])
     bad = sorted(set(broken(SITE, cfg['git_url'])))

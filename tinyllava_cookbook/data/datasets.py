@@ -292,7 +292,7 @@ def _instead(ds, i:int, error) -> dict:
 
 # %% ../../nbs/13_data.datasets.ipynb #b36aedad
 def _length(ds, i):
-    "Tokens of a sample; `None` if that cannot be said"
+    "Tokens of a sample; `None` if that cannot be told"
     try:
         with time_limit(ds.seconds), naming(f'sample {i}'):
             return len(ds.encoder.tokens(ds.sample(i))[0])

@@ -61,7 +61,7 @@ class Facts(NamedTuple):
     "What encoding must know of a tokenizer"
     image_id:int|None       # Id of `<image>`, if it is an added token
     bos:list[int]           # What the tokenizer puts first
-    mark:bool               # Does it open a text with a word-start mark, as Llama's do?
+    mark:bool               # Does it open a text with a word-start symbol, as Llama's do?
     own_mark:bool           # Also a text that begins with a space, as SentencePiece does?
     control:dict[int, str]  # Added tokens, but for white space
     unknown:int|None        # Id of what it cannot write
@@ -158,7 +158,7 @@ class _Piece(NamedTuple):
     "A stretch that is tokenized by itself"
     at:int     # Where it begins in the joined text
     text:str   # Its characters
-    how:str    # 'run', 'image', 'plain' for words that would be a control token, 'cut' where borders must hold
+    how:str    # 'run', 'image', 'plain' for words that would be a control token, 'cut' where boundaries must hold
 
 # %% ../../nbs/10_data.encoding.ipynb #054079ed
 def _add(pieces:list[_Piece], text:str, how:str):

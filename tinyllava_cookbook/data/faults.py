@@ -96,7 +96,7 @@ def _turn_fault(messages):
 class Count(NamedTuple):
     "What a sample takes, and what limits would cost it"
     tokens:int          # In all, image tokens included
-    learned:int         # Of them supervised
+    learned:int         # Of them, supervised tokens
     lost:tuple[int,...] # Of these beyond each limit
 
 # %% ../../nbs/15_data.faults.ipynb #87cc3128

@@ -53,7 +53,7 @@ def shrink(
 @IMAGE_MODES.register('pad')
 def pad(
     image:Image.Image,  # RGB
-    processor,          # Its `image_mean` is the border's colour
+    processor,          # Its `image_mean` is the colour of the padding
 ) -> Image.Image:       # A square
     "Expand to a square with the mean colour"
     image = shrink(image, processor)

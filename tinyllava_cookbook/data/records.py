@@ -36,7 +36,7 @@ class Sample:
         if marks != len(self.images):
             raise ValueError(f"{marks} {IMAGE_TOKEN} in its user "
                              f"turns, but {len(self.images)} images; "
-                             "each image needs one mark")
+                             "each image needs one placeholder")
 
 # %% ../../nbs/12_data.records.ipynb #e66ab736
 def _check_unicode(text, what):
@@ -175,7 +175,7 @@ def _folder(images, default:Path):
 
 # %% ../../nbs/12_data.records.ipynb #df9e264c
 def _paths(record) -> list[str]:
-    "Its images as far as they can be told; what is wrong with them is said where it is read"
+    "Its images as far as they can be told; what is wrong with them is reported where it is read"
     try: return [str(o) for o in image_fields(record)]
     except (ValueError, AttributeError): return []
 

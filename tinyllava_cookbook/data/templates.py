@@ -235,10 +235,10 @@ def _answered(t:ChatTemplate, mark:str, spaces_in:bool) -> str:
 def as_jinja(
     t:ChatTemplate,       # A template
     bos:str='',           # Jinja of the BOS, if the template has to write it
-    mark:str='',          # Llama's word-start mark
+    mark:str='',          # Llama's word-start symbol
     spaces_in:bool=True,  # Are spaces before an answer generated?
 ) -> str:
-    """`t` in Jinja. `mark` stands for the word-start mark of Llama's where the text begins; `spaces_in` marks spaces
+    """`t` in Jinja. `mark` stands for the word-start symbol of Llama's where the text begins; `spaces_in` marks spaces
     before an answer as generated"""
     add = 'ns.mark' if mark else ''
     off = "{% set ns.mark = '' %}" if mark else ''

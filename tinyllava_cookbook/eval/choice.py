@@ -17,7 +17,7 @@ from .records import match, read_answers, read_table, said
 LETTERS = 'ABCDE'
 
 def sqa_answer(
-    text:str, # What the model said
+    text:str, # The prediction
 ) -> str:  # A letter, or 'FAILED'
     "The choice that LLaVA's ScienceQA script reads"
     if len(text)==1 and text in LETTERS:
@@ -114,7 +114,7 @@ def _last_marked(response, letters, mark):
 
 # %% ../../nbs/52_eval.choice.ipynb #6a9e1317
 def mmmu_parse_choice(
-    response:str,     # What the model said
+    response:str,     # The prediction
     index2ans:dict,   # Letter to option
 ) -> str|None:        # A letter; `None` where MMMU would guess
     "The choice that MMMU's script reads"
@@ -162,7 +162,7 @@ def _mmmu_keys(response):
 
 # %% ../../nbs/52_eval.choice.ipynb #5b9a6d49
 def mmmu_parse_open(
-    response:str,          # What the model said
+    response:str,          # The prediction
 ) -> list[str|float]:      # Everything that may be its answer
     "What MMMU's script reads in an open answer"
     found = _mmmu_keys(response)
@@ -309,7 +309,7 @@ def _mmb_letter(text, options):
 
 # %% ../../nbs/52_eval.choice.ipynb #3f1eb78e
 def mmbench_infer(
-    prediction:str,  # What the model said
+    prediction:str,  # The prediction
     choices:dict,    # Letter to option; a list counts from A
 ) -> str|bool:       # A letter, 'Z' for a refusal, `False` where nothing can be read
     "The choice that VLMEvalKit reads, by exact matching"
@@ -386,7 +386,7 @@ def _mmb_report(items):
 
 # %% ../../nbs/52_eval.choice.ipynb #d1f919d0
 def _mmb_pass(index, question, row):
-    "One turn of the options: said, read, judged"
+    "One turn of the options: prediction, parsed choice, verdict"
     text, read = None, False
     if row:
         text = said(row, 'prediction')
@@ -403,7 +403,7 @@ def mmbench_passes(
     answers:list[dict],  # `question_id` and `text` or `prediction`; `choice` is a judge's letter
     partial:bool=False,  # Score what there is?
 ) -> tuple[dict,dict]:   # Index of each question to its passes, and the counts of what did not match
-    "What was said and read in each pass of each question"
+    "Prediction and parsed choice in each pass of each question"
     rows = [{**row, 'question_id': _index(row['question_id'])}
             for row in answers]
     by_id, problems = match(rows, list(gold), partial)

@@ -28,7 +28,7 @@ class How:
     until:tuple = ()           # The answer ends before any of these
 
     def cut(self,
-        text:str, # What the model said
+        text:str, # The prediction
     ) -> str:
         "The answer up to the first stop"
         found = [text.find(stop) for stop in self.until]
@@ -140,8 +140,8 @@ def answers(self:Model,
 @patch
 def rounds(self:Model,
     chat:tuple,  # The first
-    go_on,       # From what was said and the task's notes: the next or `None`, what was said, notes
-) -> list[str]:  # What was said in each round
+    go_on,       # From the predictions and the task's notes: the next or `None`, the predictions, notes
+) -> list[str]:  # The prediction of each round
     "Answer until the task has no more to ask"
     said, notes = [], None
     while chat:
@@ -155,7 +155,7 @@ def answer_loss(
     model, processor,    # A model and its processor
     messages:list[dict], # A question
     images:list,         # Its images
-    answer:str,          # What might be said
+    answer:str,          # A possible prediction
 ) -> tuple[float,bool]:  # Mean loss over the answer's tokens, and whether the model would say it
     "How unlikely an answer is"
     said = [*messages, dict(role='assistant', content=answer.strip())]
@@ -223,7 +223,7 @@ class SimpleModel(Model):
         return [_text_loss(self, *r.args) for r in requests]
 
     def generate_until_multi_round(self, requests:list) -> list[list[str]]:
-        "Answer in rounds: the task decides from what was said what it asks next"
+        "Answer in rounds: the task decides from the predictions what it asks next"
         return [self.rounds(*_text_rounds(self, *r.args)) for r in requests]
 
 # %% ../../nbs/59_eval.lmms.ipynb #f926f864
@@ -268,7 +268,7 @@ class ChatModel(Model):
                          "task with --force_simple")
 
     def generate_until_multi_round(self, requests:list) -> list[list[str]]:
-        "Answer in rounds: the task decides from what was said what it asks next"
+        "Answer in rounds: the task decides from the predictions what it asks next"
         return [self.rounds(*_chat_rounds(self, *r.args)) for r in requests]
 
 # %% ../../nbs/59_eval.lmms.ipynb #dd972e3e

@@ -197,7 +197,7 @@ def _only_once(seen, id, where, name):
 def said(
     row:dict,   # A record of `read_answers`
     *keys:str,  # Names for the answer that come before `text`
-) -> str:       # What the model said
+) -> str:       # The prediction
     "The text of an answer"
     for key in (*keys, 'text'):
         if isinstance(row.get(key), str):

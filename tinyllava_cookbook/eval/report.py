@@ -181,10 +181,10 @@ def _turn(item, text):
 def answer_card(
     score:float|None, # From 0 to 1; `None`: not scored
     items:list,       # Questions about one image (MME has two)
-    texts:list[str],  # What was said
+    texts:list[str],  # Predictions
     side:str='',      # 'worst' or 'best'
 ):                    # HTML
-    "An image, what was asked about it, said and right"
+    "An image, its question, prediction and reference"
     words = 'not scored' if score is None else f'score {score:.2g}'
     images = [image_tag(load_image(image), side=176, format='JPEG')
               for image in items[0].images]

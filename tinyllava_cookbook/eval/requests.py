@@ -53,7 +53,7 @@ MMVET_PROMPT = '\n'.join([
 def mmvet_request(
     question:str,      # MM-Vet's question
     answer:str,        # Its right answer, with <AND> and <OR>
-    prediction:str,    # What the model said
+    prediction:str,    # Of the model
     again:bool=False,  # After a reply that could not be read?
 ) -> list[dict]:       # Messages for the judge
     "What MM-Vet's judge is asked"
@@ -81,7 +81,7 @@ def grade_answer(
     ask:Callable,   # From messages and temperature to a reply
     question:str,   # MM-Vet's question
     answer:str,     # Its right answer
-    prediction:str, # What the model said
+    prediction:str, # Of the model
 ) -> tuple[str, float]: # The last reply and the grade
     "Ask until a grade can be read, as MM-Vet does"
     content = ask(mmvet_request(question, answer, prediction), 0.)
@@ -145,7 +145,7 @@ _MAIN = 'What is the main object in image', 'A. teddy bear B. rabbit C. cat D. d
 def mmbench_request(
     question:str,   # MMBench's question
     choices:dict,   # Letter to option
-    prediction:str, # What the model said
+    prediction:str, # Of the model
 ) -> list[dict]:    # Messages for the judge
     "What MMBench's judge is asked"
     if re.search('[\u4e00-\u9fff]', question):
@@ -165,7 +165,7 @@ def match_choice(
     ask:Callable,      # From messages to a reply
     question:str,      # MMBench's question
     choices:dict,      # Letter to option
-    prediction:str,    # What the model said; the rule could not read it
+    prediction:str,    # Of the model; the rule could not read it
     seed:str='',       # Of the dice
 ) -> tuple[str,str]:   # A letter (Z: none of them), and how it was found
     "Ask until a letter can be read, as VLMEvalKit does"

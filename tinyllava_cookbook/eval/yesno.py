@@ -255,7 +255,7 @@ def load_pope(
 
 # %% ../../nbs/50_eval.yesno.ipynb #96c6d6f3
 def mme_answer(
-    s:str, # What the model said
+    s:str, # The prediction
 ) -> str:  # 'yes', 'no' or 'other'
     "What MME's script reads"
     text = s.lower()

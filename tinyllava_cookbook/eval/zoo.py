@@ -199,7 +199,7 @@ _MARKS = dict(paper='s', factory='o',
 
 # %% ../../nbs/58_eval.zoo.ipynb #431fe6cf
 def _legend(ax, mine):
-    "What each mark and color means"
+    "What each marker and color means"
     names = dict(paper='TinyLLaVA',
                  factory='Factory', llava='LLaVA-1.5')
     for source,mark in _MARKS.items():
@@ -241,7 +241,7 @@ def plot_zoo(
     bench:str,       # A key of `BENCHMARKS`
     ax=None,         # Axes of matplotlib; `None` makes some
     mine:dict|None=None, # Your run, as `your_run` gives it
-    legend:bool=True, # Say what marks and colors mean?
+    legend:bool=True, # Explain markers and colors?
 ):                   # The axes
     "One benchmark against parameters, your run with its interval"
     import matplotlib.pyplot as plt

@@ -66,7 +66,7 @@ def where_it_looked(
     service:Service,  # Whose model
     turns:list[dict], # Messages up to the question
     images:list,      # Of all of them
-    answer:str,       # What was said
+    answer:str,       # Of the model
 ) -> dict:            # Image, words and maps
     "Attention of each word of an answer over the last image"
     if not images: return dict(image=None, tokens=[])
@@ -85,7 +85,7 @@ def likely_words(
     service:Service,  # Whose model
     turns:list[dict], # Messages up to the question
     images:list,      # Of all of them
-    answer:str,       # What was said
+    answer:str,       # Of the model
     n:int=3,          # Words for each step
 ) -> list[dict]:      # For each token of the answer its text and the likeliest with their probabilities
     "The likeliest words at each step of an answer"

@@ -14,8 +14,6 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from ..core import Registry, Table
-from ..trust import checkpoint_path
-from ..weights import weight_files
 
 # %% ../../nbs/24_model.hub.ipynb #edf01d9b
 _SHORT_VISION = {'siglip': 'Sig', 'clip': 'C'}
@@ -191,6 +189,7 @@ def in_cache(
     "Is a checkpoint in the local cache of the Hub?"
     config = try_to_load_from_cache(hub, 'config.json')
     if not isinstance(config, str): return ''
+    from tinyllava_cookbook.weights import weight_files   # a list of names does not wait for torch
     try: weight_files(Path(config).parent)
     except (FileNotFoundError, ValueError): return 'partly'
     return 'yes'
@@ -277,6 +276,7 @@ def fetch_model(
     check=None,  # Called with the folder while it holds the JSON files alone
 ) -> str:        # A folder on this machine
     "The folder of a model; what is not here is fetched from the Hub"
+    from tinyllava_cookbook.trust import checkpoint_path
     hub = checkpoint_path(hub_id(name))
     if Path(hub).is_dir(): return hub
     folder = _snapshot(hub, allow_patterns=['*.json'])

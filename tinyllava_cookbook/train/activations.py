@@ -108,7 +108,7 @@ def with_mode(
 # %% ../../nbs/37_train.activations.ipynb #77286e51
 @dataclass
 class MicroBatch:
-    "The shape of what one device takes at once"
+    "The shape of what one device computes in one pass"
     rows:int         # Rows: samples, or one pack
     length:int       # Positions of a row
     supervised:int   # Supervised positions, in all rows
@@ -409,7 +409,7 @@ def _llm_segments(model, batch, each, checkpoint, gradient):
 # %% ../../nbs/37_train.activations.ipynb #9af052b0
 def segments(
     model:nn.Module,                    # On the meta device, after `annotate`
-    batch:MicroBatch,                   # What the device takes at once
+    batch:MicroBatch,                   # What the device computes in one pass
     each:ElementBytes=ElementBytes(),   # Bytes per element
     checkpoint:bool=False,              # Activation checkpointing
 ) -> list[Segment]:                     # In the order of the forward pass

@@ -118,7 +118,7 @@ def step_shape(
     data:Corpus,                  # What it trains on
     world:int=1,                  # GPUs
 ) -> tuple[MicroBatch,int]:       # The largest micro-batch, and gradient accumulation steps
-    "What one GPU takes at once, at most, and how often each step"
+    "The largest micro-batch of a GPU, and how many make a step"
     image_tokens = model.config.image_seq_length*_tiles(stage)
     if stage.pack:
         return _packed_shape(model, stage, data, image_tokens, world)
@@ -183,7 +183,7 @@ class StageBudget:
     stage:str         # Its name
     memory:Memory     # Of one GPU
     fits:bool         # With what CUDA and the allocator take
-    batch:MicroBatch  # What a GPU takes at once
+    batch:MicroBatch  # What a GPU computes in one pass
     accumulate:int    # Gradient accumulation steps
     steps:int         # Optimizer steps
     flops:float       # Of a step, on all GPUs

@@ -199,7 +199,7 @@ def _candidates(step, state):
 def memory(
     model:nn.Module,                   # On the meta device, after `annotate`
     stage:Stage,                       # Gives checkpointing and the optimizer
-    batch:MicroBatch,                  # What the device takes at once
+    batch:MicroBatch,                  # What the device computes in one pass
     each:ElementBytes=ElementBytes(),  # Bytes per element
     accumulate:int=1,                  # Gradient accumulation steps
     parallel:str='ddp',                # One of `PARALLEL`

@@ -35,7 +35,7 @@ def run_plan(
     return json.loads(json.dumps(plan | more))
 
 # %% ../../nbs/33_train.plan.ipynb #9dba72de
-ACCEPT = 'data', 'images', 'start', 'template'   # What may be said to differ: `accept`
+ACCEPT = 'data', 'images', 'start', 'template'   # What may differ, by `accept`
 
 def _has_identity(value):
     return isinstance(value, dict) and 'id' in value

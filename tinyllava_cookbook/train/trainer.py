@@ -53,7 +53,7 @@ def _workers(stage):
     return dict(dataloader_num_workers=min(asked, cores()))
 
 def _of_machine(cuda):
-    "Arguments that the machine decides"
+    "Arguments that the hardware decides"
     modern = cuda and torch.cuda.get_device_capability() >= (8, 0)
     half = gpu_dtype() if cuda else None
     return dict(use_cpu=not cuda, bf16=half == 'bfloat16', fp16=half == 'float16',

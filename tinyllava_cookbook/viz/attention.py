@@ -49,7 +49,7 @@ def conversation_inputs(
     processor,        # Its processor
     turns:list[dict], # A conversation that ends with the user
     images:list,      # Its PIL images; may be none
-    answer:list[int], # Token ids of what was said, without the end of the turn
+    answer:list[int], # Token ids of the answer, without the end of the turn
 ) -> AnswerInputs:    # For one forward pass
     "A conversation, followed by an answer"
     prompt = prompt_ids(processor, turns, images)

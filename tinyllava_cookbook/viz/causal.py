@@ -90,7 +90,7 @@ def occluded(
     pixels_chw:Tensor,       # As the encoder sees an image
     grid:tuple[int, int],    # Rows and columns of what is covered
 ) -> Tensor:                 # (rows x columns, 3, h, w)
-    "An image with each cell of a grid covered in turn, in the median colour of its border"
+    "An image with each cell of a grid covered in turn, in the median colour of its edge"
     c, height, width = pixels_chw.shape
     rows, cols = grid
     top_bottom = pixels_chw[:, [0, -1]].flatten(1)

@@ -20,7 +20,7 @@ from .places import TokenMap, token_maps
 @dataclass
 class NextWords:
     "The likeliest words at each step of an answer"
-    tokens:list[str]           # What was said
+    tokens:list[str]           # Of the answer
     words:list[list[str]]      # Of each step, the likeliest first
     probs:Tensor               # (steps, k)
 
@@ -48,7 +48,7 @@ def next_words(
     asked:AnswerInputs, # From `answer_inputs`
     k:int=5,            # Words per step
 ) -> NextWords:         # With probabilities
-    "What could have been said instead, at each step of an answer"
+    "What could have been predicted instead, at each step of an answer"
     rows = torch.tensor(asked.rows, device=model.device)
     logits_rv = model(**asked.inputs, logits_to_keep=rows, use_cache=False).logits[0]
     top = logits_rv.float().softmax(-1).topk(min(k, logits_rv.shape[-1]))
@@ -183,7 +183,7 @@ def nearest_words(
     img_nd = model.image_features(asked.inputs['pixel_values'], sizes).flatten(0, -2)
     words_vd = F.normalize(model.get_input_embeddings().weight.float(), dim=-1)
     cosines_nv = F.normalize(img_nd.float(), dim=-1) @ words_vd.T
-    # the mark of an image is no word
+    # the placeholder of an image is no word
     cosines_nv[:, processor.image_token_id] = -1
     top = cosines_nv.topk(k)
     words = _decoded(processor, top.indices)

@@ -6,11 +6,14 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 from huggingface_hub import constants
+from PIL import Image
+from test_convert import bench
 from tinyllava_cookbook import cli
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.export import compose_folder
 from tinyllava_cookbook.model.checkpoints import load
 from tinyllava_cookbook.model.foreign import readers
+from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.model.hub import LAYOUTS, fetch_model, hub_id, in_cache, models, name_of_recipe
 from tinyllava_cookbook.train.recipes import recipe
 
@@ -39,9 +42,10 @@ class Mirror(BaseHTTPRequestHandler):
             if path.startswith(f'/api/models/{repo}/tree/'):
                 tree = [dict(type='file', path=name, size=o.stat().st_size, oid=etag(o)) for name,o in names.items()]
                 return self.reply(200, json.dumps(tree).encode(), Content_Type='application/json')
-            file = names.get(path.removeprefix(f'/{repo}/resolve/{SHA}/'))
+            file = names.get(path.replace('/resolve/main/', f'/resolve/{SHA}/').removeprefix(f'/{repo}/resolve/{SHA}/'))
             if file:
                 return self.reply(200, file.read_bytes(), ETag=f'"{etag(file)}"', X_Repo_Commit=SHA)
+            if path.startswith(f'/{repo}/resolve/'): return self.reply(404, b'{}', X_Error_Code='EntryNotFound')
         return self.reply(404, b'{}', X_Error_Code='RepoNotFound')
     do_HEAD = do_GET
 
@@ -82,6 +86,22 @@ def test_a_published_name_is_fetched_once_and_opens_without_network(mirror, llav
     assert cli.main(['models']) in (None, 0)
     rows = [o.split() for o in capsys.readouterr().out.splitlines() if 'bczhou/' in o]
     assert [o[0] for o in rows if o[-1] == 'yes'] == ['tiny-llava-v1-hf'] and len(mirror.asked) == n
+
+def test_a_tower_that_is_elsewhere_is_fetched_too(mirror, tmp_path):
+    "TinyLLaVA-1.5B as its authors left it: model type tinyllava, TinyLLaVABench's tensors, its SigLIP in a repository of its own"
+    parts = {o: tiny_checkpoint(o, tmp_path/o) for o in ('siglip', 'llama')}
+    model, processor = compose(parts['siglip'], parts['llama'])
+    folder = bench(model, tmp_path/'model', 'bczhou/TinyLLaVA-1.5B-SigLIP', 'TinyLlavaLlamaForCausalLM')
+    config = json.loads((folder/'config.json').read_text())
+    (folder/'config.json').write_text(json.dumps(config | dict(model_type='tinyllava')))
+    processor.tokenizer.save_pretrained(folder)
+    mirror.repos |= {'bczhou/TinyLLaVA-1.5B': folder, 'bczhou/TinyLLaVA-1.5B-SigLIP': parts['siglip']}
+    opened, asked = load('TinyLLaVA-share-Sig-TL', device='cpu', dtype='float32')     # by the paper's rule
+    prompt = dict(images=Image.effect_noise((50, 30), 80).convert('RGB'), text='USER: <image>\nWhat is it? ASSISTANT:', return_tensors='pt')
+    inputs = processor(**prompt)
+    with torch.no_grad(): assert torch.equal(opened(**inputs).logits, model(**inputs).logits)
+    assert torch.equal(asked(**prompt).pixel_values, inputs.pixel_values) and opened.config.template == models['TinyLLaVA-1.5B'].template
+    assert any('TinyLLaVA-1.5B-SigLIP' in path for _,path in mirror.asked)
 
 def test_the_layout_is_known_before_the_weights_are_fetched(mirror, tmp_path):
     folder = tmp_path/'other'

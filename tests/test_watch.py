@@ -111,3 +111,84 @@ def test_a_checkpoint_with_adapters_opens_as_what_was_merged(mode, tmp_path):
     for name, weight in model.state_dict().items(): assert (found[name] - weight).abs().max() < 1e-5, name
     assert any((found[name] - before[name]).abs().max() > 1e-3 for name in before)           # it did learn
     assert [one.folder.name for one in run_checkpoints(tmp_path)] == ['model']
+
+# ---- a launched run and its page
+
+CHANGES = [w for name in ('pretrain', 'finetune') for change in ('max_steps=2', 'global_batch_size=2', 'trainer.save_steps=1')
+           for w in ('--set', f'{name}.{change}')]
+
+@pytest.fixture(scope='module')
+def launched(tmp_path_factory):
+    "A run of the micro recipe as the shell starts it, and what it was told"
+    from tinyllava_cookbook.cli import main
+    from tinyllava_cookbook.microworld import write_world
+    root = tmp_path_factory.mktemp('launched run')
+    write_world(root, 6, seed=1)
+    argv = ['train', 'micro', *CHANGES, '--data', f'pretrain={root}/pretrain.json', '--data', f'finetune={root}/instruct.json',
+            '--images', str(root/'images'), '--out', str(root/'run'), '--device', 'cpu', '--ask-every', '2']
+    assert main(argv) == 0
+    return root/'run', argv
+
+@pytest.mark.slow
+def test_a_launched_run_leaves_its_page(launched):
+    folder, _ = launched
+    page = (folder/'index.html').read_text()
+    for heading in ('Curves', 'Samples over time', 'Where the time went', 'Forecast against measured'): assert f'<h2>{heading}</h2>' in page
+    assert 'Not available' not in page and page.count('<img') == 4     # the curves, and attention for the three samples
+    run = L.read_run(folder)
+    assert run.state == 'finished' and [log.name for log in run.stages] == ['pretrain', 'finetune']
+    for log in run.stages:
+        assert log.values('loss')[0] == [1, 2] == log.values('memory')[0] and log.begin['device'] == 'cpu'
+        assert [event['event'] for event in log.events] == ['begin', 'save', 'save', 'end']
+        spent, wall = sum(L.speed_ledger(log).values()), log.events[-1]['time'] - log.begin['time']
+        ahead = log.begin['spent']['start']
+        assert abs(spent - ahead - wall) < .1*wall + .2               # nothing is counted twice or left out
+        told = json.loads((folder/log.name/'log.json').read_text())['log']
+        assert [row['loss'] for row in told] == log.values('loss')[1]
+
+@pytest.mark.slow
+def test_the_page_opens_from_a_file(launched):
+    "In Chromium, without network, scripts or console errors, also on a phone"
+    import shutil
+    api = pytest.importorskip('playwright.sync_api', reason='playwright drives the browser: pip install playwright')
+    browser = shutil.which('chromium')
+    if not browser: pytest.skip('no chromium: apt-get install chromium')
+    with api.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=browser, args=['--no-sandbox'])
+        said = []
+        page = chromium.new_page(viewport=dict(width=375, height=700))
+        page.on('console', lambda message: said.append(message.text))
+        page.on('pageerror', lambda error: said.append(str(error)))
+        page.on('request', lambda request: None if request.url.startswith(('file:', 'data:')) else said.append(request.url))
+        page.goto((launched[0]/'index.html').as_uri())
+        assert page.locator('h2').count() == 4
+        assert page.evaluate('[...document.images].every(o => o.complete && o.naturalWidth > 0)')
+        assert page.evaluate('document.documentElement.scrollWidth') <= 375
+        chromium.close()
+    assert not said
+
+@pytest.mark.slow
+def test_a_page_that_cannot_be_written_costs_no_run(launched, capsys, caplog):
+    from tinyllava_cookbook.cli import main
+    folder, argv = launched
+    (folder/'index.html').unlink()
+    (folder/'index.html').mkdir()
+    try:
+        assert main([*argv, '--resume', 'auto']) == 0
+        assert 'index.html' in caplog.text and str(folder) in caplog.text
+    finally: (folder/'index.html').rmdir()
+
+def test_a_stopped_run_leaves_a_quick_page(tmp_path, monkeypatch):
+    from tinyllava_cookbook.durable import Stopped
+    from tinyllava_cookbook.viz import run_page
+    (tmp_path/'finetune').mkdir()
+    (tmp_path/'finetune/log.jsonl').write_text(lines(begin(0), *steps(1, 4), dict(step=4, event='end')))
+    monkeypatch.setattr(run_page, 'answers_over_run', None)
+    with pytest.raises(Stopped):
+        with run_page.leaving_page(tmp_path): raise Stopped('asked to stop')
+    assert 'Forecast' not in (tmp_path/'index.html').read_text() and 'stopped' in (tmp_path/'index.html').read_text()
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    (tmp_path/'index.html').unlink()
+    with run_page.leaving_page(tmp_path): pass
+    assert not (tmp_path/'index.html').exists()                       # the first process writes

@@ -151,15 +151,28 @@ def _plan(a):
 _ASKED = 'images', 'start', 'resume', 'parallel', 'device', 'eval_data', 'ask_every'   # arguments of `train_recipe`
 
 # %% ../../nbs/92_commands.training.ipynb #50ad3b36
+def _with_data(r, data, images):
+    "The recipe with the files that its stages are given, for the forecast of what they take"
+    from dataclasses import replace
+    stages = []
+    for stage in r.stages:
+        given = dict(data=data.get(stage.name, stage.data), images=images or stage.images)
+        stages.append(replace(stage, **given))
+    return replace(r, stages=stages)
+
+# %% ../../nbs/92_commands.training.ipynb #9d080284
 def _run_recipe(a, r, todo, out, data):
     "Train; a stop that was asked for says where it saved"
     from tinyllava_cookbook.durable import Stopped
     from tinyllava_cookbook.train.stages import train_recipe
+    from tinyllava_cookbook.viz.run_page import leaving_page
     hide_progress()
     given = {k: getattr(a, k) for k in _ASKED}
     if a.accept: given['accept'] = a.accept
     if a.trust_remote_code: given['trust_remote_code'] = True
-    try: train_recipe(r, out, data=data, stages=todo, **given)
+    try:
+        with leaving_page(out, _with_data(r, data, a.images), a.parallel):
+            train_recipe(r, out, data=data, stages=todo, **given)
     except Stopped as e:
         print(f'tinyllava train: {e}', file=sys.stderr)
         raise

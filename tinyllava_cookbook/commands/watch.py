@@ -23,6 +23,8 @@ def _arguments(p):
     p.add_argument('--once', action='store_true', help='print the view once, then stop')
     p.add_argument('--every', type=_seconds, default=5., metavar='SECONDS',
                    help='between two looks (default: %(default)s)')
+    p.add_argument('--page', action='store_true',
+                   help='at the end, write RUN/index.html with curves, samples, attention and the forecast')
 
 def _plain():
     "Is this a terminal without block characters?"
@@ -45,5 +47,8 @@ def _watch(a):
         text = '\n\n'.join(run_text(run, _plain()) for run in runs)
         _show(text, shown)
         shown = text
-        if a.once or all(run.state != 'running' for run in runs): return
+        if a.once or all(run.state != 'running' for run in runs): break
         time.sleep(a.every)
+    for folder in a.runs if a.page else ():
+        from tinyllava_cookbook.viz.run_page import write_run_page
+        print(f'page: {write_run_page(folder)}')

@@ -298,7 +298,7 @@ def _read_bench(path, llm, vision):
         for name,vision_config in read_weights(path).items()}
     text_config = _bench_text(cfg, path, state)
     place = vision or cfg['mm_vision_tower']
-    eyes = find_image_processor(path, vision, cfg['mm_vision_tower'])
+    image_processor = find_image_processor(path, vision, cfg['mm_vision_tower'])
     vision_config,more,layer = _bench_vision(
         state, place, cfg['mm_vision_select_layer'])
     select = _select(cfg.get('mm_vision_select_feature', 'patch'), vision_config)
@@ -308,7 +308,7 @@ def _read_bench(path, llm, vision):
         vision_feature_layer=layer, **select | {'drop_first_patch': False},
         **_trained(text_config, path),
         image_mode='pad' if cfg.get('image_aspect_ratio') == 'pad' else 'none'), state | more,
-        names, eyes,
+        names, image_processor,
         find_tokenizer(path, llm))
 
 # %% ../../nbs/25_model.foreign.ipynb #b715c052
@@ -340,7 +340,7 @@ def _adopt(text_config):
     return text_config
 
 # %% ../../nbs/25_model.foreign.ipynb #0716c088
-def _eyes(image_processor):
+def _without_mode(image_processor):
     "The image processor, and the image mode it stands for: padding and tiles are modes here, elsewhere settings"
     tiles = getattr(image_processor, 'image_grid_pinpoints', None)
     if not (tiles or getattr(image_processor, 'do_pad', False)):
@@ -375,7 +375,7 @@ def _untie(hf, state):
 def _read_llava(path, llm, vision):
     hf = read_config(path)
     proc = load_processor(path)
-    eyes,mode = _eyes(proc.image_processor)
+    image_processor,mode = _without_mode(proc.image_processor)
     text_config = _adopt(hf.text_config)   # our own exports say more
     kept = getattr(hf, 'tinyllava_cookbook', {})
     jinja = proc.chat_template or proc.tokenizer.chat_template
@@ -386,7 +386,7 @@ def _read_llava(path, llm, vision):
     state = {rename(name, names): tensor for name,tensor in read_weights(path).items()}
     _zero_bias(hf.text_config, state)
     _untie(hf, state)
-    return Foreign(llava_config(hf, path) | kept, state, names, eyes, proc.tokenizer, jinja,
+    return Foreign(llava_config(hf, path) | kept, state, names, image_processor, proc.tokenizer, jinja,
         _generation(path) if file.exists() else None)
 
 # %% ../../nbs/25_model.foreign.ipynb #c3eb2e63

@@ -83,7 +83,7 @@ for _name,*_row in (
     ('llava-665k', 665_298, 'llava_v1_5_mix665k.json', f'{_HUB}liuhaotian/LLaVA-Instruct-150K',
      f'{_OPENAI}; images under their own', '80 GB', _MIX,
      'instructions: mix of LLaVA-1.5', 'llava', '', 'its page at 9d451dc'),
-    ('sharegpt4v-pt', 1_245_902, 'share-captioner_coco_lcs_sam_1246k_1107.json', _V,
+    ('sharegpt4v-pt', 1_246_901, 'share-captioner_coco_lcs_sam_1246k_1107.json', _V,
      _NC, '150 GB', _SHARE, 'alignment: long captions by Share-Captioner',
      'sharegpt4v', '', _AT),
     ('sharegpt4v-100k', 102_025, 'sharegpt4v_instruct_gpt4-vision_cap100k.json', _V,

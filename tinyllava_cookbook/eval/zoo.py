@@ -39,11 +39,16 @@ class Published:
     def model(self) -> PublishedModel|None:
         return models[self.checkpoint] if self.checkpoint else None
     def _fact(self, name): return getattr(self.model, name, None)
-    hub = property(lambda self: self._fact('hub'))
-    licence = property(lambda self: self._fact('licence'))
-    layout = property(lambda self: self._fact('layout'))
-    template = property(lambda self: self._fact('template'))
-    connector = property(lambda self: self._fact('connector'))
+    @property
+    def hub(self) -> str|None: return self._fact('hub')
+    @property
+    def licence(self) -> str|None: return self._fact('licence')
+    @property
+    def layout(self) -> str|None: return self._fact('layout')
+    @property
+    def template(self) -> str|None: return self._fact('template')
+    @property
+    def connector(self) -> str|None: return self._fact('connector')
 
 # %% ../../nbs/58_eval.zoo.ipynb #be8c3164
 ZOO_SOURCES = dict(

@@ -64,6 +64,15 @@ def scenes(folder, n=SCENES, seed=7):
     for i in range(n): strip.paste(draw(sample_scene(rng, 'test'), rng), (SIDE*i, 0))
     strip.save(folder/'scenes.png')
 
+def quiet():
+    "What the exporter says about operators and names that concern nobody here"
+    import logging, warnings
+    import torch
+    from transformers.utils import logging as transformers_logging
+    transformers_logging.disable_progress_bar()
+    logging.getLogger('torch.onnx').setLevel('ERROR')
+    warnings.simplefilter('ignore')
+
 def build(folder, cache=None):
     "Everything into `folder`; `Absent` where a package, npm or the network is missing"
     for name in ('onnx', 'onnxscript'):
@@ -74,6 +83,7 @@ def build(folder, cache=None):
     sys.path.insert(0, str(ROOT))
     from tinyllava_cookbook.model.onnx import export_onnx
     from tinyllava_cookbook.viz.micro import micro_vlm
+    quiet()
     model, processor = micro_vlm()
     size = processor.image_processor.size
     export_onnx(model, (size['height'], size['width']), folder)

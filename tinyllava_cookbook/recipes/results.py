@@ -6,7 +6,7 @@
 __all__ = ['GREY', 'BLUE', 'ORANGE', 'Interval', 'interval', 'bits', 'scene_of', 'accuracy', 'results_table', 'plot_settings',
            'plot_kinds', 'plot_losses', 'answers_table']
 
-# %% ../../nbs/69_recipes.results.ipynb #6284105a
+# %% ../../nbs/69_recipes.results.ipynb #ae267beb
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from ..core import Table
 from ..microworld import ASK
 
-# %% ../../nbs/69_recipes.results.ipynb #4ee60aef
+# %% ../../nbs/69_recipes.results.ipynb #c18e05a1
 @dataclass(frozen=True)
 class Interval:
     "A mean and where 95 % of its resamples lie"
@@ -47,7 +47,7 @@ def interval(
     low,high = np.quantile(means, [.025, .975])
     return Interval(float(values_sq.mean()), float(low), float(high))
 
-# %% ../../nbs/69_recipes.results.ipynb #4cd0c192
+# %% ../../nbs/69_recipes.results.ipynb #3ceacee0
 def bits(
     results:dict,           # From `collect`
     setting:str,            # One of its settings
@@ -63,7 +63,7 @@ def scene_of(
     "The scene that a question is about"
     return question.split('-')[0]
 
-# %% ../../nbs/69_recipes.results.ipynb #4052940e
+# %% ../../nbs/69_recipes.results.ipynb #5349d95b
 def accuracy(
     results:dict,        # From `collect`
     setting:str,         # One of its settings
@@ -81,7 +81,7 @@ def accuracy(
         values = values[:shared] - other[:shared]
     return interval(values[:, chosen], [scene_of(questions[i]) for i in chosen])
 
-# %% ../../nbs/69_recipes.results.ipynb #2e4a344a
+# %% ../../nbs/69_recipes.results.ipynb #6ad1f2a5
 def _mean(runs, name):
     return float(np.mean([run[name] for run in runs]))
 
@@ -101,7 +101,7 @@ def results_table(
             cpu_s=round(_mean(runs, 'cpu_seconds')), peak_mb=round(_mean(runs, 'peak_mb'))))
     return Table(rows)
 
-# %% ../../nbs/69_recipes.results.ipynb #71079afe
+# %% ../../nbs/69_recipes.results.ipynb #32efd7f7
 GREY,BLUE,ORANGE = '#8a97a6', '#2f6db3', '#d9822b'   # To be read on white and on black
 
 def _plain(ax):
@@ -111,7 +111,7 @@ def _plain(ax):
     ax.figure.patch.set_alpha(0)
     for side in ax.spines.values():
         side.set_color(GREY)
-    ax.tick_params(colors=GREY)
+    ax.tick_params(which='both', colors=GREY)
     for text in (ax.xaxis.label, ax.yaxis.label, ax.title):
         text.set_color(GREY)
     return ax
@@ -120,7 +120,7 @@ def _axes(ax, width, height):
     import matplotlib.pyplot as plt
     return ax or plt.subplots(figsize=(width, height), dpi=72)[1]
 
-# %% ../../nbs/69_recipes.results.ipynb #669f9985
+# %% ../../nbs/69_recipes.results.ipynb #37dd905a
 def plot_settings(
     results:dict,               # From `collect`
     settings:list|None=None,    # Which; `None`: all
@@ -143,7 +143,7 @@ def plot_settings(
               framealpha=0, labelcolor=GREY)
     return _plain(ax)
 
-# %% ../../nbs/69_recipes.results.ipynb #76b6cbe4
+# %% ../../nbs/69_recipes.results.ipynb #6b2bcd69
 def plot_kinds(
     results:dict,             # From `collect`
     settings:list|None=None,  # Which; `None`: all
@@ -161,7 +161,7 @@ def plot_kinds(
     ax.set_yticks(range(len(names)), names)
     return _plain(ax)
 
-# %% ../../nbs/69_recipes.results.ipynb #d69af789
+# %% ../../nbs/69_recipes.results.ipynb #2885c0c4
 def plot_losses(
     results:dict,        # From `collect`
     settings:list|None=None,  # Which; `None`: all
@@ -182,7 +182,7 @@ def plot_losses(
     axes[0][0].set_ylabel('loss')
     return fig
 
-# %% ../../nbs/69_recipes.results.ipynb #8102b67b
+# %% ../../nbs/69_recipes.results.ipynb #fe82d4b5
 def answers_table(
     results:dict,  # From `collect`
     setting:str,   # One of its settings

@@ -209,6 +209,6 @@ def explore_two(
             overlay(ax, att.image, att.heat()[0], f'{name}: {"".join(att.tokens).strip()} ({p:.0%})')
         fig.tight_layout(pad=.3)
         return fig
-    options = [(text, i) for i,text in enumerate(questions)]
-    control = widgets.Dropdown(options=[(f'{i}: {text}', i) for text,i in options], description='question')
+    options = [(f'{i}: {text}', i) for i,text in enumerate(questions)]
+    control = widgets.Dropdown(options=options, description='question')
     return Explorer(figure, dict(question=control))

@@ -103,6 +103,29 @@ def test_a_tower_that_is_elsewhere_is_fetched_too(mirror, tmp_path):
     assert torch.equal(asked(**prompt).pixel_values, inputs.pixel_values) and opened.config.template == models['TinyLLaVA-1.5B'].template
     assert any('TinyLLaVA-1.5B-SigLIP' in path for _,path in mirror.asked)
 
+STABLELM = 'stabilityai/stablelm-2-zephyr-1_6b'
+
+def test_a_tokenizer_that_is_elsewhere_is_fetched_too(mirror, tmp_path):
+    "TinyLLaVA-2.0B's configuration in the words of its page: StableLM of old, code and tokenizer of another repository; none of the code runs"
+    parts = {o: tiny_checkpoint(o, tmp_path/o) for o in ('siglip', 'stablelm')}
+    model, processor = compose(parts['siglip'], parts['stablelm'])
+    folder = bench(model, tmp_path/'model', 'bczhou/TinyLLaVA-2.0B-SigLIP', 'TinyLlavaStablelmForCausalLM')
+    config = json.loads((folder/'config.json').read_text())
+    for name in ('layer_norm_eps', 'rope_parameters', 'use_qkv_bias', 'text_config', 'vision_config'): config.pop(name, None)
+    config |= dict(model_type='tiny_llava_stablelm', norm_eps=1e-5, rope_pct=.25, rope_theta=10000, rotary_scaling_factor=1., num_heads=4,
+                   auto_map=dict(AutoConfig=f'{STABLELM}--configuration_stablelm.StableLmConfig', AutoModelForCausalLM=f'{STABLELM}--modeling_stablelm.StableLmForCausalLM'))
+    (folder/'config.json').write_text(json.dumps(config))
+    (folder/'arcade100k.tiktoken').write_text('IQ== 0\n')
+    (folder/'tokenizer_config.json').write_text(json.dumps(dict(tokenizer_class='Arcade100kTokenizer')))
+    mirror.repos |= {'bczhou/TinyLLaVA-2.0B': folder, 'bczhou/TinyLLaVA-2.0B-SigLIP': parts['siglip']}
+    with pytest.raises(FileNotFoundError, match=f"has no tokenizer, and it could not be read from '{STABLELM}'; pass llm="): load('TinyLLaVA-2.0B', device='cpu')
+    mirror.repos[STABLELM] = parts['stablelm']
+    opened, asked = load('TinyLLaVA-2.0B', device='cpu', dtype='float32')
+    inputs = processor(text='USER: What is it? ASSISTANT:', return_tensors='pt')
+    with torch.no_grad(): assert torch.equal(opened(**inputs).logits, model(**inputs).logits)
+    assert opened.config.template == models['TinyLLaVA-2.0B'].template == 'phi'
+    assert not any(path.endswith('.py') for _,path in mirror.asked)
+
 def test_the_layout_is_known_before_the_weights_are_fetched(mirror, tmp_path):
     folder = tmp_path/'other'
     folder.mkdir()

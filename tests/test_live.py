@@ -76,4 +76,4 @@ def test_without_npm_a_picture_stays(tmp_path, monkeypatch, capsys):
 def test_pages_name_the_picture_that_the_panel_replaces():
     "The script looks for its file name"
     assert 'img[src$="/live.png"]' in (ROOT/'nbs/live.js').read_text() and (ROOT/'nbs/images/live.png').stat().st_size < 60_000
-    for name in ('index', '80_live'): assert '(images/live.png)' in (ROOT/f'nbs/{name}.ipynb').read_text()
+    for name in ('index', '80_live', '70_recipes.quickstart'): assert '(images/live.png)' in (ROOT/f'nbs/{name}.ipynb').read_text()

@@ -174,6 +174,12 @@ def test_docs_follows_links_into_the_repository(tmp_path):
     (tmp_path/'a.html').write_text('<a href="https://h.org/us/repo/blob/main/no-such-file">')
     assert [o[0] for o in docs.broken(tmp_path, 'https://h.org/us/repo')] == ['a.html']
 
+def test_docs_names_the_module_of_a_page():
+    "Where there is one: some pages only use the library"
+    import docs
+    assert '`tinyllava_cookbook.data.images`, written in [nbs/10_data.images.ipynb](G/' in docs.front_matter('title: T', '10_data.images.ipynb', 'G')
+    assert docs.front_matter('title: T', '99_glossary.ipynb', 'G').endswith('Written in [nbs/99_glossary.ipynb](G/blob/main/nbs/99_glossary.ipynb)')
+
 def test_docs_links_in_html():
     "What a cell put out as HTML leads to pages, not to notebooks"
     import docs

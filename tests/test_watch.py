@@ -192,3 +192,37 @@ def test_a_stopped_run_leaves_a_quick_page(tmp_path, monkeypatch):
     (tmp_path/'index.html').unlink()
     with run_page.leaving_page(tmp_path): pass
     assert not (tmp_path/'index.html').exists()                       # the first process writes
+
+def test_on_a_gpu_the_step_waits_for_it_and_memory_is_the_peak(tmp_path, monkeypatch):
+    "The calls that only a GPU answers, answered here"
+    from types import SimpleNamespace
+    import torch
+    from tinyllava_cookbook.train.displays import LogLines
+    waited = []
+    monkeypatch.setattr(torch.cuda, 'synchronize', waited.append)
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda device: 3*2**30)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'NVIDIA H100 80GB HBM3')
+    args = SimpleNamespace(device=torch.device('cuda', 0), world_size=4)
+    state = SimpleNamespace(global_step=0, max_steps=2, is_world_process_zero=True)
+    log = LogLines(tmp_path/'log.jsonl')
+    log.on_train_begin(args, state, SimpleNamespace())
+    for state.global_step, due in ((1, False), (2, True)): log.on_step_end(args, state, SimpleNamespace(should_log=due))
+    log.on_log(args, state, SimpleNamespace(), logs=dict(loss=1.))
+    found = L.read_log(tmp_path/'log.jsonl')
+    assert waited == [args.device] and found.values('memory') == ([2], [3.])
+    assert (found.begin['device'], found.begin['processes']) == ('NVIDIA H100 80GB HBM3', 4)
+
+def test_the_forecast_is_the_budget_of_the_card_in_the_log(tmp_path):
+    from tinyllava_cookbook.train.budget import need, stage_budget
+    from tinyllava_cookbook.train.recipes import recipe
+    from tinyllava_cookbook.viz.run_page import budget_table, forecast, measured
+    rows = [begin(0, 3, device='NVIDIA A100-SXM4-80GB', processes=8, time=0.)]
+    rows += [dict(step=i, loss=1., mfu=.3, memory=5. + i, tflops=2., spent=dict(step=1200.)) for i in (1, 2, 3)]
+    (tmp_path/'pretrain').mkdir()
+    (tmp_path/'pretrain/log.jsonl').write_text(lines(*rows))
+    run, micro = L.read_run(tmp_path), recipe('micro')
+    planned, found = forecast(micro, run.stages[0], 'zero2'), measured(run.stages[0])
+    told = stage_budget(micro, micro.stage('pretrain'), '8xA100-80G', 'zero2')
+    assert planned == dict(steps=told.steps, hours=told.hours, gib=need(told.memory)/2**30, tflop=told.flops/1e12, mfu=.36)
+    assert found == dict(steps=3, hours=1., gib=8., tflop=2.*1200*8, mfu=pytest.approx(.3))
+    assert [row['measured'] for row in budget_table(run, micro)][:3] == ['3', '1', '8.00']

@@ -65,7 +65,10 @@ def front_matter(text, name, git):
     import yaml
     y = yaml.safe_load(text.strip().strip('-')) or {}
     lines = [f"# {y.get('title', name)}"] + ([f"> {y['description']}"] if y.get('description') else [])
-    if name != 'index.ipynb': lines.append(f'`tinyllava_cookbook.{page(name)}`, written in [nbs/{name}]({git}/blob/main/nbs/{name})')
+    module = page(name)
+    written = (ROOT/'tinyllava_cookbook'/module.replace('.', '/')).with_suffix('.py').is_file() # some pages only use the library
+    source = f'[nbs/{name}]({git}/blob/main/nbs/{name})'
+    if name != 'index.ipynb': lines.append(f'`tinyllava_cookbook.{module}`, written in {source}' if written else f'Written in {source}')
     return '\n\n'.join(lines)
 
 def split(source):

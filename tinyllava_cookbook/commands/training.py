@@ -68,7 +68,8 @@ def _watch_args(p):
     p.add_argument('--eval-data', metavar='FILE',
                    help='its loss is measured every STAGE.trainer.eval_steps')
     p.add_argument('--ask-every', type=positive, default=0, metavar='N',
-                   help='steps between answers to the first three samples, in OUT/STAGE/samples.jsonl')
+                   help='steps between answers to the first three samples, kept in OUT/STAGE/samples.jsonl '
+                   'and shown on the page OUT/index.html')
     p.add_argument('--report-to', metavar='NAME', action='append', default=[],
                    help='wandb, tensorboard, trackio ... (repeatable)')
 

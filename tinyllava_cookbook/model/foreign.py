@@ -19,6 +19,7 @@ from transformers import (AddedToken, AutoConfig, AutoProcessor, CLIPImageProces
 from ..core import IMAGE_TOKEN, Registry, quiet
 from ..data.templates import chat_template
 from .connectors import peer_weights
+from .hub import code_home
 from .llms import (TOKENIZER_FILES, check_tokenizer, default_template,
     family_of, llm_families, load_tokenizer, prove_llm, stop_ids)
 from tinyllava_cookbook.model.names import (bench_names, factory_names, llava_names, rename,
@@ -148,8 +149,9 @@ def _found(load, what, path, files, arg, given, named):
     try:
         return load(named)
     except (OSError, ValueError, TypeError):
-        raise FileNotFoundError(f"{str(path)!r} has no {what}, and it could not "
-        f"be read from {named!r}; pass {arg}=, the folder or Hub name of what it was trained from") from None
+        tried = f', and it could not be read from {named!r}' if named else ''
+        raise FileNotFoundError(f"{str(path)!r} has no {what}{tried}; pass {arg}=, "
+            "the folder or Hub name of what it was trained from") from None
 
 # %% ../../nbs/25_model.foreign.ipynb #aef4249e
 def find_tokenizer(
@@ -262,7 +264,8 @@ def _bench_text(cfg, path, state):
     llm_families[kind]
     fields = {words.get(name, name): value for name,value in cfg.items()} | {'architectures': None}
     if kind == 'stablelm':
-        fields['use_qkv_bias'] = any(name.endswith('q_proj.bias') for name in state)
+        biases = [name for name in state if name.endswith('q_proj.bias')]
+        fields['use_qkv_bias'] = any(not name.startswith('vision_tower.') for name in biases)
     return old_config(kind, fields)
 
 # %% ../../nbs/25_model.foreign.ipynb #a7c2017d
@@ -309,7 +312,7 @@ def _read_bench(path, llm, vision):
         **_trained(text_config, path),
         image_mode='pad' if cfg.get('image_aspect_ratio') == 'pad' else 'none'), state | more,
         names, image_processor,
-        find_tokenizer(path, llm))
+        find_tokenizer(path, llm, code_home(cfg)))
 
 # %% ../../nbs/25_model.foreign.ipynb #b715c052
 def llava_config(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'PART_IDS', 'LAYOUTS', 'models', 'paper_name', 'name_of_recipe', 'PublishedModel', 'in_cache',
-           'models_table', 'hub_id', 'fetch_model']
+           'models_table', 'hub_id', 'fetch_model', 'code_home']
 
 # %% ../../nbs/24_model.hub.ipynb #dce73ecc
 import difflib
@@ -282,3 +282,12 @@ def fetch_model(
     folder = _snapshot(hub, allow_patterns=['*.json'])
     if check: check(folder)
     return _snapshot(hub, ignore_patterns=_LEFT)
+
+# %% ../../nbs/24_model.hub.ipynb #87d03c49
+def code_home(
+    config:dict,  # What config.json holds
+) -> str|None:    # owner/name; `None`: it names none
+    "The repository whose code a configuration names"
+    found = (config.get('auto_map') or {}).values()
+    places = [o for o in found if isinstance(o, str) and '--' in o]
+    return places[0].partition('--')[0] if places else None

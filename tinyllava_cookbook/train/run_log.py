@@ -166,7 +166,7 @@ def read_rows(
     return rows, damaged
 
 def _drop_after(log, step):
-    "What was logged of steps that are repeated is void"
+    "What was said of steps that are repeated is void"
     log.steps = [row for row in log.steps if row['step'] <= step]
     log.events = [row for row in log.events if row['step'] <= step]
 

@@ -181,7 +181,7 @@ def answers_over_run(
 def answers_table(
     answers:list[CheckpointAnswer],  # From `answers_over_run`
 ) -> Table:                          # One row for each checkpoint
-    "The answer of each checkpoint"
+    "What each checkpoint said"
     rows = []
     for one in answers:
         row = dict(step=one.step, answer=one.answer or '(nothing)', prob=round(one.prob, 3))

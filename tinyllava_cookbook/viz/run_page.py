@@ -228,7 +228,9 @@ def run_recipe(
 def _budget(run, recipe, parallel):
     recipe = recipe or run_recipe(run)
     if recipe is None: return Markup('<p>The recipe is kept with the finished model, which is not there yet.</p>')
-    return _html(budget_table(run, recipe, parallel))
+    return _html(budget_table(run, recipe, parallel)) + Markup(_MEMORY)
+
+_MEMORY = '<p>Memory on a CPU is that of the whole process, Python and its libraries included.</p>'
 
 # %% ../../nbs/66_viz.run_page.ipynb #2d5c01d2
 PAGE = 'index.html'   # In the folder of a run

@@ -55,7 +55,10 @@ def _draw_evals(ax, run, color):
 
 def _panel_names(runs):
     "The quantities that some run has recorded"
-    return [name for name in PANELS if any(run_curve(run, name)[1] for run in runs)]
+    found = set()
+    for run in runs:
+        found.update(name for name in PANELS if run_curve(run, name)[1])
+    return [name for name in PANELS if name in found]
 
 # %% ../../nbs/63_viz.training.ipynb #e2d9fd75
 def show_runs(

@@ -169,7 +169,7 @@ const SHAPES = {
 const ASKED = ['what color is the cross?', 'how many objects are there?', 'where is the circle?', 'what is the highest object?',
   'is there a red triangle in the image?', 'are there more circles than squares?', 'what word is written in the image?'];
 const option = name => `<option>${name}</option>`;
-const HTML = `<div class="live-scene"><canvas class="live-image" width="64" height="64" tabindex="0" aria-label="The scene; click to add a shape"></canvas>
+const HTML = `<div class="live-scene"><canvas class="live-image" width="64" height="64" tabindex="0" role="button" aria-label="The scene; click or press Enter to add a shape"></canvas>
   <canvas class="live-look" width="6" height="6"></canvas></div>
 <form><p><button type="button" name="shuffle">Shuffle</button> <button type="button" name="clear">Clear</button> then click to add a
   <select name="size">${['large', 'small'].map(option).join('')}</select> <select name="color">${Object.keys(COLORS).map(option).join('')}</select>
@@ -187,6 +187,7 @@ class Panel {
     this.find('[name=shuffle]').onclick = () => this.shuffle();
     this.find('[name=clear]').onclick = () => this.clear();
     this.find('.live-scene').onclick = event => this.stamp(event);
+    this.find('.live-scene').onkeydown = event => { if (event.key === 'Enter') this.stamp(event); };
     this.find('form').onsubmit = event => { event.preventDefault(); this.ask(); };
     this.strip = new Image();
     this.strip.onload = () => this.shuffle();
@@ -202,9 +203,13 @@ class Panel {
     this.shown = (this.shown + 1) % (this.strip.width/SIDE);
     this.forget();
   }
-  stamp(event) {
-    const box = event.currentTarget.getBoundingClientRect(), value = name => this.find(`[name=${name}]`).value;
-    const [x, y] = [(event.clientX - box.left)/box.width*SIDE, (event.clientY - box.top)/box.height*SIDE];
+  stamp(event) {   // where the pointer is, or from the keyboard anywhere
+    const box = event.currentTarget.getBoundingClientRect(), pointed = event.type === 'click';
+    const place = (at, start, length) => SIDE*(pointed ? (at - start)/length : .15 + .7*Math.random());
+    this.add(place(event.clientX, box.left, box.width), place(event.clientY, box.top, box.height));
+  }
+  add(x, y) {
+    const value = name => this.find(`[name=${name}]`).value;
     this.image.fillStyle = COLORS[value('color')];
     this.image.beginPath();
     SHAPES[value('shape')](this.image, x, y, value('size') === 'large' ? 9 : 5);

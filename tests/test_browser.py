@@ -99,8 +99,13 @@ def test_model_in_the_page_answers_as_pytorch_does(tab, address, name):
     for question, shape, color, x in zip(QUESTIONS, ('circle', 'square', 'cross'), ('red', 'blue', 'green'), (.2, .8, .5)):
         stamp(page, shape, color, x, x)
         told.append((question, *asked(page, question)))
+    before = told[-1][2]
+    page.press('.live-image', 'Enter')
+    assert page.locator('.live-answer button').count() == 0   # an answer is about the scene that was seen
+    told.append((QUESTIONS[1], *asked(page, QUESTIONS[1])))
+    assert told[-1][2].tobytes() != before.tobytes()
     assert [said for _, said, _ in told] == [chat(model, image, question, processor) for question, _, image in told]
-    assert len({said for _, said, _ in told}) > 3 and len({image.tobytes() for *_, image in told}) == 6
+    assert len({said for _, said, _ in told}) > 3 and len({image.tobytes() for *_, image in told}) == 7
     page.focus('.live-answer button')
     shade = page.evaluate("[...document.querySelector('.live-look').getContext('2d').getImageData(0, 0, 6, 6).data].filter((_, i) => i % 4 == 3)")
     assert len(shade) == 36 and min(shade) == 0 and max(shade) > 100   # lightest where it looked most

@@ -135,6 +135,7 @@ def test_commands_reach_their_functions(capsys, monkeypatch):
     calls = stand_in(monkeypatch, 'tinyllava_cookbook.recipes.bake', 'bake', {'micro-llama': dict(report={})})
     assert run(capsys, 'bake', '--out', 'x y', '--only', 'micro-llama')[0] == 0
     assert calls == [((), dict(out='x y', seed=0, only='micro-llama'))]
+    import tinyllava_cookbook.viz.run_page   # noqa: F401  which needs the true stages
     calls = stand_in(monkeypatch, 'tinyllava_cookbook.train.stages', 'train_recipe')
     assert run(capsys, 'train', 'micro', 'finetune', '--set', 'seed=5', '--out', 'here')[0] == 0
     (r, out), kw = calls[0]

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['EVERY', 'CONNECTORS', 'DATA', 'LAYERS', 'ADAPTER', 'with_connector', 'with_data', 'with_vision', 'ablation_sweep']
 
-# %% ../../nbs/76_recipes.ablations.ipynb #f4e1b8cc
+# %% ../../nbs/76_recipes.ablations.ipynb #1002e2b8
 import dataclasses
 
 from .proxy import proxy
 from .sweep import sweeps
 from ..train.recipes import Recipe, Tune, override, recipe
 
-# %% ../../nbs/76_recipes.ablations.ipynb #e54d28c7
+# %% ../../nbs/76_recipes.ablations.ipynb #4e9c94b1
 EVERY = 48   # Published steps for each step of an ablation
 _QUERIES = dict(n_queries=16, depth=2, heads=4)
 CONNECTORS = {   # Setting -> name of the connector, and its sizes
@@ -32,7 +32,7 @@ def with_connector(
     model = r.model | (dict(connector_kwargs=sizes) if sizes else {})
     return dataclasses.replace(r, connector=name, model=model)
 
-# %% ../../nbs/76_recipes.ablations.ipynb #29c64731
+# %% ../../nbs/76_recipes.ablations.ipynb #9d105d2a
 DATA = {'data 25 %': .25, 'data 50 %': .5}   # Of the instructions
 
 def with_data(
@@ -42,7 +42,7 @@ def with_data(
     r = override(recipe('tinyllava_base'), [f'finetune.share={fraction}'])
     return proxy(r, EVERY)
 
-# %% ../../nbs/76_recipes.ablations.ipynb #7a6b6f90
+# %% ../../nbs/76_recipes.ablations.ipynb #615ad701
 LAYERS = {   # First trained of the three that features pass
     'vision, last layer': 2, 'vision, 2 layers': 1, 'vision, all': 0}
 
@@ -56,7 +56,7 @@ def with_vision(
     finetune = dataclasses.replace(finetune, tune=finetune.tune | dict(vision=tower))
     return dataclasses.replace(base, stages=[pretrain, finetune])
 
-# %% ../../nbs/76_recipes.ablations.ipynb #a7564a28
+# %% ../../nbs/76_recipes.ablations.ipynb #73a310c7
 ADAPTER = {'lora': 'tinyllava_lora', 'qlora': 'tinyllava_qlora'}   # Setting -> recipe
 
 @sweeps.register('ablations')

@@ -31,7 +31,8 @@ def in_process(
     words:list[str],  # After `tinyllava`
 ) -> tuple:           # Exit code, standard output, standard error
     "Run the `tinyllava` command here"
-    out,err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try: code = main(words)
         except SystemExit as e: code = e.code

@@ -20,7 +20,6 @@ from markupsafe import Markup
 from ..core import IMAGE_TOKEN, Table, rank_and_world, read_json
 from ..data.images import load_image
 from ..pages import image_tag, render, write_page
-from ..train.budget import mfu_of, need, stage_budget
 from ..train.cards import gpus
 from ..train.recipes import Recipe, from_dict
 from ..train.run_log import (SPENT, RunLog, StageLog, has_run, read_rows, read_run,
@@ -81,6 +80,8 @@ def forecast(
     parallel:str='ddp',  # One of `PARALLEL`
 ) -> dict:               # As `measured`
     "What the budget says of a stage on the hardware that its log names"
+    # here, as a run that begins has no use for it
+    from tinyllava_cookbook.train.budget import mfu_of, need, stage_budget
     world = log.begin.get('processes') or 1
     card = card_of(str(log.begin.get('device')))
     on = f'{world}x{card}' if card else NO_CARD

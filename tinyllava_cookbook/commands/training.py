@@ -137,10 +137,17 @@ def _check_trackers(names):
                 f"--report-to {name} needs a package: pip install 'tinyllava-cookbook[{name}]', or pip install {name}")
 
 # %% ../../nbs/92_commands.training.ipynb #fece5f05
+def _check_templates(r):
+    "A template that nothing defines is found before the weights are loaded"
+    from tinyllava_cookbook.data.templates import templates
+    for name in {r.template, *(stage.template for stage in r.stages)} - {None}:
+        templates[name]
+
 def _plan(a):
     "The recipe with its changes, its stages to train, and where to"
     from tinyllava_cookbook.train.recipes import override, recipe
     r = override(recipe(a.recipe), a.changes)
+    _check_templates(r)
     todo = [r.stage(name).name for name in a.stages or [s.name for s in r.stages]]
     _check_trackers(a.report_to)
     if a.report_to:

@@ -123,9 +123,11 @@ def test_no_link_in_a_link_and_no_word_mistaken_for_a_name():
 def test_a_page_as_nbdev_processes_it(tmp_path, monkeypatch):
     "By nbdev's own driver and our settings, as `nbdev_docs` would: link to Colab, call, table, folded source"
     from nbdev.processors import FilterDefaults
+    from IPython.core.interactiveshell import InteractiveShell
     from nbdev.serve_drv import exec_nb
     monkeypatch.chdir(ROOT/'nbs')
-    exec_nb(ROOT/'nbs/05_durable.ipynb', tmp_path/'05_durable.ipynb', FilterDefaults)
+    try: exec_nb(ROOT/'nbs/05_durable.ipynb', tmp_path/'05_durable.ipynb', FilterDefaults)
+    finally: InteractiveShell.clear_instance()   # else later tests of this process would draw as in a notebook
     cells = json.loads((tmp_path/'05_durable.ipynb').read_text())['cells']
     text = '\n'.join(''.join(c['source']) for c in cells)
     shown = [''.join(o['data'].get('text/markdown', '')) for c in cells for o in c.get('outputs', []) if 'data' in o]

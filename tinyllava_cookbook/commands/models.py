@@ -100,10 +100,10 @@ def _model_facts(name):
 @command('models', 'list published models by name, and which of them are in the cache', _models_args)
 def _models(a):
     from tinyllava_cookbook.model.hub import models, models_table
+    if not (a.name or a.json): return print(models_table())
     names = [a.name] if a.name else models.names()
     facts = [_model_facts(name) for name in names]
     if a.json: return print(json.dumps(facts[0] if a.name else facts))
-    if not a.name: return print(models_table())
     for what,value in facts[0].items():
         print(f"{what:11}{'not verified' if value is None else value}")
 

@@ -18,7 +18,7 @@ from ..core import IGNORE, IMAGE_TOKEN, pick_device, pick_dtype
 from ..data.images import image_size, load_image
 from ..data.templates import chat_template
 from ..model.checkpoints import load
-from ..model.llms import stop_ids
+from ..model.processor import template_stops
 
 # %% ../../nbs/40_infer.generate.ipynb #09081824
 def _as_list(images):
@@ -170,8 +170,7 @@ def answer_ends(
     processor,    # Of the model that is asked
 ) -> list[int]:   # In ascending order
     "Ids that end an answer: the template's end of turn, the tokenizer's end"
-    return stop_ids(processor.tokenizer,
-                    chat_template(processor.template, processor.tokenizer).stop)
+    return template_stops(processor.tokenizer, processor.template)
 
 # %% ../../nbs/40_infer.generate.ipynb #83dbbb43
 def _how(temperature):

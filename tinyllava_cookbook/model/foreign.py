@@ -17,14 +17,13 @@ from transformers import (AddedToken, AutoConfig, AutoProcessor, CLIPImageProces
     GenerationConfig, SiglipImageProcessorPil)
 
 from ..core import IMAGE_TOKEN, Registry, quiet
-from ..data.templates import chat_template
 from .connectors import peer_weights
 from .hub import code_home
 from .llms import (TOKENIZER_FILES, check_tokenizer, default_template,
-    family_of, llm_families, load_tokenizer, prove_llm, stop_ids)
+    family_of, llm_families, load_tokenizer, prove_llm)
 from tinyllava_cookbook.model.names import (bench_names, factory_names, llava_names, rename,
     tower_prefix)
-from .processor import processor_for
+from .processor import greedy_generation, processor_for
 from .sentencepiece import as_sentencepiece
 from .vision import (MoFConfig, load_image_processor, load_vision,
     n_layers, n_prefix, tower_paths)
@@ -442,8 +441,5 @@ def build(
                               f.chat_template)
     tok = f.tokenizer
     check_tokenizer(tok, len(model.get_input_embeddings().weight), path)
-    model.generation_config = f.generation or GenerationConfig(bos_token_id=tok.bos_token_id,
-        do_sample=False,
-        eos_token_id=stop_ids(tok, chat_template(model.config.template, tok).stop),
-        pad_token_id=tok.pad_token_id)
+    model.generation_config = f.generation or greedy_generation(tok, model.config.template)
     return model, processor

@@ -166,17 +166,17 @@ def profile_stage(
         model,processor = start_model(dataclasses.replace(recipe, start=None), run, trust_remote_code=trust_remote_code)
         train_stage(model, processor, chosen, Path(run)/'stage', data, images, recipe.seed,
                     callbacks=[watch], progress=False, device=device)
-    return _written(watch, Path(out))
+    return _written(watch, Path(out), pick_device(device))
 
 # %% ../../nbs/37_train.profile.ipynb #de92ac59
-def _written(watch, out):
+def _written(watch, out, device):
     "The profile, and its files"
     found = step_profile(watch)
     found.trace = out/'trace.json.gz'
     watch.profiler.export_chrome_trace(str(found.trace))
     (out/'profile.txt').write_text(f'{found}\n', encoding='utf-8')
-    numbers = dataclasses.asdict(found) | dict(trace=found.trace.name, steps=watch.steps,
-                                               device=str(pick_device('auto')))
+    numbers = dataclasses.asdict(found) | dict(
+        trace=found.trace.name, steps=watch.steps, device=str(device))
     write_json(out/'profile.json', numbers)
     return found
 

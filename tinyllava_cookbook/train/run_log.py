@@ -15,16 +15,16 @@ from logging import getLogger
 from pathlib import Path
 
 import numpy as np
-from ..core import read_json, replacing
+from ..core import read_json, replacing, to_json
 from ..durable import LOCK, PATIENCE
 
 # %% ../../nbs/34_train.run_log.ipynb #979c57e6
-def _step_of(line):
-    "The step that a line of a JSON lines file names; `None` for other lines"
+def _row_of(line):
+    "The row of a JSON lines file that names its step; `None` for other lines"
     try: row = json.loads(line)
     except (ValueError, RecursionError): return None
-    step = row.get('step') if isinstance(row, dict) else None
-    return step if isinstance(step, int) else None
+    names_step = isinstance(row, dict) and isinstance(row.get('step'), int)
+    return row if names_step else None
 
 def _lines(file):
     "Lines of a file, in bytes; only line feeds end a line"
@@ -39,9 +39,9 @@ def keep_lines_before(
     kept = []
     lost = 0
     for line in _lines(file) if step else []:
-        number = _step_of(line)
-        if number is None: lost += bool(line)
-        elif number < step: kept.append(line + b'\n')
+        row = _row_of(line)
+        if row is None: lost += bool(line)
+        elif row['step'] < step: kept.append(line + b'\n')
     if lost:
         print(f"{str(file)!r}: {lost} lines without a step are dropped",
               file=sys.stderr)
@@ -52,10 +52,7 @@ def json_line(
     row:dict,  # What JSON can hold
 ) -> str:      # With its line feed
     "A line of a JSON lines file; text that UTF-8 has no bytes for is escaped"
-    text = json.dumps(row, ensure_ascii=False)
-    try: text.encode()
-    except UnicodeEncodeError: text = json.dumps(row)
-    return text + '\n'
+    return to_json(row) + '\n'
 
 # %% ../../nbs/34_train.run_log.ipynb #276dc561
 LOGGED = dict(   # Name in the log of a stage, and in that of the trainer
@@ -160,9 +157,9 @@ def read_rows(
     rows = []
     damaged = 0
     for line in _lines(file)[:-1]:
-        number = _step_of(line)
-        if number is None or number < 0: damaged += 1
-        else: rows.append(json.loads(line))
+        row = _row_of(line)
+        if row is None or row['step'] < 0: damaged += 1
+        else: rows.append(row)
     return rows, damaged
 
 def _drop_after(log, step):
@@ -240,18 +237,20 @@ class RunLog:
     def __repr__(self): return f'RunLog({self.summary})'
 
 # %% ../../nbs/34_train.run_log.ipynb #d173dc41
-def _stage_folders(folder):
-    "The folder itself, where it is of a stage; else those below it that are"
+def _stage_logs(folder):
+    "Folder and log of each stage: of the folder itself, or else of those below it"
     folder = Path(folder)
-    if _stage_log(folder): return [folder]
+    own = _stage_log(folder)
+    if own: return [(folder, own)]
     below = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    return [path for path in below if _stage_log(path)]
+    found = [(path, _stage_log(path)) for path in below]
+    return [(path, log) for path,log in found if log]
 
 def has_run(
     folder,   # Any folder, or none
 ) -> bool:    # Is there something to read?
     "Does a folder hold the log of a run?"
-    return bool(_stage_folders(folder))
+    return bool(_stage_logs(folder))
 
 def _no_run(folder):
     "What was found instead of a run, and what a run holds"
@@ -267,12 +266,12 @@ def read_run(
 ) -> RunLog:    # Of all its stages
     "Read the logs of a run"
     folder = Path(folder)
-    folders = _stage_folders(folder)
-    if not folders:
+    found = _stage_logs(folder)
+    if not found:
         if _held(folder): return RunLog(folder, [StageLog('not begun yet')], True)
         raise ValueError(_no_run(folder))
-    stages = sorted(map(_stage_log, folders), key=lambda log: _began(log, folder))
-    return RunLog(folder, stages, any(map(_held, [folder, *folders])))
+    stages = sorted((log for _,log in found), key=lambda log: _began(log, folder))
+    return RunLog(folder, stages, any(map(_held, [folder, *(path for path,_ in found)])))
 
 # %% ../../nbs/34_train.run_log.ipynb #b8e6871d
 SPENT = dict(step='optimizer steps', data='waiting for data', eval='evaluation', save='saving checkpoints',

@@ -66,10 +66,16 @@ def run_checkpoints(
     return found
 
 # %% ../../nbs/63_viz.checkpoints.ipynb #913b3e6f
+def _files(folder): return sorted(Path(folder).glob('model*.safetensors'))
+
+def _has_adapters(folder):
+    "Does a checkpoint hold adapters beside the weights?"
+    return any('.lora_' in name for file in _files(folder) for name in open_weights(file))
+
 def _state(folder):
     "All tensors of a checkpoint, by their names in the model"
     state = {}
-    for file in sorted(Path(folder).glob('model*.safetensors')):
+    for file in _files(folder):
         for name,read in open_weights(file).items():
             state[current_name(name)] = read()
     check_finite(state.items(), folder)
@@ -120,9 +126,8 @@ def open_checkpoint(
     "Open what a run has saved, adapters included"
     folder = Path(folder)
     own_code(folder, False)
-    state = _state(folder)
-    if not any('.lora_' in name for name in state): return load(folder, device=device)
-    model = _with_adapters(folder, state).eval()
+    if not _has_adapters(folder): return load(folder, device=device)
+    model = _with_adapters(folder, _state(folder)).eval()
     return model.to(pick_device(device or 'auto')), load_processor(folder)
 
 # %% ../../nbs/63_viz.checkpoints.ipynb #1f70a51c

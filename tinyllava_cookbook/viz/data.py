@@ -7,7 +7,7 @@ __all__ = ['PADDING', 'GIVEN', 'IMAGE', 'SUPERVISED', 'masked_html', 'tile_boxes
            'batch_layout', 'show_batch', 'SourceCounts', 'count_sources', 'mixture_table', 'show_mixture']
 
 # %% ../../nbs/61_viz.data.ipynb #60b496bf
-import html
+import functools, html
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from ..core import IGNORE, Table
 from ..data.datasets import Mixture
-from ..data.images import best_canvas, fit_size, pinpoints, target_size
+from ..data.images import best_canvas, pinpoints, target_size
 from ..data.masks import KIND_COLORS, token_kinds
 from ..data.records import Sample, naming, read_sample
-from .places import Box, shown_box
+from .places import Box, canvas_to_image, shown_box
 
 # %% ../../nbs/61_viz.data.ipynb #6217c9c5
 def masked_html(
@@ -44,10 +44,7 @@ def _grid_boxes(size, processor):
     "Rectangles of the tiles of 'anyres', row by row"
     tile = target_size(processor)
     canvas = best_canvas(size, pinpoints(processor))
-    fitted = fit_size(size, canvas)
-    def edge(i, at):
-        "A place on the canvas, in pixels of the image: 0 down, 1 across"
-        return (at - (canvas[i]-fitted[i])//2)*size[i]/fitted[i]
+    edge = functools.partial(canvas_to_image, size, canvas)
     boxes = []
     for top in range(0, canvas[0], tile[0]):
         for left in range(0, canvas[1], tile[1]):

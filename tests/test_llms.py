@@ -1,7 +1,8 @@
 "Language models of every family: logits, padding, image token, templates, code of a checkpoint, answers."
-import json, os, shutil, subprocess, sys
+import json, os, shutil, sys
 from functools import partial
 import pytest
+import fresh
 
 torch = pytest.importorskip('torch')
 from PIL import Image
@@ -347,7 +348,7 @@ def test_saved_with_its_code(parts, tmp_path):
             "m, _ = load(sys.argv[1], device='cpu', trust_remote_code=len(sys.argv) > 2)\n"
             "print(m(torch.randint(5, 300, (2, 11), generator=torch.Generator().manual_seed(0))).logits.double().sum().item())")
     def run(*args, **env):
-        return subprocess.run([sys.executable, '-c', code, str(tmp_path/'vlm'), *args], capture_output=True, text=True, env={**os.environ, **env})
+        return fresh.run([sys.executable, '-c', code, str(tmp_path/'vlm'), *args], capture_output=True, text=True, env={**os.environ, **env})
     no = run()
     for no in run(), run(TINYLLAVA_TRUST_REMOTE_CODE='1'):   # no environment can say so
         assert no.returncode and 'or --trust-remote-code to the command' in no.stderr

@@ -28,6 +28,7 @@ from ..eval.run import answer_and_score
 from ..microworld import ASK
 from .measure import summary, test_micro
 from .proxy import PROXIES, SCENES, TEST_SCENES, proxy, proxy_data, with_world
+from .variants import shipped_parts, with_parts
 from ..train.recipes import Recipe, from_dict, to_dict
 from ..train.stages import start_identity, start_model, train_recipe
 from transformers import TrainerCallback
@@ -51,7 +52,7 @@ def cell_id(
     cell:Cell,  # Any
 ) -> str:       # 32 letters
     "The identity of a run"
-    parts = start_identity(cell.seeded, '')['id']
+    parts = start_identity(shipped_parts(cell.seeded), '')['id']
     given = to_dict(cell.seeded) | dict(name='')
     what = [parts, given, cell.scenes, cell.test_scenes]
     text = json.dumps(what, sort_keys=True)
@@ -123,7 +124,7 @@ def _stages(results):
 # %% ../../nbs/70_recipes.sweep.ipynb #9aa09f70
 def run_cell(
     cell:Cell,        # What to run
-    folder:str|Path,  # Gets `data/`, `runs/ID.json`, and `work/ID/` for the time being
+    folder:str|Path,  # Gets `data/`, `parts/`, `runs/ID.json`, and `work/ID/` for the time being
     keep:bool=False,  # Keep the weights?
 ) -> dict:            # What the file holds
     "Train and measure one cell, on one thread"
@@ -131,7 +132,7 @@ def run_cell(
     identity = cell_id(cell)
     work = Path(folder)/'work'/identity
     train,test = proxy_data(Path(folder)/'data', cell.seed, cell.scenes, cell.test_scenes)
-    r = with_world(cell.seeded, train)
+    r = with_world(with_parts(cell.seeded, Path(folder)/'parts'), train)
     start = time.process_time()
     trained = train_recipe(r, work, progress=False, device='cpu', resume='auto')
     cpu = round(time.process_time() - start, 1)
@@ -233,7 +234,7 @@ def first_steps(
 ) -> list[dict]:         # The log of these steps
     "Begin the first run of a setting once more"
     run = results['settings'][setting][0]
-    r = from_dict(run['recipe'])
+    r = with_parts(from_dict(run['recipe']), Path(folder)/'parts')
     train,_ = proxy_data(Path(folder)/'data', run['seed'], scenes)
     name = r.stages[0].name
     short = [StopAfter(steps)]
@@ -267,10 +268,11 @@ def longer(
 
 @sweeps.register('recipes')
 def recipe_sweep() -> dict[str,Recipe]:  # Name -> proxy
-    "All recipes that start from parts, and one of them with twice the steps"
+    "All recipes that start from parts, and two of them with twice the steps"
     found = {name: proxy(name) for name in PROXIES}
-    base = found['tinyllava_base']
-    return found | {'tinyllava_base, twice the steps': longer(base, 2)}
+    twice = {f'{name}, twice the steps': longer(found[name], 2)
+             for name in ('tinyllava_base', 'tinyllava_lora')}
+    return found | twice
 
 # %% ../../nbs/70_recipes.sweep.ipynb #fd64f1f1
 def sweep_cells(

@@ -147,24 +147,18 @@ def test_a_launched_run_leaves_its_page(launched):
         assert [row['loss'] for row in told] == log.values('loss')[1]
 
 @pytest.mark.slow
-def test_the_page_opens_from_a_file(launched):
+def test_the_page_opens_from_a_file(launched, browser):
     "In Chromium, without network, scripts or console errors, also on a phone"
-    import shutil
-    api = pytest.importorskip('playwright.sync_api', reason='playwright drives the browser: pip install playwright')
-    browser = shutil.which('chromium')
-    if not browser: pytest.skip('no chromium: apt-get install chromium')
-    with api.sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=browser, args=['--no-sandbox'])
-        said = []
-        page = chromium.new_page(viewport=dict(width=375, height=700))
-        page.on('console', lambda message: said.append(message.text))
-        page.on('pageerror', lambda error: said.append(str(error)))
-        page.on('request', lambda request: None if request.url.startswith(('file:', 'data:')) else said.append(request.url))
-        page.goto((launched[0]/'index.html').as_uri())
-        assert page.locator('h2').count() == 4
-        assert page.evaluate('[...document.images].every(o => o.complete && o.naturalWidth > 0)')
-        assert page.evaluate('document.documentElement.scrollWidth') <= 375
-        chromium.close()
+    said = []
+    page = browser.new_page(viewport=dict(width=375, height=700))
+    page.on('console', lambda message: said.append(message.text))
+    page.on('pageerror', lambda error: said.append(str(error)))
+    page.on('request', lambda request: None if request.url.startswith(('file:', 'data:')) else said.append(request.url))
+    page.goto((launched[0]/'index.html').as_uri())
+    assert page.locator('h2').count() == 4
+    assert page.evaluate('[...document.images].every(o => o.complete && o.naturalWidth > 0)')
+    assert page.evaluate('document.documentElement.scrollWidth') <= 375
+    page.close()
     assert not said
 
 @pytest.mark.slow

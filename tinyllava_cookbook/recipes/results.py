@@ -234,16 +234,16 @@ def plot_differences(
 ):                    # The axes
     "Accuracy of settings minus that of a base, with intervals"
     ax = _axes(ax, 6, .9 + .3*len(settings))
+    labels = []
     for y,name in enumerate(settings):
         found = accuracy(results, name, kind, minus=base)
         sure = found.low > 0 or found.high < 0
         color = ORANGE if sure else GREY
         ax.plot([found.low, found.high], [y, y], color=color, lw=4, alpha=.6)
         ax.plot(found.mean, y, 'o', color=color)
-        ax.text(found.high + .01, y, f'{found.mean:+.3f}', va='center',
-                fontsize=8, color=color)
+        labels.append(f'{name}  {found.mean:+.3f}')
     ax.axvline(0, color=GREY, lw=1)
-    ax.set_yticks(range(len(settings)), settings)
+    ax.set_yticks(range(len(settings)), labels)
     ax.set(xlabel=f'accuracy minus that of {base}')
     ax.set_ylim(len(settings) - .5, -.5)
     return _plain(ax)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GREY', 'BLUE', 'ORANGE', 'LOOKED', 'Interval', 'interval', 'bits', 'scene_of', 'accuracy', 'calibration_error',
            'yes_confidence', 'results_table', 'plot_settings', 'plot_kinds', 'plot_losses', 'plot_differences',
-           'answers_table', 'kept_maps', 'looked_at', 'plot_attention']
+           'answers_table', 'kept_maps', 'plot_attention']
 
 # %% ../../nbs/69_recipes.results.ipynb #ae267beb
 import textwrap
@@ -272,7 +272,7 @@ def kept_maps(
     "Where answers of the first run came from"
     return results['settings'][setting][0].get('attention') or {}
 
-def looked_at(
+def _looked_at(
     results:dict,  # From `collect`
     setting:str,   # One of its settings
 ) -> list[int]:    # Positions in `results['shown']`
@@ -297,7 +297,7 @@ def plot_attention(
     "Questions by stages: where the answer comes from, and what the model says"
     import matplotlib.pyplot as plt
     stages = kept_maps(results, setting)
-    asked = looked_at(results, setting)
+    asked = _looked_at(results, setting)
     said = results['settings'][setting][0]['answers']
     shape = len(asked), len(stages) + 1
     size = 1.5*shape[1], 1.75*shape[0]

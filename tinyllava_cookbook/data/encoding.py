@@ -153,7 +153,7 @@ def _acts(facts:Facts, i:int, said:str) -> bool:
     return i in facts.control and (i != facts.unknown
                                    or said == facts.control[i])
 
-# %% ../../nbs/10_data.encoding.ipynb #b643d9f8
+# %% ../../nbs/10_data.encoding.ipynb #84f3c56a
 def control_places(
     ids:list[int],  # What a tokenizer made of a text
     facts:Facts,    # Of the tokenizer
@@ -167,6 +167,7 @@ def control_places(
             found.append(at)
     return sorted(found)
 
+# %% ../../nbs/10_data.encoding.ipynb #b643d9f8
 def forged_words(
     text:str,       # The joined text
     words:bytes,    # A one for each character of somebody's words

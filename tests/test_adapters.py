@@ -1,8 +1,9 @@
 "Adapters in training: what changes, what a folder holds, and that it goes on after an interruption."
-import copy, json, os, subprocess, sys
+import copy, json, os, sys
 from importlib.util import find_spec
 from unittest.mock import patch
 import pytest
+import fresh
 
 torch = pytest.importorskip('torch')
 pytest.importorskip('peft')
@@ -195,13 +196,13 @@ def launched(parts, world, tmp_path_factory):
     "Folders of the same stages by one process and by two: all of them in one launch each"
     d = tmp_path_factory.mktemp('launched')
     (d/'run.py').write_text(SCRIPT)
-    def run(out, modes, *launch):
+    def run(out, modes, n):
         args = [d/'run.py', parts['siglip'], parts['qwen2'], json.dumps(world), d/out, json.dumps(modes)]
-        done = subprocess.run([sys.executable, *launch, *map(str, args)], capture_output=True, text=True)
+        call = [sys.executable, *map(str, args)]
+        done = fresh.launch(2, call) if n == 2 else fresh.run(call, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return d/out
-    one = run('one', dict.fromkeys(MODES, 'ddp'))
-    return one, run('two', MODES, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone')
+    return run('one', dict.fromkeys(MODES, 'ddp'), 1), run('two', MODES, 2)
 
 def results(folder):
     "Losses, finished weights and adapter tensors"

@@ -2,6 +2,7 @@
 import json, logging, os, random, signal, sys, time
 from pathlib import Path
 import pytest
+import fresh
 
 torch = pytest.importorskip('torch')
 import numpy as np
@@ -138,12 +139,11 @@ def test_a_saved_dataset_with_flipped_bits_is_no_crash(world, tok):
     whole, rng = file.read_bytes(), random.Random(1)
     code = ("import sys\nfrom tinyllava_cookbook.data.records import read_hf, read_sample\nds = read_hf(sys.argv[1])\n"
             "for i in range(len(ds)):\n    try: read_sample(ds[i], i)\n    except (ValueError, TypeError, OSError): pass\n")
-    import subprocess
     for _ in range(2):
         data = bytearray(whole)
         for _ in range(40): data[rng.randrange(1200, len(data) - 800)] ^= 1 << rng.randrange(8)
         file.write_bytes(data)
-        got = subprocess.run([sys.executable, '-c', code, str(world/'hf')], capture_output=True, text=True, timeout=100)
+        got = fresh.run([sys.executable, '-c', code, str(world/'hf')], capture_output=True, text=True, timeout=100)
         assert got.returncode in (0, 1), got.stderr[-500:]                      # an error may refuse the file; no signal
 
 # ------------------------------------------------------------------------- fields of the wrong type

@@ -2,6 +2,7 @@
 import dataclasses, json, os, pty, resource, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 import pytest
+import fresh
 
 torch = pytest.importorskip('torch')
 from PIL import Image
@@ -213,7 +214,7 @@ def start(job, out, how='slow', **kw):
     d,_ = job
     env = {k:v for k,v in os.environ.items() if k not in ('SLURM_JOB_ID', 'TORCHELASTIC_RUN_ID')}
     kw = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | kw
-    return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', RUN, d/'recipe.json', out, d/'data/data.json', how], text=True, env=env, **kw)
+    return fresh.Popen([sys.executable, '-W', 'ignore', '-c', RUN, d/'recipe.json', out, d/'data/data.json', how], text=True, env=env, **kw)
 
 def wait_for(p, line):
     for o in p.stdout:
@@ -360,7 +361,7 @@ def test_full_disk(job, copy, step, says):
     d,_ = job
     before = {o.name: o.read_bytes() for o in (copy/'model').iterdir() if o.is_file()}
     for o in (copy/'finetune').glob('checkpoint-*'): shutil.rmtree(o)
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', FULL, d/'recipe.json', copy, d/'data/data.json', str(step)], capture_output=True, text=True)
+    p = fresh.run([sys.executable, '-W', 'ignore', '-c', FULL, d/'recipe.json', copy, d/'data/data.json', str(step)], capture_output=True, text=True)
     assert p.returncode == 1 and says in p.stderr and 'make room, then resume' in p.stderr, p.stderr[-3000:]
     assert {o.name: o.read_bytes() for o in (copy/'model').iterdir() if o.is_file()} == before
     check_complete(copy/'model', checksums=True)
@@ -446,6 +447,6 @@ def test_a_missing_process_is_waited_for_so_long(rank):
         port = s.getsockname()[1]
     env = os.environ | dict(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), TINYLLAVA_RENDEZVOUS='3')
     began = time.monotonic()
-    p = subprocess.run([sys.executable, '-c', JOIN], capture_output=True, text=True, env=env, timeout=60)
+    p = fresh.run([sys.executable, '-c', JOIN], capture_output=True, text=True, env=env, timeout=60)
     assert p.returncode == 1 and f'rank {rank} of 2: not all processes came to 127.0.0.1:{port} within 3 s' in p.stderr
     assert time.monotonic() - began < 40

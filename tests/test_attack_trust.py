@@ -1,7 +1,8 @@
 "Folders that bring code, or lead elsewhere: nothing of theirs runs, whatever waits on standard input; no path leaves the folder."
-import json, os, shutil, subprocess, sys
+import json, os, shutil, sys
 from pathlib import Path
 import pytest
+import fresh
 
 torch = pytest.importorskip('torch')
 from safetensors.torch import load_file, save_file
@@ -108,7 +109,7 @@ def test_no_code_of_a_folder_runs(good, tmp_path):
         ['check', data, '--recipe', str(tmp_path/'recipe.json')], ['budget', str(tmp_path/'recipe.json')]]
     for name,o in ('script.py', RUN), ('folders.json', json.dumps(folders)), ('commands.json', json.dumps(commands)): (tmp_path/name).write_text(o)
     yes = 'y\n'*500
-    done = subprocess.run([sys.executable, *(tmp_path/o for o in ('script.py', 'folders.json', 'commands.json'))], input=yes,
+    done = fresh.run([sys.executable, *(tmp_path/o for o in ('script.py', 'folders.json', 'commands.json'))], input=yes,
         capture_output=True, text=True, timeout=300, env=os.environ | dict(TINYLLAVA_TRUST_REMOTE_CODE='1'))
     lines = done.stdout.splitlines()
     assert not canary.exists(), [o for o in lines if 'it ran' in o]

@@ -1,6 +1,7 @@
 "Forecasts: parameters, bytes and operations against what PyTorch, peft, DeepSpeed and published files say."
-import copy, dataclasses, json, subprocess, sys
+import copy, dataclasses, json, sys
 import pytest
+import fresh
 
 torch = pytest.importorskip('torch')
 from torch import nn
@@ -49,7 +50,7 @@ now = peak = 0
 for _,n in sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == '[memory]'):
     now += n; peak = max(peak, now)
 print(live.peak, peak)"""
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    out = fresh.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     live, allocator = map(int, out.split()[-2:])
     assert abs(live/allocator - 1) < .02, (live, allocator)
 
@@ -250,8 +251,8 @@ def test_forecast_under_autocast(tmp_path, monkeypatch, name):
 
 @pytest.mark.slow
 def test_bench_gpu_runs_anywhere(root, tmp_path):
-    r = subprocess.run([sys.executable, root/'tools/bench_gpu.py', '--tiny', '--device', 'cpu', '--steps', '2', '--only', 'stage 1, 0.4 B',
-                        '--out', tmp_path/'gpu.json'], capture_output=True, text=True)
+    r = fresh.run([sys.executable, root/'tools/bench_gpu.py', '--tiny', '--device', 'cpu', '--steps', '2', '--only', 'stage 1, 0.4 B',
+                   '--out', tmp_path/'gpu.json'], capture_output=True, text=True)
     d = json.loads((tmp_path/'gpu.json').read_text())
     assert r.returncode == 0 and d['device'] == 'CPU' and abs(d['rows'][0]['error']) < .1, r.stdout + r.stderr[-500:]
 

@@ -1,6 +1,7 @@
 "Folders of others in, folders for others out: llava-hf of any age, TinyLLaVABench, LLaVA, LoRA; and the way back."
-import copy, json, shutil, subprocess, sys
+import copy, json, shutil, sys
 import pytest
+import fresh
 
 torch = pytest.importorskip('torch')
 from PIL import Image
@@ -177,7 +178,7 @@ def test_without_this_package(parts, tmp_path, image):
         q = p.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors='pt')
         with torch.no_grad(): torch.save(dict(q, logits=m(**q).logits, out=m.generate(**q, max_new_tokens=6)), sys.argv[3])
         assert not [o for o in sys.modules if o.startswith('tinyllava_cookbook.')]"""
-    subprocess.run([sys.executable, '-c', script, d, tmp_path/'i.png', tmp_path/'o.pt'], check=True, capture_output=True)
+    fresh.run([sys.executable, '-c', script, d, tmp_path/'i.png', tmp_path/'o.pt'], check=True, capture_output=True)
     theirs = torch.load(tmp_path/'o.pt', weights_only=True)
     chat = [dict(role='user', content=[dict(type='image', url=str(tmp_path/'i.png')), dict(type='text', text='What?')])]
     q = proc.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors='pt')

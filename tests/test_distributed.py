@@ -1,7 +1,8 @@
 "Two processes, however the weights are cut up, are one: losses, final weights, resume, evaluation."
-import importlib.util, json, os, subprocess, sys
+import importlib.util, json, os, sys
 from pathlib import Path
 import pytest
+import fresh
 
 torch = pytest.importorskip('torch')
 from PIL import Image
@@ -58,9 +59,8 @@ def two(base):
     jobs += [job('fsdp', FULL | dict(trainer={}), how='fsdp')]
     jobs.sort(key=lambda o: o.get('parallel') != 'ddp')   # once DeepSpeed was there, transformers takes it for granted
     write_json(d/'jobs.json', jobs)
-    run = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    r = subprocess.run([*run, Path(__file__).parent/'distributed_worker.py', d/'jobs.json'], capture_output=True, text=True, timeout=900,
-                       env={**os.environ, 'OMP_NUM_THREADS':'1', 'DS_ACCELERATOR':'cpu', 'PYTHONWARNINGS':'ignore'})
+    r = fresh.launch(2, [sys.executable, '-W', 'ignore', Path(__file__).parent/'distributed_worker.py', d/'jobs.json'], timeout=900,
+                     env={**os.environ, 'OMP_NUM_THREADS':'1', 'DS_ACCELERATOR':'cpu', 'PYTHONWARNINGS':'ignore'})
     assert r.returncode == 0, f"{r.stdout[-500:]}\n{r.stderr[-6000:]}"
     return d
 

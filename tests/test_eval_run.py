@@ -1,7 +1,8 @@
 "A whole evaluation: killed in the middle, shared by ranks, in batches; always the same files."
-import json, os, re, signal, subprocess, sys, textwrap, time, zipfile
+import json, os, re, signal, sys, textwrap, time, zipfile
 from pathlib import Path
 import pytest
+import fresh
 from tinyllava_cookbook.eval import run as R
 from tinyllava_cookbook.eval.benchmarks import BENCHES, Item, load_benchmark
 from tinyllava_cookbook.microbench import write_benchmarks
@@ -42,7 +43,7 @@ SCRIPT = textwrap.dedent('''
 
 def start(world, out, pause=0., **env):
     env = {k: v for k,v in os.environ.items() if not k.startswith(('SLURM', 'RANK', 'WORLD'))} | env
-    return subprocess.Popen([sys.executable, '-c', SCRIPT, str(world[0]), str(out), str(pause)], env=env)
+    return fresh.Popen([sys.executable, '-c', SCRIPT, str(world[0]), str(out), str(pause)], env=env)
 
 def lines(path): return path.read_text(encoding='utf-8').splitlines() if path.exists() else []
 

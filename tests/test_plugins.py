@@ -2,6 +2,7 @@
 import json, os, shlex, shutil, subprocess, sys
 from pathlib import Path
 import pytest
+import fresh
 
 torch = pytest.importorskip('torch')
 ROOT = Path(__file__).resolve().parents[1]
@@ -12,7 +13,7 @@ BARE = {k:v for k,v in os.environ.items() if not k.startswith(('SLURM', 'SBATCH'
 
 def python(code, cwd, **env):
     "What a fresh process prints; in its own, as plugins stay where they are imported"
-    r = subprocess.run([sys.executable, '-c', code], cwd=cwd, env=BARE | env, capture_output=True, text=True)
+    r = fresh.run([sys.executable, '-c', code], cwd=cwd, env=BARE | env, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr[-2500:]
     return r.stdout
 
@@ -28,7 +29,7 @@ for words in {}: print(main(words), flush=True)"""
 
 def commands(cwd, *words, **env):
     "Exit codes and what is said by some commands, one process"
-    r = subprocess.run([sys.executable, '-c', SHOW.format([shlex.split(o) for o in words])], cwd=cwd, env=BARE | env, capture_output=True, text=True)
+    r = fresh.run([sys.executable, '-c', SHOW.format([shlex.split(o) for o in words])], cwd=cwd, env=BARE | env, capture_output=True, text=True)
     return r.stdout, r.stderr
 
 def test_an_import_goes_before_or_after_the_command(tmp_path):
@@ -148,9 +149,9 @@ def test_own_parts_through_a_cluster(tmp_path):
     assert out == '1\n' and err.count('\n') == 1 and "'again' needs connector 'half', " in err and "give --import 'own.py' on the command line" in err
 
 def two_processes(cwd, words):
-    "A command as two processes of torchrun; what they print"
-    run = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'tinyllava_cookbook.cli', *shlex.split(words)]
-    r = subprocess.run(run, cwd=cwd, env=BARE | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore'), capture_output=True, text=True, timeout=300)
+    "A command as two processes; what they print"
+    run = [sys.executable, '-W', 'ignore', '-m', 'tinyllava_cookbook.cli', *shlex.split(words)]
+    r = fresh.launch(2, run, cwd=cwd, env=BARE | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore'), timeout=300)
     assert r.returncode == 0, f'{r.stdout[-1000:]}\n{r.stderr[-4000:]}'
     return r.stdout
 

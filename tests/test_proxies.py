@@ -7,6 +7,7 @@ torch = pytest.importorskip('torch')
 from tinyllava_cookbook.recipes.proxy import PROXIES, RATES, proxy, proxy_data, trained_kind, with_world
 from tinyllava_cookbook.recipes.results import accuracy, interval
 from tinyllava_cookbook.recipes.sweep import Cell, cell_id, run_file, run_sweep, sweep_cells, sweeps
+from tinyllava_cookbook.recipes.variants import part_folder
 from tinyllava_cookbook.train.recipes import recipe, recipe_names
 
 @pytest.mark.parametrize('name', PROXIES)
@@ -74,6 +75,16 @@ def test_a_world_is_written_once_and_feeds_every_stage(tmp_path):
     assert [s.data.rsplit('/')[-1] for s in r.stages] == ['pretrain.json', 'details.json', 'instruct.json']
     (train/'done.json').unlink()   # stopped in the middle: written anew
     assert proxy_data(tmp_path, 1, 12, 4)[0] == train and (train/'done.json').exists()
+
+def test_a_variant_of_a_part_or_a_mix_is_another_run(tmp_path):
+    "Identities need no part to be made; making one twice gives the same weights"
+    base = proxy('llava_v15')
+    mixed = dataclasses.replace(base, stages=[base.stages[0], dataclasses.replace(base.stages[1], data='mix: images only')])
+    recipes = [base, mixed, dataclasses.replace(base, llm='micro-llama, 2 layers'), dataclasses.replace(base, vision='micro-siglip, 48 pixels'),
+               dataclasses.replace(base, vision='micro-siglip, 96 pixels')]
+    assert len({cell_id(Cell('a', r, 1)) for r in recipes}) == 5
+    made = [part_folder('micro-siglip, 48 pixels', tmp_path/name) for name in 'ab']
+    assert made[0].name == made[1].name and (made[0]/'model.safetensors').read_bytes() == (made[1]/'model.safetensors').read_bytes()
 
 @pytest.mark.slow
 def test_a_run_that_fails_says_which_and_why_and_leaves_no_numbers(tmp_path):

@@ -3,6 +3,7 @@ import json, os, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
+import fresh
 from PIL import Image
 
 pytestmark = pytest.mark.slow
@@ -12,6 +13,11 @@ def tinyllava(*words, cwd=None, **env):
     env = {k:v for k,v in os.environ.items() if k != 'OMP_NUM_THREADS'} | dict(OMP_WAIT_POLICY='PASSIVE') | env
     return subprocess.run([sys.executable, '-m', 'tinyllava_cookbook.cli', *map(str, words)], cwd=cwd, env=env,
                           capture_output=True, text=True)
+
+def chat(model, image, question):
+    "One run of `tinyllava chat`"
+    words = 'chat', '--model', model, '--image', image, question
+    return fresh.run([sys.executable, '-m', 'tinyllava_cookbook.cli', *map(str, words)], capture_output=True, text=True)
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
@@ -58,7 +64,7 @@ def pictures(tmp_path_factory):
 
 def test_chat_about_any_picture(run, pictures):
     for p in pictures:
-        r = tinyllava('chat', '--model', run/'model', '--image', p, 'what color is the circle?')
+        r = chat(run/'model', p, 'what color is the circle?')
         assert r.returncode == 0 and r.stdout.strip(), (p.name, r.stderr)
         if p.name in ('plain.png', 'turned.jpg', 'alpha.png', 'palette.gif'): assert r.stdout.strip() == 'red', p.name
 
@@ -66,7 +72,7 @@ def test_chat_about_photographs(run, shared):
     photos = sorted((shared/'data').glob('*.jpg'))
     if not photos: pytest.skip('no photographs beside the checkout')
     for p in photos:
-        r = tinyllava('chat', '--model', run/'model', '--image', p, 'how many objects are there?')
+        r = chat(run/'model', p, 'how many objects are there?')
         assert r.returncode == 0 and r.stdout.strip(), (p.name, r.stderr)
 
 def test_pipeline_after_one_import(run, pictures):
@@ -80,7 +86,7 @@ chat = [{"role": "user", "content": [{"type": "image", "url": sys.argv[2]}, {"ty
 print(p(text=chat, max_new_tokens=8, return_full_text=False)[0]["generated_text"])
 '''
     plain = next(p for p in pictures if p.name == 'plain.png')
-    r = subprocess.run([sys.executable, '-c', code, str(run/'model'), str(plain)], capture_output=True, text=True)
+    r = fresh.run([sys.executable, '-c', code, str(run/'model'), str(plain)], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr[-2000:]
     assert 'circle' in r.stdout
 
@@ -91,7 +97,7 @@ def test_checkpoint_is_complete(run, pictures, tmp_path):
     shutil.copytree(run/'model', moved)
     text = ''.join(p.read_text() for p in moved.glob('*.json') if p.name != 'recipe.json') # which says what was run
     assert str(run) not in text and str(Path.home()) not in text
-    ask = lambda: tinyllava('chat', '--model', moved, '--image', pictures[0], 'how many objects are there?')
+    ask = lambda: chat(moved, pictures[0], 'how many objects are there?')
     assert ask().stdout.strip()
     (moved/'processor_config.json').unlink()
     r = ask()

@@ -1,6 +1,7 @@
 "Runs that are stopped, killed and cut off go on as if nothing had happened."
-import os, random, shutil, signal, subprocess, sys, time
+import os, random, shutil, signal, sys, time
 import pytest
+import fresh
 
 torch = pytest.importorskip('torch')
 from PIL import Image
@@ -53,8 +54,8 @@ _,_,results = train_recipe(recipe(sys.argv[1]), sys.argv[2], device='cpu', progr
 
 def start(job, out):
     "A process that trains, and says after each step where it is"
-    return subprocess.Popen([sys.executable, '-W', 'ignore', job/'run.py', job/'recipe.json', out], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    return fresh.Popen([sys.executable, '-W', 'ignore', job/'run.py', job/'recipe.json', out], text=True,
+                       stdout=fresh.PIPE, stderr=fresh.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 def hit(job, out, at, sig, wait=0.):
     "Run until line `at`, send the signal; returns exit code, lines and errors"

@@ -1,7 +1,8 @@
 "Experiment trackers, each against the real library, offline; they are extras, and absent ones are skipped."
-import json, os, subprocess, sys
+import json, os, sys
 from importlib.util import find_spec
 import pytest
+import fresh
 
 pytest.importorskip('torch')
 from tinyllava_cookbook import cli
@@ -25,7 +26,7 @@ def test_a_tracker_gets_the_numbers(name, tmp_path):
     "The loss of each step is in what the tracker keeps on this machine"
     if not there(name): pytest.skip(f"{name} is not installed: pip install 'tinyllava-cookbook[{name}]'")
     env = os.environ | dict(WANDB_MODE='offline', WANDB_SILENT='true', WANDB_DIR=str(tmp_path), TRACKIO_DIR=str(tmp_path/'trackio'), HF_HUB_OFFLINE='1')
-    r = subprocess.run([sys.executable, '-c', TRAIN, name], cwd=tmp_path, env=env, capture_output=True, text=True)
+    r = fresh.run([sys.executable, '-c', TRAIN, name], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr[-2500:]
     kept = dict(wandb='wandb/offline-run-*/*.wandb', trackio='trackio/**/*.db', tensorboard='**/events.out.tfevents.*')[name]
     files = [o for o in tmp_path.glob(kept) if o.stat().st_size]

@@ -66,11 +66,10 @@ def scenes(folder, n=SCENES, seed=7):
 
 def quiet():
     "What the exporter says about operators and names that concern nobody here"
-    import logging, warnings
+    import warnings
     import torch
     from transformers.utils import logging as transformers_logging
     transformers_logging.disable_progress_bar()
-    logging.getLogger('torch.onnx').setLevel('ERROR')
     warnings.simplefilter('ignore')
 
 def build(folder, cache=None):

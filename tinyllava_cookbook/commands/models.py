@@ -112,8 +112,10 @@ def _convert_args(p):
     p.add_argument('path', metavar='PATH', help='TinyLLaVA Factory, TinyLLaVABench, LLaVA, llava-hf or our own: a '
                    'folder, or a name on the Hub')
     p.add_argument('out', metavar='OUT', help='folder to write')
-    p.add_argument('--to', default='ours', choices=['ours', 'llava'],
-                   help='what to write (default: %(default)s)')
+    p.add_argument('--to', default='ours', choices=['ours', 'llava', 'onnx'],
+                   help='what to write; onnx: graphs for transformers.js and ONNX Runtime (default: %(default)s)')
+    p.add_argument('--square', action='store_true',
+                   help='with --to onnx: a model that pads images gets them padded to squares')
     p.add_argument('--llm', metavar='DIR',
                    help='language model it was trained from, if the folder has no tokenizer')
     p.add_argument('--vision', metavar='DIR',
@@ -137,15 +139,20 @@ def _convert_args(p):
 def _convert(a):
     from tinyllava_cookbook.core import read_json
     from tinyllava_cookbook.model.export import convert_folder, push_to_hub
+    if a.to == 'onnx':
+        from tinyllava_cookbook.model import onnx  # noqa: F401  registers its format
+    if a.square and a.to != 'onnx':
+        raise Usage("--square goes with --to onnx")
     if a.public and not a.push:
         raise Usage("--public goes with --push OWNER/NAME")
     if a.scores and a.to != 'llava':
         raise Usage("--scores goes on the model card that --to llava writes")
     fields = {k: json_value(v) for k,v in pairs(a.fields, '--set').items()}
     hide_progress()
-    out = convert_folder(a.path, a.out, a.to, a.dtype, scores=read_json(a.scores) if a.scores else None, llm=a.llm,
-        vision=a.vision, config=fields or None,
-        trust_remote_code=a.trust_remote_code)
+    scores = read_json(a.scores) if a.scores else None
+    out = convert_folder(
+        a.path, a.out, a.to, a.dtype, scores=scores, square=a.square, llm=a.llm,
+        vision=a.vision, config=fields or None, trust_remote_code=a.trust_remote_code)
     print(out)
     if a.push:
         print(push_to_hub(out, a.push, private=not a.public))

@@ -6,6 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/97_commands.proxy.ipynb #2f7faa34
+import shlex
+
 from ..cli import Usage, command, hide_progress
 
 # %% ../../nbs/97_commands.proxy.ipynb #a74f9ee8
@@ -32,9 +34,10 @@ def _listed(a, cells):
         state = 'finished' if run_file(cell, a.out).exists() else 'missing'
         print(f'{number:4}  {state:10}{cell.setting} seed {cell.seed}')
     seeds = ' '.join(map(str, a.seeds))
-    only = f" --only {' '.join(a.only)}" if a.only else ''
-    words = f'tinyllava proxy {a.sweep} --out {a.out} --seeds {seeds}{only}'
-    print(f"\nsbatch --array=0-{len(cells)-1} --wrap '{words} --task $SLURM_ARRAY_TASK_ID'")
+    only = f' --only {shlex.join(a.only)}' if a.only else ''
+    words = f'tinyllava proxy {a.sweep} --out {shlex.quote(a.out)} --seeds {seeds}{only}'
+    task = shlex.quote(f'{words} --task $SLURM_ARRAY_TASK_ID')   # expanded in the job
+    print(f"\nsbatch --array=0-{len(cells)-1} --wrap {task}")
 
 # %% ../../nbs/97_commands.proxy.ipynb #2d5cbec1
 def _chosen(a, cells):

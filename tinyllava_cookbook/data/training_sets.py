@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import Registry, Table, read_json, write_json
-from .records import image_fields
+from .fields import image_fields
 from ..json_records import read_records
 
 # %% ../../nbs/16_data.training_sets.ipynb #725fe196

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LLAVA_CONNECTORS', 'LLAVA_KINDS', 'SHARD', 'FORMATS', 'select_strategy', 'hf_image_processor', 'why_not_llava',
            'llava_kind', 'llava_hf_config', 'llava_hf_state', 'old_rope_fields', 'llava_hf_processor', 'compare_llava',
-           'to_llava', 'compose_folder', 'convert_folder', 'push_to_hub']
+           'empty_folder', 'to_llava', 'compose_folder', 'convert_folder', 'push_to_hub']
 
 # %% ../../nbs/27_model.export.ipynb #99704d08
 import copy, shutil
@@ -21,6 +21,7 @@ from transformers import (AutoModelForCausalLM, AutoProcessor, CLIPImageProcesso
     LlavaNextConfig,
     LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil,
     LlavaNextProcessor, LlavaProcessor)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..core import quiet, read_json, write_json
 from ..data.images import pinpoints, prepare, target_size
@@ -139,6 +140,14 @@ def _misfits_of_settings(config, processor, oldest):
         yield (f"image_mode {processor.image_mode!r} with {type(processor.image_processor).__name__} "
                "has no counterpart; 'pad', 'squash' and 'anyres' have")
 
+# %% ../../nbs/27_model.export.ipynb #77c1f0e2
+def _misfits_of_tower(config):
+    "A class of a vision tower that only a plugin has"
+    kind = config.vision_config.model_type
+    if kind != 'mof_vision' and kind not in CONFIG_MAPPING_NAMES:
+        yield (f"vision tower {kind!r} is no class of `transformers`; "
+               "share the folder of this model and the plugin instead")
+
 # %% ../../nbs/27_model.export.ipynb #11496b59
 def why_not_llava(
     model,             # A `VLMForConditionalGeneration`
@@ -149,7 +158,8 @@ def why_not_llava(
     if oldest not in ('4.57', '5'):
         raise ValueError(f"no version {oldest!r}; choose from ['4.57', '5']")
     settings = _misfits_of_settings(model.config, processor, oldest)
-    return [*settings, *_misfits_of_weights(model)]
+    parts = _misfits_of_tower(model.config)
+    return [*settings, *parts, *_misfits_of_weights(model)]
 
 # %% ../../nbs/27_model.export.ipynb #1d5d6032
 LLAVA_KINDS = {   # `model_type` to classes of configuration, model and processor
@@ -289,18 +299,21 @@ def compare_llava(
     return error
 
 # %% ../../nbs/27_model.export.ipynb #4c9acf47
-SHARD = '5GB'   # Most that one weight file holds
-_ANY_TOKENIZER = {
-    'tokenizer_class': 'PreTrainedTokenizerFast',   # of any version; tokenizer.json says the rest
-    'padding_side': 'left'}                         # for answers in batches
-
-def _empty_folder(out):
+def empty_folder(
+    out,       # Where to write
+) -> Path:     # The folder, which exists now
     "The folder to write; an error where it holds something"
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{str(out)!r} is not empty; give another folder")
     out.mkdir(parents=True, exist_ok=True)
     return out
+
+# %% ../../nbs/27_model.export.ipynb #faf2469e
+SHARD = '5GB'   # Most that one weight file holds
+_ANY_TOKENIZER = {
+    'tokenizer_class': 'PreTrainedTokenizerFast',   # of any version; tokenizer.json says the rest
+    'padding_side': 'left'}                         # for answers in batches
 
 # %% ../../nbs/27_model.export.ipynb #5ca3b254
 def _write_config(out, config):
@@ -321,7 +334,7 @@ def _write_processor(out, processor):
 # %% ../../nbs/27_model.export.ipynb #cbd356cb
 def _write(out, config, state, processor, generation):
     "Write a folder in the format of `transformers`"
-    out = _empty_folder(out)
+    out = empty_folder(out)
     tensors = {name: tensor.contiguous() for name,tensor in state.items()}
     save_torch_state_dict(tensors, out, max_shard_size=SHARD)
     _write_config(out, config)
@@ -383,18 +396,20 @@ def convert_folder(
     to:str='ours',    # One of `FORMATS`
     dtype='file',     # Precision to write; 'file' keeps that of the weights
     scores=None,      # Benchmark to score, for the model card of an exported model
+    square:bool=False, # For 'onnx': images come as squares
     **kwargs,         # For `load`: `llm`, `vision`, `config`
 ) -> Path:            # The folder
     "Open a checkpoint of any layout and write it as ours or as a LLaVA; adapters become part of the weights"
     write = _writer(to)
     file = Path(path)/'recipe.json'
     recipe = read_json(file) if file.exists() else None
-    more = {'scores': scores} if to == 'llava' else {}
+    more = {'llava': {'scores': scores}, 'onnx': {'square': square}}.get(to, {})
     model,processor = load(path, 'cpu', dtype, **kwargs)
     return write(model, processor, out, recipe=recipe, **more)
 
 # %% ../../nbs/27_model.export.ipynb #b3525929
-_UPLOAD = '*.safetensors', '*.json', '*.jinja', 'README.md', 'tokenizer.model', 'merges.txt'
+_UPLOAD = ('*.safetensors', '*.json', '*.jinja', 'README.md', 'tokenizer.model',
+           'merges.txt', 'onnx/*')
 
 def _check_upload(folder, repo):
     if repo.count('/') != 1:

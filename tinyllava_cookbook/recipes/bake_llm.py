@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TINY', 'Scored', 'Bake', 'fit', 'micro_llama', 'Batch', 'batch_documents', 'embed_batch', 'text_logits', 'text_loss',
-           'train_llama', 'reading_report']
+           'read_documents', 'train_llama', 'reading_report']
 
 # %% ../../nbs/67_recipes.bake_llm.ipynb #a3bb6957
 import random
@@ -188,6 +188,21 @@ def text_loss(
     return (nats*weights).sum()/weights.sum(), figures
 
 # %% ../../nbs/67_recipes.bake_llm.ipynb #d179212b
+def read_documents(
+    llm:LlamaForCausalLM,        # Trained in place
+    tok:PreTrainedTokenizerFast, # Its tokenizer
+    cfg:Bake,                    # Steps, batch and learning rate
+    rng:random.Random,           # Draws the documents
+    progress:bool=True,          # Show a bar?
+) -> list[dict]:                 # The log
+    "Pretrain a Llama on documents, from the weights that it has"
+    def step():
+        docs = [random_document(rng) for _ in range(cfg.llama_batch)]
+        return text_loss(llm, batch_documents(docs, tok), tok.unk_token_id)
+    params = dict(params=list(llm.parameters()), lr=cfg.lr_llama, weight_decay=.01)
+    opt = MuonAdamW(muon_groups([params], llm), betas=(.9, .98))
+    return fit(step, opt, cfg.llama_steps, 'micro-llama', progress)
+
 def train_llama(
     tok:PreTrainedTokenizerFast, # Its tokenizer
     cfg:Bake,                    # Sizes and lengths
@@ -198,12 +213,7 @@ def train_llama(
     seed_everything(seed)
     rng = random.Random(seed)
     llm = micro_llama(tok, cfg)
-    def step():
-        docs = [random_document(rng) for _ in range(cfg.llama_batch)]
-        return text_loss(llm, batch_documents(docs, tok), tok.unk_token_id)
-    params = dict(params=list(llm.parameters()), lr=cfg.lr_llama, weight_decay=.01)
-    opt = MuonAdamW(muon_groups([params], llm), betas=(.9, .98))
-    return llm, fit(step, opt, cfg.llama_steps, 'micro-llama', progress)
+    return llm, read_documents(llm, tok, cfg, rng, progress)
 
 # %% ../../nbs/67_recipes.bake_llm.ipynb #63c1bbc2
 Scored = tuple[LlamaForCausalLM,PreTrainedTokenizerFast]   # A model and its tokenizer

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..core import IMAGE_TOKEN, read_json, write_json
 from ..microworld import describe, image_name, write_world
+from .variants import MIX, mixed_file
 from ..train.budget import corpora
 from ..train.recipes import ADAPTERS, Recipe, Stage, Tune, recipe
 
@@ -123,8 +124,15 @@ def proxy_data(
 # %% ../../nbs/69_recipes.proxy.ipynb #605130da
 def stage_file(
     stage:Stage,   # Complete, from `Recipe.stage`
-) -> str:          # Name of a file in a training world
-    "The data that stands for the published one"
+    train:Path,    # A training world
+) -> Path:         # A file in it
+    "The data that stands for the published one, or the mix that the stage names"
+    if stage.data:
+        return mixed_file(train, stage.data.removeprefix(MIX))
+    return train/_published_file(stage)
+
+def _published_file(stage):
+    "By the template and the corpus of a stage"
     if stage.template != 'pretrain':
         return 'instruct.json'
     long = stage.corpus == 'sharegpt4v-pt'
@@ -182,11 +190,11 @@ def proxy(
 # %% ../../nbs/69_recipes.proxy.ipynb #68e607d4
 def stage_share(
     stage:Stage,  # Of a proxy
-    scenes:int,   # There are
+    records:int,  # In its file, one for each scene
 ) -> float:       # Above 0, at most 1
-    "The fraction of the scenes that fills the steps in as many epochs as the recipe says"
+    "The fraction of the records that fills the steps in as many epochs as the recipe says"
     samples = stage.max_steps*stage.global_batch_size
-    return min(1., samples/(stage.epochs*scenes))
+    return min(1., samples/(stage.epochs*records))
 
 # %% ../../nbs/69_recipes.proxy.ipynb #e25410d5
 def with_world(
@@ -194,12 +202,18 @@ def with_world(
     train:Path,  # From `proxy_data`
 ) -> Recipe:     # Ready for `train_recipe`
     "The recipe with files of a training world as its data"
-    scenes = read_json(train/'done.json')['scenes']
-    images = str(train/'images')
-    stages = [dataclasses.replace(
-        s, data=str(train/stage_file(s)), images=images,
-        share=stage_share(s, scenes)) for s in r.stages]
+    stages = [_with_file(s, train) for s in r.stages]
     return dataclasses.replace(r, stages=stages)
+
+def _with_file(stage, train):
+    "The stage with its file, and the fraction of it that its steps see"
+    file = stage_file(stage, train)
+    records = read_json(train/'done.json')['scenes']
+    if stage.data:   # a mix leaves some out
+        records = len(read_json(file))
+    return dataclasses.replace(
+        stage, data=str(file), images=str(train/'images'),
+        share=stage_share(stage, records))
 
 # %% ../../nbs/69_recipes.proxy.ipynb #212ed5d0
 PROXIES = ('llava_v1', 'llava_v15', 'llava_next', 'tinyllava_base', 'tinyllava_share',

@@ -44,8 +44,9 @@ def _trainer(model, processor, stage, out, data=None, images=None, seed=0, callb
     if eval_data is not None and 'eval_steps' not in stage.trainer:
         raise ValueError(f"eval_data would never be used: set {stage.name}.trainer.eval_steps")
     join_processes(device, stage.trainer.get('ddp_timeout', 1800))
-    dataset = stage_dataset(processor, stage, data, images)
-    held_out = None if eval_data is None else stage_dataset(processor, stage, eval_data, images)
+    encoded = partial(stage_dataset, processor, stage, images=images, as_bytes=True)
+    dataset = encoded(data)
+    held_out = None if eval_data is None else encoded(eval_data)
     packs = stage_packs(stage, dataset, device, seed)
     sizes = pack_sizes(stage, packs, packs and packs.samples)
     args = training_args(stage, out, device, seed, parallel, sizes, fsdp_units(model))

@@ -10,6 +10,7 @@ __all__ = ['float_weights', 'train_stage', 'train_recipe']
 from .finished import StageResult, finish_stage, finished_result, stage_result
 
 import time
+from functools import partial
 from pathlib import Path
 
 from ..core import pick_device, rank_and_world, seed_everything

@@ -1,5 +1,5 @@
 "What every test starts from: no network, one thread, fixed seeds."
-import os, random, sys
+import os, random, shutil, sys
 from collections import Counter
 from pathlib import Path
 import pytest
@@ -47,3 +47,13 @@ def seeds():
     random.seed(0)
     if 'numpy' in sys.modules: sys.modules['numpy'].random.seed(0)
     if 'torch' in sys.modules: sys.modules['torch'].manual_seed(0)
+
+@pytest.fixture(scope='module')   # while it runs, its thread can have no other event loop
+def browser():
+    "Chromium, from the system or from `playwright install chromium`; `make browser` installs the extra"
+    api = pytest.importorskip('playwright.sync_api', reason='the extra `browser` is not installed: make browser')
+    with api.sync_playwright() as p:
+        own = p.chromium.executable_path
+        found = shutil.which('chromium') or shutil.which('google-chrome') or (own if os.path.exists(own) else None)
+        if not found: pytest.skip('no Chromium: apt-get install chromium, or playwright install chromium')
+        yield p.chromium.launch(executable_path=found)

@@ -22,7 +22,7 @@ from .datasets import BAD, WORKERS, sample_seconds, time_limit, working_on
 # %% ../../nbs/14_data.batches.ipynb #b470fa9a
 def join_images(
     samples:list[dict],   # From an `Encoder`
-) -> dict:                # pixel_values (tiles, 3, h, w); of 'anyres' also image_sizes (images, 2): heights and widths
+) -> dict:                # pixel_values bytes or float32 (tiles, 3, h, w); of 'anyres' image_sizes (images, 2), too
     "All tiles of a batch"
     tiles, sizes = (_present(samples, k) for k in (
         'pixel_values', 'image_sizes'))
@@ -30,7 +30,10 @@ def join_images(
         raise ValueError(
             f"{len(sizes)} of {len(tiles)} samples with images have image_sizes; use one image mode")
     out = {}
-    if tiles: out['pixel_values'] = torch.cat(tiles).float()
+    if tiles:
+        x_nchw = torch.cat(tiles)
+        whole = x_nchw.dtype == torch.uint8   # bytes stay bytes
+        out['pixel_values'] = x_nchw if whole else x_nchw.float()
     if sizes: out['image_sizes'] = torch.cat(sizes)
     return out
 
@@ -48,8 +51,10 @@ def check_samples(
     for k, s in enumerate(samples):
         if 'labels' in s and len(s['labels']) != len(s['input_ids']):
             raise ValueError(f"sample {k} of the batch has {len(s['input_ids'])} ids and {len(s['labels'])} labels")
-    sizes = {tuple(o.shape[1:]) for o in _present(
-        samples, 'pixel_values')}
+    tiles = _present(samples, 'pixel_values')
+    if len({o.dtype == torch.uint8 for o in tiles}) > 1:
+        raise ValueError("some samples have images as bytes and some do not; encode them all with one Encoder")
+    sizes = {tuple(o.shape[1:]) for o in tiles}
     if len(sizes) > 1:
         raise ValueError(f"tiles of different sizes in one batch: {sorted(sizes)}; use one image processor")
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from ..core import IGNORE, IMAGE_TOKEN
 from .images import (IMAGE_MODES, anyres_n_tokens, image_size, load_image, pinpoints,
-                                            prepare, sample_aspect, target_size)
+                                            prepare, prepare_bytes, sample_aspect, target_size)
+from ..pixels import has_table
 from .records import Sample, naming, read_data, read_sample, record_name
 from .templates import ChatTemplate, chat_template
 
@@ -95,7 +96,8 @@ def _pixels(encoder, sources) -> dict:
     "All tiles, and for 'anyres' the size of each image"
     if not sources: return {}
     images = [load_image(o, max_aspect=sample_aspect()) for o in sources]
-    tiles = [prepare(o, encoder.image_processor, encoder.image_mode)[0] for o in images]
+    how = prepare_bytes if encoder.as_bytes else prepare
+    tiles = [how(o, encoder.image_processor, encoder.image_mode)[0] for o in images]
     out = dict(pixel_values=torch.cat(tiles))
     if encoder.patch_grid:
         out['image_sizes'] = torch.tensor([o.size[::-1] for o in images])
@@ -113,6 +115,7 @@ class Encoder:
         image_mode:str='pad',     # A key of `IMAGE_MODES`
         max_length:int|None=2048, # Longest sequence, image tokens included
         patch_grid:tuple[int, int]|None=None,  # Their rows and columns, for 'anyres'; `None`: a square
+        as_bytes:bool=False,      # Leave images as bytes, for `normalize_pixels`, if the processor has a `pixel_table`
     ):
         self.tokenizer,self.image_processor,self.image_mode = tokenizer,image_processor,image_mode
         self.template = chat_template(template) if isinstance(template, str) else template
@@ -120,6 +123,7 @@ class Encoder:
             tokenizer) if image_token_id is None else image_token_id
         self.image_seq_length,self.max_length = image_seq_length,max_length
         self.patch_grid = _patch_grid(patch_grid, image_seq_length, image_mode)
+        self.as_bytes = as_bytes and has_table(image_processor)
 
     def tokens(self,
         sample:Sample,   # One of `read_sample`

@@ -130,7 +130,8 @@ def lengths_key(
     digest = hashlib.sha256(__version__.encode())
     def add(o):
         digest.update(json.dumps(o, default=_plain).encode())
-    add({k: v for k, v in vars(encoder).items() if k != 'tokenizer'})
+    apart = 'tokenizer', 'as_bytes'   # the one by what decides its ids, the other changes no length
+    add({k: v for k, v in vars(encoder).items() if k not in apart})
     add(_tokenizer_facts(encoder.tokenizer))
     # a HF dataset knows its content's
     mark = getattr(ds, '_fingerprint', None)

@@ -45,11 +45,12 @@ def stage_rows(
 def stage_encoder(
     processor,    # Of the model
     stage:Stage,  # Gives template, image mode and length
+    **kwargs,     # For `Encoder`
 ) -> Encoder:     # Samples to tokens
     "How a stage turns samples into tokens"
-    own = dict(image_mode=stage.image_mode) if stage.image_mode else {}
+    if stage.image_mode: kwargs['image_mode'] = stage.image_mode
     return processor.encoder(template=stage.template, max_length=stage.max_length,
-                             **own)
+                             **kwargs)
 
 # %% ../../nbs/33_train.data.ipynb #a371e5c9
 def stage_dataset(
@@ -57,12 +58,13 @@ def stage_dataset(
     stage:Stage,  # Gives template, image mode, length, and the data when `data` is absent
     data=None,    # As `read_mixture` takes it, rows of such data, or a dataset that is encoded already
     images=None,  # Folder that image paths are relative to; `None` takes the stage's
+    **kwargs,     # For `Encoder`: `as_bytes=True` for a `VLMTrainer`, which normalizes on its device
 ) -> Dataset:     # Gives `input_ids`, `labels` and perhaps `pixel_values`
     "What a stage trains on, encoded as it asks"
     rows = stage_rows(stage, data, images)
     encoded = len(rows) and isinstance(rows[0], dict) and 'input_ids' in rows[0]
     if encoded: return rows
-    encoder = stage_encoder(processor, stage)
+    encoder = stage_encoder(processor, stage, **kwargs)
     return VLMDataset(rows, encoder, stage.on_bad_sample, stage.bad_budget)
 
 # %% ../../nbs/33_train.data.ipynb #a509b7b5

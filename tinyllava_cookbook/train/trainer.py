@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from ..core import gpu_dtype, pick_device, rank_and_world
 from ..data.batches import BatchLoader, EpochBatches, PadCollator, cores
 from ..data.packing import PackCollator
+from ..pixels import normalize_pixels
 from ..durable import (asked_to_stop, find_checkpoint, mark_complete, numbered_checkpoints,
     publish, read_marker, remove, shield_worker, stop_on_signal)
 from .meter import MeteredTrainer, flop_rates
@@ -72,6 +73,7 @@ def training_args(
     seed:int=0,          # Of everything random
     parallel:str='ddp',  # One of `PARALLEL`
     sizes=None,          # Batch per device and accumulation; `None`: `batch_sizes`
+    units=(),            # Classes that FSDP shards one by one, from `fsdp_units`
 ) -> TrainingArguments:  # Complete
     "Arguments of the Hugging Face trainer for one stage on this machine"
     known = [field.name for field in dataclasses.fields(TrainingArguments)]
@@ -88,6 +90,7 @@ def training_args(
     args = TrainingArguments(**settings)
     # one process drives one GPU; for more of them there is torchrun
     args._n_gpu = min(args.n_gpu, 1)
+    if args.fsdp: args.fsdp_plugin_args['transformer_cls_names_to_wrap'] = ','.join(units)
     return args
 
 # %% ../../nbs/34_train.trainer.ipynb #f9903de8
@@ -303,6 +306,17 @@ class StopSignal(TrainerCallback):
             control.should_training_stop = True
             self.stopped = True
 
+# %% ../../nbs/34_train.trainer.ipynb #e02c448b
+class _FromBytes(Trainer):
+    "Images that come as bytes are normalized on the device, once per micro-batch"
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        x_nchw = inputs.get('pixel_values')
+        if x_nchw is None or x_nchw.dtype != torch.uint8:
+            return inputs
+        values = normalize_pixels(x_nchw, self.processor.image_processor)
+        return {**inputs, 'pixel_values': self._prepare_input(values)}
+
 # %% ../../nbs/34_train.trainer.ipynb #8fe2c55d
 class _Evaluated(Trainer):
     def _shares(self, n_samples):
@@ -373,7 +387,7 @@ def _optimizer_class(trainer):
         'lr', 'betas', 'eps') if name in kwargs}
 
 # %% ../../nbs/34_train.trainer.ipynb #b793cef3
-class VLMTrainer(MeteredTrainer, _Finite, _Evaluated, _Resumed):
+class VLMTrainer(MeteredTrainer, _FromBytes, _Finite, _Evaluated, _Resumed):
     "The Hugging Face trainer with a fixed data order, learning rates per part, a fuller log and strict resume"
     def __init__(self,
         model,                  # A `VLMForConditionalGeneration`, after `apply_tune`

@@ -11,8 +11,8 @@ from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoToken
 from transformers.utils import logging
 from tinyllava_cookbook.core import IGNORE, quiet
 from tinyllava_cookbook.ingredients import tiny_checkpoint, tiny_llms
-from tinyllava_cookbook.model.llms import (add_image_token, default_template, llm_families, llm_logits, load_llm, load_tokenizer,
-                                           prove_llm, save_code, set_padding, stop_ids, trust_code)
+from tinyllava_cookbook.model.llms import (LLMFamily, add_image_token, default_template, llm_families, llm_logits, load_llm, load_tokenizer,
+                                           plain_logits, prove_llm, save_code, set_padding, stop_ids, trust_code)
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.model.loss import supervised_loss
 from tinyllava_cookbook.model.vlm import VLMForConditionalGeneration
@@ -246,6 +246,34 @@ def test_generic_without_packing(kind):
                                       ('cpmant', 'its decoder, fed with embeddings and positions, fails')])
 def test_not_even_generic(kind, why):
     with pytest.raises(ValueError, match=why): prove_llm(unknown(kind))
+
+@pytest.fixture
+def own_family():
+    "Registers a family of one's own, in place of the one before"
+    mine = set()
+    def register(kind, *args, **fields):
+        if kind in mine: llm_families.remove(kind)
+        mine.add(kind)
+        llm_families.register(kind, LLMFamily(*args, **fields))
+    yield register
+    for kind in mine: llm_families.remove(kind)
+
+def test_a_family_of_ones_own_is_proven(parts, tmp_path, own_family):
+    "One that says what is not so would train on wrong logits"
+    path = unknown('cohere', tmp_path, vocab_size=400, words=parts['llama'])
+    own_family('cohere')
+    with pytest.raises(ValueError, match="'cohere' does more after its decoder"): load_llm(path)
+    own_family('cohere', lambda llm, h: plain_logits(llm, h)*2)
+    with pytest.raises(ValueError, match="'cohere' has other logits than .*; register an LLMFamily with logits="): load_llm(path)
+    own_family('cohere', lambda llm, h: plain_logits(llm, h*llm.config.logit_scale))   # the same, in another order
+    assert getattr(load_llm(path)[0].config, 'llm_family', None) is None
+
+def test_packing_of_a_family_of_ones_own_is_proven(parts, tmp_path, own_family):
+    path = unknown('bloom', tmp_path, vocab_size=400, words=parts['llama'])
+    own_family('bloom')
+    with pytest.raises(ValueError, match="'bloom' says that samples can share a row.*packs=False"): load_llm(path)
+    own_family('bloom', packs=False)
+    assert load_llm(path)[0].config.model_type == 'bloom'
 
 def test_generic_in_a_model(parts, tmp_path):
     "Composed, trained, saved, opened: what was proven is written into the configuration; packing is refused where it fails"

@@ -21,6 +21,7 @@ from transformers import (AutoModelForCausalLM, AutoProcessor, CLIPImageProcesso
     LlavaNextConfig,
     LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil,
     LlavaNextProcessor, LlavaProcessor)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..core import quiet, read_json, write_json
 from ..data.images import pinpoints, prepare, target_size
@@ -139,6 +140,14 @@ def _misfits_of_settings(config, processor, oldest):
         yield (f"image_mode {processor.image_mode!r} with {type(processor.image_processor).__name__} "
                "has no counterpart; 'pad', 'squash' and 'anyres' have")
 
+# %% ../../nbs/27_model.export.ipynb #77c1f0e2
+def _misfits_of_tower(config):
+    "A class of a vision tower that only a plugin has"
+    kind = config.vision_config.model_type
+    if kind != 'mof_vision' and kind not in CONFIG_MAPPING_NAMES:
+        yield (f"vision tower {kind!r} is no class of `transformers`; "
+               "share the folder of this model and the plugin instead")
+
 # %% ../../nbs/27_model.export.ipynb #11496b59
 def why_not_llava(
     model,             # A `VLMForConditionalGeneration`
@@ -149,7 +158,8 @@ def why_not_llava(
     if oldest not in ('4.57', '5'):
         raise ValueError(f"no version {oldest!r}; choose from ['4.57', '5']")
     settings = _misfits_of_settings(model.config, processor, oldest)
-    return [*settings, *_misfits_of_weights(model)]
+    parts = _misfits_of_tower(model.config)
+    return [*settings, *parts, *_misfits_of_weights(model)]
 
 # %% ../../nbs/27_model.export.ipynb #1d5d6032
 LLAVA_KINDS = {   # `model_type` to classes of configuration, model and processor

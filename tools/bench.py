@@ -156,33 +156,67 @@ def bench_attention(root, a):
 
 # ------------------------------------------------------------------------------------------------ data
 
+def chunk_ids(tok, text):
+    "Ids of a prompt, tokenized between its images, each with the mark of an image in between"
+    pieces = [tok(o).input_ids for o in text.split('<image>')]
+    first = pieces[0][:1] if pieces[0][:1] == [tok.bos_token_id] else []
+    ids = pieces[0]
+    for piece in pieces[1:]: ids = [*ids, -200, *piece[len(first):]]
+    return ids
+
+def factory_text(tok, template, messages):
+    "Ids and labels as TinyLLaVA Factory finds them: everything once, then round by round, and each question again"
+    prompt = template.render(messages)
+    ids = torch.tensor(chunk_ids(tok, prompt))
+    labels, at = ids.clone(), 1
+    labels[:1] = -100
+    for turn in prompt.split(template.stop):
+        if not turn: break
+        question = turn.split(template.begin)[0] + template.begin
+        length, asked = len(chunk_ids(tok, turn)) + 1, len(chunk_ids(tok, question)) - 1
+        labels[at:at + asked] = -100
+        at += length
+    labels[at:] = -100
+    return ids, labels
+
+def factory_batch(samples):
+    "Padded rows and stacked images"
+    from torch.nn.utils.rnn import pad_sequence
+    ids, labels, pixels = zip(*samples)
+    ids, labels = pad_sequence(ids, True, 0), pad_sequence(labels, True, -100)
+    return dict(input_ids=ids, labels=labels, attention_mask=ids.ne(0), pixel_values=torch.stack(pixels))
+
 def bench_data(root, a):
-    "Samples from a JPEG file to a batch: ours against the processor's own way in"
+    "Samples from JPEG files to batches of pixel values: ours against TinyLLaVA Factory's steps, with a fast tokenizer"
+    from PIL import Image
     from tinyllava_cookbook.core import IMAGE_TOKEN
     from tinyllava_cookbook.data.batches import PadCollator
     from tinyllava_cookbook.data.bench import photo, write_conversations
     from tinyllava_cookbook.data.datasets import Encoder, VLMDataset
-    from tinyllava_cookbook.data.images import IMAGE_MODES, load_image
+    from tinyllava_cookbook.data.images import IMAGE_MODES
     from tinyllava_cookbook.data.records import read_data
     from tinyllava_cookbook.ingredients import tiny_tokenizer
+    from tinyllava_cookbook.pixels import normalize_pixels
     from transformers import CLIPImageProcessorPil
     n, rng, tok = 8 if a.tiny else 64, np.random.default_rng(0), tiny_tokenizer('llama')
     for i in range(n): photo((336, 336), rng).save(root/f'{i}.jpg', quality=90)
     tok.add_special_tokens({'additional_special_tokens': [IMAGE_TOKEN]})
     clip = CLIPImageProcessorPil(size=dict(shortest_edge=336), crop_size=dict(height=336, width=336))
-    encoder = Encoder(tok, clip, 'llama', image_seq_length=576, max_length=4096)
+    encoder = Encoder(tok, clip, 'llama', image_seq_length=576, max_length=4096, as_bytes=True)
     ds, collator = VLMDataset(read_data(write_conversations(root/'data.json', n)), encoder), PadCollator(0)
-    def ours():
-        for k in range(0, n, 8): collator([ds[i] for i in range(k, k + 8)])
-    def slow(i):
+    def ours(k):
+        batch = collator([ds[i] for i in range(k, k + 8)])
+        batch['pixel_values'] = normalize_pixels(batch['pixel_values'], clip)
+        return batch
+    def factory(i):
         sample = ds.sample(i)
-        ids, labels, _ = encoder.tokens(sample)
-        seen = IMAGE_MODES['pad'](load_image(sample.images[0]).convert('RGB'), clip)
-        pixels = clip(images=[seen], return_tensors='pt')['pixel_values']
-        return dict(input_ids=torch.tensor(ids), labels=torch.tensor(labels), pixel_values=pixels)
-    def plain():
-        for k in range(0, n, 8): collator([slow(i) for i in range(k, k + 8)])
-    return [compare('data, a sample of 336 pixels', ours, plain, a.runs)]
+        with Image.open(sample.images[0]) as file: image = IMAGE_MODES['pad'](file.convert('RGB'), clip)
+        pixels = clip(images=image, return_tensors='pt')['pixel_values'][0]
+        return *factory_text(tok, encoder.template, sample.messages), pixels
+    def plain(k): return factory_batch([factory(i) for i in range(k, k + 8)])
+    assert torch.equal(ours(0)['pixel_values'], plain(0)['pixel_values'])
+    def every(make): return lambda: [make(k) and None for k in range(0, n, 8)]
+    return [compare('data, a sample of 336 pixels', every(ours), every(plain), a.runs, 2)]
 
 # ------------------------------------------------------------------------------------------------ answering
 

@@ -17,6 +17,8 @@ test check docs browser: export HF_DATASETS_OFFLINE = 1
 test check docs browser: export TOKENIZERS_PARALLELISM = false
 test check docs browser: export OMP_NUM_THREADS = 1
 test check docs browser: export DS_ACCELERATOR = cpu
+# Modules are compiled once, not by each of a hundred processes.
+test check docs browser: export PYTHONDONTWRITEBYTECODE =
 
 help: ## show this list
 	@echo 'make TARGET, where TARGET is one of'

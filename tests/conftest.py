@@ -11,12 +11,15 @@ for k,v in dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', TOKENIZERS_PARALLEL
 
 def pytest_configure(config):
     "Describe the marker of tests that take long"
-    config.addinivalue_line('markers', 'slow: takes more than 5 seconds of a processor; `make check` leaves it out')
+    config.addinivalue_line('markers', 'slow(seconds=8): takes more than 5 seconds of a processor, about so many; `make check` leaves it out')
 
 def pytest_collection_modifyitems(items):
-    "Files with slow tests first: each worker takes a whole file, and at the end there should be short ones left to take"
-    slow = Counter(item.path for item in items if item.get_closest_marker('slow'))
-    items.sort(key=lambda item: -slow[item.path])
+    "Files that take longest first: each worker takes a whole file, and at the end there should be short ones left to take"
+    seconds = Counter()
+    for item in items:
+        slow = item.get_closest_marker('slow')
+        if slow: seconds[item.path] += slow.kwargs.get('seconds', 8)
+    items.sort(key=lambda item: -seconds[item.path])
 
 @pytest.fixture(scope='session')
 def root():

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 LLM = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8,
            vocab_size=8192, max_position_embeddings=32768)
 TOWER = dict(image_size=112, patch_size=14, hidden_size=192, intermediate_size=768, num_hidden_layers=8, num_attention_heads=6)
+# What answers are measured with: 50M parameters, which no cache of a CPU holds
+REAL = dict(LLM, hidden_size=512, intermediate_size=1408, num_hidden_layers=12, vocab_size=16384)
 TINY = dict(LLM, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -49,12 +51,12 @@ def say(text): print(text, file=sys.stderr, flush=True)
 
 # ------------------------------------------------------------------------------------------------ training
 
-def compose_model(root, tiny):
+def compose_model(root, tiny, shape=LLM):
     "A random model, and its processor"
     from tinyllava_cookbook.ingredients import tiny_checkpoint
     from tinyllava_cookbook.model.processor import compose
     tower = dict(TOWER, image_size=56, num_hidden_layers=2) if tiny else TOWER
-    llm = tiny_checkpoint('llama', root/'llm', **(TINY if tiny else LLM))
+    llm = tiny_checkpoint('llama', root/'llm', **(TINY if tiny else shape))
     return compose(tiny_checkpoint('siglip', root/'tower', **tower), llm, image_mode='squash')
 
 def mix(model, n, seed=0):
@@ -154,33 +156,67 @@ def bench_attention(root, a):
 
 # ------------------------------------------------------------------------------------------------ data
 
+def chunk_ids(tok, text):
+    "Ids of a prompt, tokenized between its images, each with the mark of an image in between"
+    pieces = [tok(o).input_ids for o in text.split('<image>')]
+    first = pieces[0][:1] if pieces[0][:1] == [tok.bos_token_id] else []
+    ids = pieces[0]
+    for piece in pieces[1:]: ids = [*ids, -200, *piece[len(first):]]
+    return ids
+
+def factory_text(tok, template, messages):
+    "Ids and labels as TinyLLaVA Factory finds them: everything once, then round by round, and each question again"
+    prompt = template.render(messages)
+    ids = torch.tensor(chunk_ids(tok, prompt))
+    labels, at = ids.clone(), 1
+    labels[:1] = -100
+    for turn in prompt.split(template.stop):
+        if not turn: break
+        question = turn.split(template.begin)[0] + template.begin
+        length, asked = len(chunk_ids(tok, turn)) + 1, len(chunk_ids(tok, question)) - 1
+        labels[at:at + asked] = -100
+        at += length
+    labels[at:] = -100
+    return ids, labels
+
+def factory_batch(samples):
+    "Padded rows and stacked images"
+    from torch.nn.utils.rnn import pad_sequence
+    ids, labels, pixels = zip(*samples)
+    ids, labels = pad_sequence(ids, True, 0), pad_sequence(labels, True, -100)
+    return dict(input_ids=ids, labels=labels, attention_mask=ids.ne(0), pixel_values=torch.stack(pixels))
+
 def bench_data(root, a):
-    "Samples from a JPEG file to a batch: ours against the processor's own way in"
+    "Samples from JPEG files to batches of pixel values: ours against TinyLLaVA Factory's steps, with a fast tokenizer"
+    from PIL import Image
     from tinyllava_cookbook.core import IMAGE_TOKEN
     from tinyllava_cookbook.data.batches import PadCollator
     from tinyllava_cookbook.data.bench import photo, write_conversations
     from tinyllava_cookbook.data.datasets import Encoder, VLMDataset
-    from tinyllava_cookbook.data.images import IMAGE_MODES, load_image
+    from tinyllava_cookbook.data.images import IMAGE_MODES
     from tinyllava_cookbook.data.records import read_data
     from tinyllava_cookbook.ingredients import tiny_tokenizer
+    from tinyllava_cookbook.pixels import normalize_pixels
     from transformers import CLIPImageProcessorPil
     n, rng, tok = 8 if a.tiny else 64, np.random.default_rng(0), tiny_tokenizer('llama')
     for i in range(n): photo((336, 336), rng).save(root/f'{i}.jpg', quality=90)
     tok.add_special_tokens({'additional_special_tokens': [IMAGE_TOKEN]})
     clip = CLIPImageProcessorPil(size=dict(shortest_edge=336), crop_size=dict(height=336, width=336))
-    encoder = Encoder(tok, clip, 'llama', image_seq_length=576, max_length=4096)
+    encoder = Encoder(tok, clip, 'llama', image_seq_length=576, max_length=4096, as_bytes=True)
     ds, collator = VLMDataset(read_data(write_conversations(root/'data.json', n)), encoder), PadCollator(0)
-    def ours():
-        for k in range(0, n, 8): collator([ds[i] for i in range(k, k + 8)])
-    def slow(i):
+    def ours(k):
+        batch = collator([ds[i] for i in range(k, k + 8)])
+        batch['pixel_values'] = normalize_pixels(batch['pixel_values'], clip)
+        return batch
+    def factory(i):
         sample = ds.sample(i)
-        ids, labels, _ = encoder.tokens(sample)
-        seen = IMAGE_MODES['pad'](load_image(sample.images[0]).convert('RGB'), clip)
-        pixels = clip(images=[seen], return_tensors='pt')['pixel_values']
-        return dict(input_ids=torch.tensor(ids), labels=torch.tensor(labels), pixel_values=pixels)
-    def plain():
-        for k in range(0, n, 8): collator([slow(i) for i in range(k, k + 8)])
-    return [compare('data, a sample of 336 pixels', ours, plain, a.runs)]
+        with Image.open(sample.images[0]) as file: image = IMAGE_MODES['pad'](file.convert('RGB'), clip)
+        pixels = clip(images=image, return_tensors='pt')['pixel_values'][0]
+        return *factory_text(tok, encoder.template, sample.messages), pixels
+    def plain(k): return factory_batch([factory(i) for i in range(k, k + 8)])
+    assert torch.equal(ours(0)['pixel_values'], plain(0)['pixel_values'])
+    def every(make): return lambda: [make(k) and None for k in range(0, n, 8)]
+    return [compare('data, a sample of 336 pixels', every(ours), every(plain), a.runs, 2)]
 
 # ------------------------------------------------------------------------------------------------ answering
 
@@ -188,14 +224,17 @@ def bench_answers(root, a):
     "Generation in batches, and several questions on one image"
     from PIL import Image
     from tinyllava_cookbook.infer.generate import answer_ids, prompt_ids, user_turn
-    model, processor = compose_model(root, a.tiny)
-    rng, side, new = np.random.default_rng(0), model.config.vision_config.image_size, 4 if a.tiny else 16
+    model, processor = compose_model(root, a.tiny, REAL)
+    rng, side = np.random.default_rng(0), model.config.vision_config.image_size
     pictures = [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(16)]
     prompts = [prompt_ids(processor, [user_turn(f'what is number {k} in the image?', 1)]) for k in range(16)]
-    ask = partial(answer_ids, model, processor, max_new_tokens=new)
-    def together(): return ask(prompts, pictures)
-    def one_by_one(): return [ask([p], [o]) for p,o in zip(prompts, pictures)]
-    rows = [compare('generation, batch 16 against 1', together, one_by_one, a.runs, 8)]
+    def rows_of(new, least):
+        ask = partial(answer_ids, model, processor, max_new_tokens=new)
+        def together(): return ask(prompts, pictures)
+        def one_by_one(): return [ask([p], [o]) for p,o in zip(prompts, pictures)]
+        return compare(f'answers of {new} tokens, batch 16 against 1', together, one_by_one, a.runs, least)
+    # reading the prompts is bound by arithmetic, in a batch or not; writing the answers by memory
+    rows = [rows_of(2, None), rows_of(4, 8)] if a.tiny else [rows_of(16, None), rows_of(64, 8)]
     ten = partial(answer_ids, model, processor, max_new_tokens=2)
     def shared(): return ten(prompts[:10], pictures[:1]*10)
     def each(): return [ten([p], pictures[:1]) for p in prompts[:10]]

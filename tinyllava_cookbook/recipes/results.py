@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GREY', 'BLUE', 'ORANGE', 'LOOKED', 'Interval', 'interval', 'bits', 'scene_of', 'accuracy', 'calibration_error',
            'yes_confidence', 'results_table', 'plot_settings', 'plot_kinds', 'plot_losses', 'plot_differences',
-           'answers_table', 'kept_maps', 'plot_attention']
+           'answers_table', 'plot_attention']
 
 # %% ../../nbs/69_recipes.results.ipynb #ae267beb
 import textwrap
@@ -265,7 +265,7 @@ def answers_table(
 # %% ../../nbs/69_recipes.results.ipynb #955050ab
 LOOKED = 'color', 'place', 'relation'   # Kinds of question whose maps are kept
 
-def kept_maps(
+def _kept_maps(
     results:dict,  # From `collect`
     setting:str,   # One of its settings
 ) -> dict:         # Stage -> maps; empty for runs that kept none
@@ -296,7 +296,7 @@ def plot_attention(
 ):                    # The figure
     "Questions by stages: where the answer comes from, and what the model says"
     import matplotlib.pyplot as plt
-    stages = kept_maps(results, setting)
+    stages = _kept_maps(results, setting)
     asked = _looked_at(results, setting)
     said = results['settings'][setting][0]['answers']
     shape = len(asked), len(stages) + 1

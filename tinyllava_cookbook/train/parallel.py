@@ -11,9 +11,6 @@ import atexit, copy, importlib.util, os
 from contextlib import contextmanager
 from datetime import timedelta
 
-import torch
-import torch.distributed as dist
-
 from ..core import pick_device, rank_and_world
 from ..durable import FolderLock
 from .recipes import Stage, batch_sizes
@@ -86,6 +83,7 @@ RENDEZVOUS = 60.   # Seconds that processes wait for each other at the start; TI
 
 def _meet(rank, world, limit):
     "A store that all processes have come to"
+    import torch.distributed as dist
     store = next(dist.rendezvous('env://', timeout=limit))[0]
     store.set(f'here-{rank}', '1')
     store.wait([f'here-{other}' for other in range(world)], limit)
@@ -103,6 +101,7 @@ def _not_all_came(rank, world, limit, error):
 # %% ../../nbs/32_train.parallel.ipynb #352b951d
 def _form_group(store, rank, world, cuda, limit):
     "The processes of a store become the default group"
+    import torch.distributed as dist
     store.set_timeout(limit)
     backend = 'nccl' if cuda else 'gloo'
     prefixed = dist.PrefixStore('train', store)
@@ -117,7 +116,9 @@ def join_processes(
 ):
     "Join the processes of a launcher; where one is missing, an error after `RENDEZVOUS` seconds"
     rank,world = rank_and_world()
-    if world == 1 or dist.is_initialized(): return
+    if world == 1: return
+    import torch
+    if torch.distributed.is_initialized(): return
     seconds = float(os.environ.get('TINYLLAVA_RENDEZVOUS', RENDEZVOUS))
     limit = timedelta(seconds=seconds)
     try: store = _meet(rank, world, limit)
@@ -131,6 +132,7 @@ def join_processes(
 # %% ../../nbs/32_train.parallel.ipynb #e7e240e2
 def leave_processes():
     "Part from the other processes, where there are any"
+    import torch.distributed as dist
     if dist.is_initialized(): dist.destroy_process_group()
 
 # %% ../../nbs/32_train.parallel.ipynb #44e5a6b6

@@ -6,8 +6,8 @@ Usage: python tools/bench.py [--only NAME ...] [--runs 3] [--growth 16000] [--ou
 CPU seconds of one thread, so that other work on the machine matters little; ours and the baseline take turns. A row has
 the median of both, their ratio and its spread over the runs. Growth: CPU seconds at sizes that double twice, and the
 slope of their logarithms: 1 is a cost in proportion. The baseline pads batches in random order, computes the attention
-and the logits of all positions and all layers of the vision tower, normalizes images in floating point, and answers
-each question by itself. `--tiny` runs the same code in seconds. With --json, one JSON object is all of standard output.
+and the logits of all positions and all layers of the vision tower, prepares samples as TinyLLaVA Factory does, and answers
+each question by itself. Machine: rates of one thread, and what single kernels reach; ledger: a step by its parts. `--tiny` runs the same code in seconds. With --json, one JSON object is all of standard output.
 """
 import argparse, json, math, os, statistics, subprocess, sys, tempfile, time
 from contextlib import redirect_stdout
@@ -218,6 +218,96 @@ def bench_data(root, a):
     def every(make): return lambda: [make(k) and None for k in range(0, n, 8)]
     return [compare('data, a sample of 336 pixels', every(ours), every(plain), a.runs, 2)]
 
+# ------------------------------------------------------------------------------------------------ where the time goes
+
+def best_seconds(work, least=.05):
+    "CPU seconds of one call, the best of three measurements of at least so long"
+    work()
+    times = max(1, math.ceil(least/max(cpu_seconds(work), 1e-6)))
+    def many():
+        for _ in range(times): work()
+    return min(cpu_seconds(many) for _ in range(3))/times
+
+def kernel_works(tokens):
+    "Name -> what a layer computes for a row of so many tokens, its operations and the bytes that it has to move"
+    d, inner, words = LLM['hidden_size'], LLM['intermediate_size'], LLM['vocab_size']
+    x_td, g_ti, h_ti = torch.randn(tokens, d), torch.randn(tokens, inner), torch.randn(tokens, inner)
+    up, head, scale = torch.randn(inner, d), torch.randn(words, d), torch.randn(d)
+    q = torch.randn(1, 8, 256, d//8)
+    half = 256*256*d   # causal: half of the pairs, twice
+    return {'linear layer': (lambda: F.linear(x_td, up), 2*tokens*d*inner, 4*(x_td.numel() + up.numel() + g_ti.numel())),
+            'output layer': (lambda: F.linear(x_td[:256], head), 512*d*words, 4*(256*d + head.numel() + 256*words)),
+            'attention of a sample': (lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True), 2*half, 16*q.numel()),
+            'gate': (lambda: g_ti*h_ti, g_ti.numel(), 12*g_ti.numel()),
+            'normalizing': (lambda: x_td*x_td.pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt()*scale, 4*x_td.numel(), 8*x_td.numel())}
+
+def bench_machine(root, a):
+    "What one thread can do at most, and what single kernels reach of it"
+    n = 256 if a.tiny else 1024
+    x, long = torch.randn(n, n), torch.randn(2**20 if a.tiny else 2**25)
+    out, to = torch.empty(n, n), torch.empty_like(long)
+    flops = 2*n**3/best_seconds(lambda: torch.mm(x, x, out=out))
+    rate = 2*long.nbytes/best_seconds(lambda: to.copy_(long))
+    rows = [dict(name='machine', flops=flops, bytes=rate)]
+    say(f"one thread: {flops/1e9:.1f} GFLOP/s in a matrix product, {rate/1e9:.1f} GB/s in a copy")
+    for name,(work, operations, moved) in kernel_works(256 if a.tiny else 2048).items():
+        seconds = best_seconds(work)
+        limit = max(operations/flops, moved/rate)
+        rows.append(dict(name=name, seconds=seconds, flops=operations, bytes=moved, reached=limit/seconds))
+        say(f"{name:42}{1000*seconds:9.3f} ms  {operations/seconds/1e9:7.1f} GFLOP/s  {limit/seconds:7.1%} of the limit")
+    return rows
+
+def ledger(model, batches, runs=2):
+    "CPU seconds of each part of a step, all within the same steps"
+    from contextlib import ExitStack
+    from unittest.mock import patch
+    from tinyllava_cookbook.model import features
+    from tinyllava_cookbook.model.packed_attention import row_attention
+    seconds = dict.fromkeys(('vision tower', 'connector', 'language model', 'output layer, loss', 'backward pass', 'optimizer'), 0.)
+    def timed(name, work):
+        def call(*args, **kwargs):
+            start = time.process_time()
+            try: return work(*args, **kwargs)
+            finally: seconds[name] += (time.process_time() - start)/runs
+        return call
+    places = (features, 'tower_features', 'vision tower'), (model.connector, 'forward', 'connector'), (model.language_model, 'forward', 'language model')
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9, fused=True)
+    def step(batch):
+        inside = sum(seconds[name] for _, _, name in places)
+        start = time.process_time()
+        loss = model(**batch, return_logits=False).loss
+        inside = sum(seconds[name] for _, _, name in places) - inside
+        seconds['output layer, loss'] += (time.process_time() - start)/runs - inside   # and the embeddings
+        timed('backward pass', loss.backward)()
+        timed('optimizer', optimizer.step)()
+        model.zero_grad(set_to_none=True)
+    with row_attention(model.language_model), ExitStack() as changed:
+        for place, name, part in places: changed.enter_context(patch.object(place, name, timed(part, getattr(place, name))))
+        for run in range(runs + 1):
+            for batch in batches: step(batch)
+            if not run: seconds.update(dict.fromkeys(seconds, 0.))   # the first warms up
+    return seconds
+
+def bench_ledger(root, a):
+    "Where the seconds of both stages go, and which part of what this machine can do they reach"
+    from tinyllava_cookbook.train.meter import batch_counts, flop_rates
+    model,_ = compose_model(root, a.tiny)
+    batches = packed_batches(mix(model, 8 if a.tiny else 36), 2048)
+    peak = bench_machine(root, argparse.Namespace(tiny=True))[0]['flops']
+    rows = []
+    for stage,parts in dict(zip(('stage 1', 'stage 2'), (['connector'], ['connector', 'llm', 'head']))).items():
+        set_trainable(model, parts)
+        rates, counts = flop_rates(model), {}
+        for b in batches:
+            more = batch_counts(b) | dict(learned=int((b['labels'][:, 1:] >= 0).sum()))
+            counts = {k: counts.get(k, 0) + v for k, v in more.items()}
+        seconds = ledger(model, batches, 1 if a.tiny else 2)
+        flops = sum(counts[k]*v for k, v in rates.items())
+        reached = flops/sum(seconds.values())/peak
+        rows.append(dict(name=stage, seconds=seconds, flops=flops, reached=reached, tokens=counts['tokens'], images=counts['images']))
+        say(f"{stage}: " + ', '.join(f'{k} {v:.2f} s' for k, v in seconds.items()) + f"; {reached:.1%} of the matrix rate")
+    return rows
+
 # ------------------------------------------------------------------------------------------------ answering
 
 def bench_answers(root, a):
@@ -295,7 +385,7 @@ def bench_growth(root, a):
 
 # ------------------------------------------------------------------------------------------------ all
 
-PARTS = dict(training=bench_training, attention=bench_attention, data=bench_data, answers=bench_answers, growth=bench_growth)
+PARTS = dict(machine=bench_machine, ledger=bench_ledger, training=bench_training, attention=bench_attention, data=bench_data, answers=bench_answers, growth=bench_growth)
 
 def measure(a):
     "All that was asked for"

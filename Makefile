@@ -2,7 +2,7 @@
 # Paths are relative on purpose, so a checkout may lie in a folder with spaces.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check docs outputs prepare hooks clean
+.PHONY: help quickstart test check docs browser outputs prepare hooks clean
 
 BIN := .venv/bin
 export PYTHON
@@ -12,11 +12,13 @@ export PYTHONNOUSERSITE = 1
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 # Checks use no network, and one thread a process: two workers share two cores and results do not depend on the machine.
-test check docs: export HF_HUB_OFFLINE = 1
-test check docs: export HF_DATASETS_OFFLINE = 1
-test check docs: export TOKENIZERS_PARALLELISM = false
-test check docs: export OMP_NUM_THREADS = 1
-test check docs: export DS_ACCELERATOR = cpu
+test check docs browser: export HF_HUB_OFFLINE = 1
+test check docs browser: export HF_DATASETS_OFFLINE = 1
+test check docs browser: export TOKENIZERS_PARALLELISM = false
+test check docs browser: export OMP_NUM_THREADS = 1
+test check docs browser: export DS_ACCELERATOR = cpu
+# Modules are compiled once, not by each of a hundred processes.
+test check docs browser: export PYTHONDONTWRITEBYTECODE =
 
 help: ## show this list
 	@echo 'make TARGET, where TARGET is one of'
@@ -45,6 +47,10 @@ check: ## the inner loop, under 3 minutes: tree, lint, changed notebooks, fast t
 docs: ## render the notebooks as a site into _docs/ (offline, no Quarto)
 	@tools/env.sh dev docs onnx
 	$(BIN)/python tools/docs.py
+
+browser: docs ## the site and the demo in Chromium (apt-get install chromium, or .venv/bin/playwright install chromium)
+	@tools/env.sh dev docs onnx browser
+	$(BIN)/python -m pytest -q -rs tests/test_browser.py tests/test_demo.py
 
 outputs: ## run notebooks again in place and clean them: make outputs NB=nbs/00_core.ipynb
 	@test -n "$(NB)" || { echo 'say which: make outputs NB=nbs/00_core.ipynb (several: NB="a.ipynb b.ipynb")' >&2; exit 1; }

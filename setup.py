@@ -11,13 +11,13 @@ cfg = config['DEFAULT']
 
 expected = '''lib_name version description keywords author author_email license status min_python git_url
     requirements dev_requirements docs_requirements api_requirements deepspeed_requirements qlora_requirements
-    lmms_requirements onnx_requirements serve_requirements xlsx_requirements wandb_requirements trackio_requirements
+    lmms_requirements browser_requirements onnx_requirements serve_requirements xlsx_requirements wandb_requirements trackio_requirements
     tensorboard_requirements explore_requirements console_scripts lmms_eval_models'''.split()
 missing = [o for o in expected if o not in cfg]
 if missing: raise SystemExit(f'settings.ini lacks {missing}')
 
 lib = cfg['lib_name']
-extras = 'dev docs api deepspeed qlora lmms onnx serve xlsx explore wandb trackio tensorboard'.split()
+extras = 'dev docs browser api deepspeed qlora lmms onnx serve xlsx explore wandb trackio tensorboard'.split()
 licenses = dict(apache2='Apache-2.0')
 statuses = ('1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable', '6 - Mature', '7 - Inactive')
 readme = here/'README.md'

@@ -1,5 +1,5 @@
 "What every test starts from: no network, one thread, fixed seeds."
-import os, random, sys
+import os, random, shutil, sys
 from collections import Counter
 from pathlib import Path
 import pytest
@@ -11,12 +11,15 @@ for k,v in dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', TOKENIZERS_PARALLEL
 
 def pytest_configure(config):
     "Describe the marker of tests that take long"
-    config.addinivalue_line('markers', 'slow: takes more than 5 seconds of a processor; `make check` leaves it out')
+    config.addinivalue_line('markers', 'slow(seconds=8): takes more than 5 seconds of a processor, about so many; `make check` leaves it out')
 
 def pytest_collection_modifyitems(items):
-    "Files with slow tests first: each worker takes a whole file, and at the end there should be short ones left to take"
-    slow = Counter(item.path for item in items if item.get_closest_marker('slow'))
-    items.sort(key=lambda item: -slow[item.path])
+    "Files that take longest first: each worker takes a whole file, and at the end there should be short ones left to take"
+    seconds = Counter()
+    for item in items:
+        slow = item.get_closest_marker('slow')
+        if slow: seconds[item.path] += slow.kwargs.get('seconds', 8)
+    items.sort(key=lambda item: -seconds[item.path])
 
 @pytest.fixture(scope='session')
 def root():
@@ -44,3 +47,13 @@ def seeds():
     random.seed(0)
     if 'numpy' in sys.modules: sys.modules['numpy'].random.seed(0)
     if 'torch' in sys.modules: sys.modules['torch'].manual_seed(0)
+
+@pytest.fixture(scope='module')   # while it runs, its thread can have no other event loop
+def browser():
+    "Chromium, from the system or from `playwright install chromium`; `make browser` installs the extra"
+    api = pytest.importorskip('playwright.sync_api', reason='the extra `browser` is not installed: make browser')
+    with api.sync_playwright() as p:
+        own = p.chromium.executable_path
+        found = shutil.which('chromium') or shutil.which('google-chrome') or (own if os.path.exists(own) else None)
+        if not found: pytest.skip('no Chromium: apt-get install chromium, or playwright install chromium')
+        yield p.chromium.launch(executable_path=found)

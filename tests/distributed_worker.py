@@ -23,6 +23,11 @@ from tinyllava_cookbook.train.tuning import apply_tune
 
 logging.disable_progress_bar()
 
+def sum_by_gloo():
+    "Not by kernels of DeepSpeed's own, which it would compile first: a minute of two cores"
+    import deepspeed.ops
+    deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False
+
 def train(vision, llm, data, out, stage, tag='rank', **kw):
     "A fresh model through one stage; what each process saw, in `out`"
     model,processor = compose(vision, llm)
@@ -59,6 +64,7 @@ def fsdp(vision, llm, data, out, stage):
 
 for job in json.loads(Path(sys.argv[1]).read_text()):
     print(job['out'], flush=True)
+    if job.get('parallel', '').startswith('zero'): sum_by_gloo()
     dict(train=train, fsdp=fsdp)[job.pop('how', 'train')](**job)
     dist.barrier()
     unset_hf_deepspeed_config()

@@ -221,6 +221,7 @@ def preload():
     import importlib
     before, environ = random.getstate(), dict(os.environ)
     for name in LIBRARIES: importlib.import_module(name)
+    sys.modules['transformers.conversion_mapping'].get_checkpoint_conversion_mapping('llama')   # builds a table of 1,000 patterns, once
     ours = [o for o in sys.modules if o.partition('.')[0] == 'tinyllava_cookbook']
     if ours: raise RuntimeError(f'libraries have imported {ours}')
     random.setstate(before)

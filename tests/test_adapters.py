@@ -179,6 +179,9 @@ from tinyllava_cookbook.train.stages import train_stage
 siglip, llm, data, out, jobs = sys.argv[1:]
 for mode,parallel in json.loads(jobs).items():
     torch.manual_seed(0)
+    if parallel != 'ddp':
+        import deepspeed.ops
+        deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False   # sums by gloo: nothing to compile
     model,processor = compose(siglip, llm)
     tune = dict(vision=Tune('lora', r=2, dropout=0.), connector='full', llm=Tune(mode, r=4, dropout=0.))
     stage = Stage('ft', tune=tune, lr=5e-3, global_batch_size=4, max_steps=4, warmup=0., image_mode='squash')

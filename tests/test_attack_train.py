@@ -1,5 +1,5 @@
 "Attacks on a run: other data under the same name, numbers that are not, two runs at once, signals, full disks, damaged records."
-import json, os, pty, resource, shutil, signal, socket, subprocess, sys, time
+import dataclasses, json, os, pty, resource, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 import pytest
 import fresh
@@ -372,17 +372,28 @@ def test_full_disk(job, copy, step, says):
 
 def test_the_finished_model_alone_does_not_fit(job, copy, monkeypatch):
     "The disk is full between the configuration and the weights"
-    from tinyllava_cookbook.train import stages
+    from tinyllava_cookbook.train import finished
     def half(model, processor, path, recipe=None):
         path.mkdir(parents=True)
         (path/'config.json').write_text('{}')
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(stages, 'save', half)
+    monkeypatch.setattr(finished, 'save', half)
     before = (copy/'model/config.json').read_bytes()
     (copy/'finetune/done.json').unlink()
     with pytest.raises(OSError, match='what was there before is as it was; make room'): train(job, copy, resume='auto')
     assert (copy/'model/config.json').read_bytes() == before and not list(copy.glob('.model*'))
     check_complete(copy/'model', checksums=True)
+
+def test_a_stage_trained_again_otherwise_is_no_start_of_the_finished_next(job, copy):
+    "The first stage is gone and trained again with another rate: the second, finished from its old weights, is another run"
+    first,second = job[1].stages
+    other = dataclasses.replace(job[1], stages=[dataclasses.replace(first, lr=2e-3), second])
+    for folder in copy.glob('pretrain*'): shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="finetune.*is of another run: start was"): train(job, copy, recipe=other, resume='auto')
+    for folder in copy.glob('pretrain*'): shutil.rmtree(folder)
+    model,_,results = train(job, copy, resume='auto')   # the same again: the finished one is its continuation, and is what is returned
+    kept = load(copy/'model', 'cpu')[0].state_dict()
+    assert results['finetune'].steps == 4 and all(weight.equal(kept[name]) for name,weight in model.state_dict().items())
 
 def test_a_new_run_in_an_old_folder(job, copy):
     "Without resume it begins anew: its checkpoints are newer than those of the run before, whatever their step"

@@ -40,6 +40,28 @@ def test_the_baseline_computes_the_same(bench, tmp_path):
     assert plain.keys() == ours.keys() and most > 0
     for n,g in plain.items(): torch.testing.assert_close(ours[n], g, atol=1e-4*float(most), rtol=1e-3, msg=n)
 
+def test_machine_and_ledger(bench, capsys):
+    "Every part of a step has its seconds, and a step stays below what a matrix product reaches"
+    bench.main(['--tiny', '--json', '--only', 'machine', 'ledger'])
+    parts = json.loads(capsys.readouterr().out)['parts']
+    machine, *kernels = parts['machine']
+    assert machine['flops'] > 1e8 and machine['bytes'] > 1e8 and len(kernels) == 5
+    for o in kernels: assert o['reached'] == max(o['flops']/machine['flops'], o['bytes']/machine['bytes'])/o['seconds']
+    names = ['vision tower', 'connector', 'language model', 'output layer, loss', 'backward pass', 'optimizer']
+    for o in parts['ledger']: assert list(o['seconds']) == names and 0 < o['reached'] < 1 and o['seconds']['backward pass'] > 0
+
+def test_the_data_row_is_the_factory_s_samples(bench):
+    "Labels by rounds are those of our template, where the peer is right; ids are, but for the mark of an image"
+    from tinyllava_cookbook.data.templates import chat_template
+    from tinyllava_cookbook.ingredients import tiny_tokenizer
+    tok, template = tiny_tokenizer('llama'), chat_template('phi')
+    tok.add_special_tokens({'additional_special_tokens': ['<image>', template.stop]})
+    said = [dict(role='user', content='<image>\nWhat is it?'), dict(role='assistant', content='A dog.')]
+    ids, labels = bench.factory_text(tok, template, said)
+    image = tok.convert_tokens_to_ids('<image>')
+    assert tok.decode([image if i == -200 else i for i in ids.tolist()]).count('<image>') == 1 and len(ids) == len(labels)
+    assert tok.decode([o for o in labels.tolist() if o >= 0]).strip() == f'A dog.{template.stop}'
+
 def test_slope_of_known_costs(bench):
     n = [1000, 2000, 4000]
     assert abs(bench.slope(n, [1e-3*o for o in n]) - 1) < 1e-6 and abs(bench.slope(n, [o*o for o in n]) - 2) < 1e-6

@@ -1,12 +1,11 @@
 "The built site in Chromium: no errors, no page wider than a phone, the search, and the model in the page against PyTorch."
-import functools, http.server, os, shutil, threading
+import functools, http.server, os, threading
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = Path(os.environ.get('SITE', ROOT/'_docs'))
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (SITE/'index.html').is_file(), reason='the site is not built: make docs')]
-CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
     "Serves files and says nothing"
@@ -20,14 +19,6 @@ def address():
     yield f'http://127.0.0.1:{server.server_port}/'
     server.shutdown()
     server.server_close()
-
-@pytest.fixture(scope='module')
-def browser():
-    "Chromium, by the package `playwright` (`pip install playwright`)"
-    sync_api = pytest.importorskip('playwright.sync_api')
-    if not CHROMIUM: pytest.skip('Chromium is not installed')
-    with sync_api.sync_playwright() as p:
-        yield p.chromium.launch(executable_path=CHROMIUM)
 
 @pytest.fixture
 def tab(browser):

@@ -36,7 +36,8 @@ def test_help_is_quick_and_complete():
     assert all(o in r.stdout for o in ('quickstart', 'bake', 'train', 'chat', 'eval', '--version', '--debug'))
     assert seconds < .5
 
-@pytest.mark.parametrize('argv', [['--version'], ['train', '--help'], ['train', 'micro', '--dry-run'], ['train', 'mikro'], ['chat']])
+@pytest.mark.parametrize('argv', [['--version'], ['train', '--help'], ['train', 'micro', '--dry-run'], ['train', 'mikro'], ['chat'],
+                                  ['deepspeed-config', 'tinyllava_share']])
 def test_light_commands_load_nothing_heavy(argv):
     code = f"""import sys
 from tinyllava_cookbook.cli import main

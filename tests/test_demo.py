@@ -1,11 +1,12 @@
 "The demo: its page, what it asks the model, and a browser that uses it."
-import base64, io, random, shutil
+import base64, io, random, threading, time
 import pytest
 pytest.importorskip('fastapi')
 openai = pytest.importorskip('openai')
 from PIL import Image
 from tinyllava_cookbook.core import package_data
 from tinyllava_cookbook.infer import generate
+from tinyllava_cookbook.infer.batching import Answer
 from tinyllava_cookbook.infer.demo import add_demo
 from tinyllava_cookbook.infer.serve import new_app, open_socket, running
 from tinyllava_cookbook.infer.service import Service
@@ -17,8 +18,10 @@ from tinyllava_cookbook.viz.micro import micro_vlm
 def model(): return micro_vlm()
 
 @pytest.fixture(scope='module')
-def site(model):
-    service = Service(*model, 'micro')
+def service(model): return Service(*model, 'micro')
+
+@pytest.fixture(scope='module')
+def site(service):
     app = new_app(service)
     add_demo(app, service)
     with running(app, open_socket('127.0.0.1', 0, '')) as url, openai.DefaultHttpxClient(base_url=url, timeout=60) as http: yield http
@@ -83,41 +86,80 @@ def test_bad_questions_of_the_page_are_refused_in_json(site):
             assert reply.status_code == status and reply.json()['error']['message'], reply.text
     assert site.post('/demo/look', json=dict(messages=[plain], answer='a')).json() == dict(image=None, tokens=[])
 
+@pytest.fixture
+def page(browser, site):
+    "The demo on a phone; at the end, nothing has gone to the console"
+    context, errors = browser.new_context(viewport=dict(width=375, height=700)), []
+    page = context.new_page()
+    page.on('console', lambda m: errors.append(m.text) if m.type == 'error' else None)
+    page.on('pageerror', lambda e: errors.append(str(e)))
+    page.goto(str(site.base_url))
+    page.wait_for_selector('#model:not(:empty)')
+    yield page
+    context.close()
+    assert not errors and site.get('/health').json()['status'] == 'ok'
+
+def ask(page, text):
+    page.fill('#question', text)
+    page.press('#question', 'Enter')
+
+def upload(page, path, image):
+    image.save(path)
+    page.set_input_files('#files', path)
+    page.wait_for_selector('#images img')
+
 @pytest.mark.slow
-def test_browser(site, tmp_path):
-    "Upload, ask, look inside; a file that is no image; 50 megapixels; a drawing; phone width; a closed tab"
-    api = pytest.importorskip('playwright.sync_api', reason='playwright drives the browser: pip install playwright')
-    browser = shutil.which('chromium')
-    if not browser: pytest.skip('no chromium: apt-get install chromium')
+def test_browser_upload_ask_and_look_inside(page, tmp_path):
     picture,thing = scene()
-    picture.save(tmp_path/'scene.png')
-    (tmp_path/'not.png').write_text('<html>')
-    Image.new('RGB', (10000, 5000), 'red').save(tmp_path/'huge.png')
-    with api.sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=browser, args=['--no-sandbox'])
-        errors = []
-        page = chromium.new_page(viewport=dict(width=375, height=700))
-        page.on('console', lambda m: errors.append(m.text) if m.type == 'error' else None)
-        page.on('pageerror', lambda e: errors.append(str(e)))
-        page.goto(str(site.base_url))
-        page.wait_for_selector('#model:not(:empty)')
-        page.set_input_files('#files', tmp_path/'scene.png')
-        page.wait_for_selector('#images img')
-        page.fill('#question', f'What color is the {thing.shape}?')
-        page.press('#question', 'Enter')
-        page.wait_for_selector('#looked button')
-        assert page.inner_text('#turns li.assistant') == thing.color
-        page.focus('#tab-look')
-        page.keyboard.press('ArrowRight')
-        assert page.inner_text('#steps th') == thing.color
-        assert page.evaluate('document.documentElement.scrollWidth') <= 375
-        page.set_input_files('#files', tmp_path/'not.png')
-        page.wait_for_selector('#notice:has-text("not an image")')
-        page.set_input_files('#files', tmp_path/'huge.png')
-        page.wait_for_selector('#notice:has-text("10000 x 5000 pixels")')
-        page.fill('#question', 'What color is it?')
-        page.press('#question', 'Enter')
-        page.wait_for_selector('#turns li.assistant:nth-child(4):has-text("red")')
-        page.close()
-        assert not errors and site.get('/health').json()['status'] == 'ok'
-        chromium.close()
+    upload(page, tmp_path/'scene.png', picture)
+    ask(page, f'What color is the {thing.shape}?')
+    page.wait_for_selector('#looked button')
+    assert page.inner_text('#turns li.assistant') == thing.color
+    page.focus('#tab-look')
+    page.keyboard.press('ArrowRight')
+    assert page.inner_text('#steps th') == thing.color
+    assert page.evaluate('document.documentElement.scrollWidth') <= 375
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name,content', [('not.png', b'<html>'), ('empty.jpg', b''), ('cut.png', b'\x89PNG\r\n\x1a\n\0\0'), ('film.mp4', b'\0\0\0 ftypisom')])
+def test_browser_refuses_what_is_no_image(page, tmp_path, name, content):
+    "It says so, and the next question is answered"
+    (tmp_path/name).write_bytes(content)
+    page.set_input_files('#files', tmp_path/name)
+    page.wait_for_selector(f'#notice:has-text("{name} is not an image")')
+    assert page.locator('#images img').count() == 0
+    picture,thing = scene()
+    upload(page, tmp_path/'scene.png', picture)
+    ask(page, f'What color is the {thing.shape}?')
+    page.wait_for_selector(f'#turns li.assistant:has-text("{thing.color}")')
+
+@pytest.mark.slow
+def test_browser_sends_50_megapixels_smaller(page, tmp_path):
+    upload(page, tmp_path/'huge.png', Image.new('RGB', (10000, 5000), 'red'))
+    page.wait_for_selector('#notice:has-text("10000 x 5000 pixels: sent as 1536 x 768")')
+    ask(page, 'What color is it?')
+    page.wait_for_selector('#turns li.assistant:has-text("red")')
+
+@pytest.mark.slow
+def test_browser_closed_while_it_is_answered(browser, site, service, monkeypatch):
+    "The answer is cancelled, and the next tab gets its own"
+    begun, feed = threading.Event(), Answer.feed
+    def held(answer, token):
+        begun.set()
+        answer.job.left.wait(30)
+        return feed(answer, token)
+    monkeypatch.setattr(Answer, 'feed', held)
+    cancelled = service.batcher.counts.cancelled
+    tab = browser.new_page()
+    tab.goto(str(site.base_url))
+    tab.wait_for_selector('#model:not(:empty)')
+    ask(tab, 'What color is it?')
+    assert begun.wait(30)
+    tab.close()
+    end = time.monotonic() + 30
+    while service.batcher.counts.cancelled == cancelled:
+        assert time.monotonic() < end, 'the answer goes on though nobody reads it'
+        time.sleep(.02)
+    monkeypatch.undo()
+    reply = site.post('/v1/chat/completions', json=dict(model='micro', messages=[turn('How many objects are there?', scene()[0])]))
+    assert reply.json()['choices'][0]['message']['content'].isdigit()

@@ -105,11 +105,47 @@ def test_what_questions_on_one_image_cost(many):
     for hook in hooks: hook.remove()
     assert sum(tiles) == 1 and sum(tokens) == len(prompt) - rest + 10*rest
 
+@pytest.mark.parametrize('name', ['llama', 'anyres', 'mistral'])
+@pytest.mark.parametrize('blind', [False, True])
+def test_any_number_of_slots_answers_as_generate_alone(many, name, blind):
+    "Answers that end at different lengths, images that are shared and not, more prompts than slots"
+    model, processor = many[name]
+    a, b = picture(0), picture(1, (90, 30))
+    shown = [[a], [a], [], [b], [a, b], [a], [b], [], [a, b], [b], [a]]
+    prompts = [G.prompt_ids(processor, [G.user_turn('what?'*(1 + i % 3) + str(i), len(o))], o) for i,o in enumerate(shown)]
+    alone = [G.answer_ids(model, processor, [p], o, 7, blind, logits_processor=[])[0] for p,o in zip(prompts, shown)]
+    seen = set(sum(alone, []))
+    for end in sorted(seen)[:3]:
+        ends = sorted({end, *G.answer_ends(processor)})
+        short = [o[:next((i for i,t in enumerate(o) if t in ends), 7)] for o in alone]
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(G, 'answer_ends', lambda p: ends)
+            for slots in (1, 4, None):
+                told = []
+                assert G.answer_ids(model, processor, prompts, sum(shown, []), 7, blind, slots=slots, done=lambda: told.append(1)) == short
+                assert len(told) == len(prompts)
+
+def test_a_finished_row_is_computed_no_more(many):
+    "Tokens through the decoder: the prompts, and one for each token that another one follows"
+    from tinyllava_cookbook.infer.decoding import SlotDecoder, SlotRow
+    model, processor = many['llama']
+    ids, limits, counted, rows = [5, 6, 7], [1, 9, 3, 2, 6, 4], [], []
+    for limit in limits:
+        left = iter([False]*(limit - 1) + [True])
+        rows.append(SlotRow(ids, lambda token, left=left: next(left)))
+    hook = model.language_model.register_forward_pre_hook(lambda m, args, kw: counted.append(kw['inputs_embeds'].shape[:2].numel()), with_kwargs=True)
+    with torch.inference_mode(): SlotDecoder(model, lambda images: {}, 3).run(rows)
+    hook.remove()
+    assert sum(counted) == len(ids)*len(limits) + sum(limits) - len(limits)
+
 def test_blind_is_a_picture_of_zeros(models, monkeypatch):
     model, processor = models['llama']
     img, prompt = picture(1), G.prompt_ids(processor, [G.user_turn('what?', 1)])
-    seen, generate = [], model.generate
-    monkeypatch.setattr(model, 'generate', lambda **kw: (seen.append(kw['pixel_values'].abs().sum()), generate(**kw))[1])
+    seen, forward = [], model.model.forward
+    def watch(*args, **kw):
+        if kw.get('pixel_values') is not None: seen.append(kw['pixel_values'].abs().sum())
+        return forward(*args, **kw)
+    monkeypatch.setattr(model.model, 'forward', watch)
     for zeroed in (False, True): G.answer_ids(model, processor, [prompt], [img], 1, zeroed)
     assert seen[0] > 0 and seen[1] == 0
     blind = [G.answers(model, processor, ['what?'], [o], max_new_tokens=6, blind=True, progress=False) for o in (img, picture(3))]

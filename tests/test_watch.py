@@ -66,6 +66,25 @@ def test_watch_in_a_terminal(tmp_path, capsys):
     (odd/'log.jsonl').write_text(lines(begin(0), *steps(1, 2)))
     assert main(['watch', str(odd), '--once']) == 0 and '\x1b' not in capsys.readouterr().out
 
+def test_a_killed_run_is_interrupted_at_once(tmp_path, capsys):
+    "By its process, where that is of this host; a process that is suspended runs, and it is said how long it has been silent"
+    import os, signal, subprocess, sys, time
+    from tinyllava_cookbook.cli import main
+    (tmp_path/'finetune').mkdir()
+    (tmp_path/'finetune/log.jsonl').write_text(lines(begin(0, 8), *steps(1, 4)))
+    holds = 'import sys, time; from tinyllava_cookbook.durable import FolderLock\nwith FolderLock(sys.argv[1]): print(1, flush=True); time.sleep(60)'
+    job = subprocess.Popen([sys.executable, '-c', holds, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert job.stdout.readline() == b'1\n' and L.read_run(tmp_path).news == 'running'
+        job.send_signal(signal.SIGSTOP)
+        os.utime(tmp_path/'run.lock', (time.time() - 300,)*2)
+        assert L.read_run(tmp_path).news.startswith('running, no sign of life for 30')
+    finally:
+        job.kill()
+        job.communicate()
+    (tmp_path/'run.lock').touch()                                     # it touched it a moment ago
+    assert main(['watch', str(tmp_path)]) == 0 and 'interrupted' in capsys.readouterr().out
+
 def test_watch_follows_until_the_run_ends(tmp_path):
     "A process watches while lines are written here, and ends by itself once the run has"
     import os, subprocess, sys, time
@@ -147,24 +166,18 @@ def test_a_launched_run_leaves_its_page(launched):
         assert [row['loss'] for row in told] == log.values('loss')[1]
 
 @pytest.mark.slow
-def test_the_page_opens_from_a_file(launched):
+def test_the_page_opens_from_a_file(launched, browser):
     "In Chromium, without network, scripts or console errors, also on a phone"
-    import shutil
-    api = pytest.importorskip('playwright.sync_api', reason='playwright drives the browser: pip install playwright')
-    browser = shutil.which('chromium')
-    if not browser: pytest.skip('no chromium: apt-get install chromium')
-    with api.sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=browser, args=['--no-sandbox'])
-        said = []
-        page = chromium.new_page(viewport=dict(width=375, height=700))
-        page.on('console', lambda message: said.append(message.text))
-        page.on('pageerror', lambda error: said.append(str(error)))
-        page.on('request', lambda request: None if request.url.startswith(('file:', 'data:')) else said.append(request.url))
-        page.goto((launched[0]/'index.html').as_uri())
-        assert page.locator('h2').count() == 4
-        assert page.evaluate('[...document.images].every(o => o.complete && o.naturalWidth > 0)')
-        assert page.evaluate('document.documentElement.scrollWidth') <= 375
-        chromium.close()
+    said = []
+    page = browser.new_page(viewport=dict(width=375, height=700))
+    page.on('console', lambda message: said.append(message.text))
+    page.on('pageerror', lambda error: said.append(str(error)))
+    page.on('request', lambda request: None if request.url.startswith(('file:', 'data:')) else said.append(request.url))
+    page.goto((launched[0]/'index.html').as_uri())
+    assert page.locator('h2').count() == 4
+    assert page.evaluate('[...document.images].every(o => o.complete && o.naturalWidth > 0)')
+    assert page.evaluate('document.documentElement.scrollWidth') <= 375
+    page.close()
     assert not said
 
 @pytest.mark.slow

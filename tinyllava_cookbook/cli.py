@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['commands', 'Command', 'Usage', 'command', 'positive', 'pairs', 'json_value', 'trust_argument', 'recipe_arguments',
            'opening_arguments', 'model_arguments', 'hide_progress', 'load_model', 'endpoint_arguments', 'endpoint_of',
-           'import_argument', 'import_named', 'parser', 'one_line', 'main', 'command_calls', 'show_commands']
+           'import_argument', 'import_named', 'parser', 'one_line', 'passive_waiting', 'main', 'command_calls',
+           'show_commands']
 
 # %% ../nbs/90_cli.ipynb #02acc75e
 import argparse, ast, inspect, json, os, sys, textwrap
@@ -255,11 +256,20 @@ def _run(a):
         return _failed(e, f'tinyllava {a.command}', getattr(a, 'debug', False))
 
 # %% ../nbs/90_cli.ipynb #d25a6b1b
+def passive_waiting(
+    env:dict,  # Of the process; changed in place
+):
+    "Where a launcher started several processes, threads that wait give up their core"
+    if env.get('WORLD_SIZE', '1') not in ('', '1'):
+        env.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
+# %% ../nbs/90_cli.ipynb #aa57c88a
 def main(
     argv:list[str]|None=None, # Words after `tinyllava`; `None` takes those of the process
 ) -> int:                     # Exit code
     "Run one command; errors become one line"
     words = sys.argv[1:] if argv is None else [str(o) for o in argv]
+    passive_waiting(os.environ)
     try:
         plugins = import_named(words)
         p = parser()

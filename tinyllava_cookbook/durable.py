@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARKER', 'LOCK', 'BEAT', 'PATIENCE', 'REQUEUE', 'STOP_SIGNALS', 'checksum', 'mark_complete', 'read_marker',
-           'check_complete', 'numbered_checkpoints', 'checkpoints', 'find_checkpoint', 'publish', 'remove',
+           'check_complete', 'numbered_checkpoints', 'checkpoints', 'find_checkpoint', 'publish', 'remove', 'silence',
            'FolderLock', 'Stopped', 'asked_to_stop', 'stop_if_asked', 'stop_on_signal', 'shield_worker']
 
 # %% ../nbs/05_durable.ipynb #14eee9cf
@@ -231,7 +231,9 @@ def _holder(file):
     return found if whole and isinstance(found.get('began'), (int, float)) else {}
 
 def _runs(holder):
-    "Is this process of this host still there?"
+    "Is this process still there? `None`: it is not of this host, where its number would mean something"
+    me = _myself()
+    if any(holder.get(k) != me[k] for k in ('host', 'namespace')): return None
     try:
         process = psutil.Process(holder['pid'])
         if process.status() == psutil.STATUS_ZOMBIE: return False
@@ -243,12 +245,10 @@ def _runs(holder):
 # %% ../nbs/05_durable.ipynb #3d65e5e8
 def _create(file, me):
     "Make the lock, unless there is one"
-    try:
-        descriptor = os.open(file, os.O_CREAT|os.O_EXCL|os.O_WRONLY, 0o644)
+    try: descriptor = os.open(file, os.O_CREAT|os.O_EXCL|os.O_WRONLY, 0o644)
     except FileExistsError: return False
     try:
-        with os.fdopen(descriptor, 'w', encoding='utf-8') as f:
-            json.dump(me, f)
+        with os.fdopen(descriptor, 'w', encoding='utf-8') as f: json.dump(me, f)
     except OSError:
         file.unlink(missing_ok=True)
         raise
@@ -288,15 +288,12 @@ def _refuse(file, holder, why):
 def _acquire(file, me, patience):
     while not _create(file, me):
         holder = _holder(file)
-        local = all(holder.get(k) == me[k] for k in (
-            'host', 'namespace'))
-        if local and _runs(holder):
-            _refuse(file, holder, "(still running)")
-        if not local:
+        runs = _runs(holder)
+        if runs: _refuse(file, holder, "(still running)")
+        if runs is None:
             print(f"{str(file)!r} names {_describe(holder)}: watching it for up to {patience:g} s",
                   file=sys.stderr)
-            if not _silent(file, patience):
-                _refuse(file, holder, "(it gives signs of life)")
+            if not _silent(file, patience): _refuse(file, holder, "(it gives signs of life)")
         print(f"took over {str(file)!r}: {_describe(holder)} is gone",
               file=sys.stderr)
         _take_away(file, holder)
@@ -304,6 +301,18 @@ def _acquire(file, me, patience):
 def _keep_touching(file, done):
     while not done.wait(BEAT):
         with suppress(OSError): os.utime(file)   # a lock that is gone is found by `check`
+
+def silence(
+    folder,       # That a `FolderLock` may hold
+) -> float|None:  # `None`: no process works there
+    "Seconds since the process that works in a folder gave a sign of life; on another host it is gone after 45"
+    file = Path(folder)/LOCK
+    touched,holder = _touched(file), _holder(file)
+    if touched is None: return None
+    silent = max(0., time.time() - touched/1e9)
+    runs = _runs(holder)
+    if runs is None: runs = silent < PATIENCE
+    return silent if runs else None
 
 # %% ../nbs/05_durable.ipynb #c6f8e9cd
 class FolderLock:
@@ -319,16 +328,14 @@ class FolderLock:
     def __enter__(self):
         self.file.parent.mkdir(parents=True, exist_ok=True)
         _acquire(self.file, self.me, self.patience)
-        threading.Thread(target=_keep_touching, args=(self.file, self.done),
-                         daemon=True).start()
+        threading.Thread(target=_keep_touching, args=(self.file, self.done), daemon=True).start()
         return self
 
     def check(self):
         "An error where another process has taken the folder, because this one was suspended for long"
         holder = _holder(self.file)
         if holder != self.me:
-            _refuse(self.file, holder,
-                    "now: this process was suspended and saves nothing")
+            _refuse(self.file, holder, "now: this process was suspended and saves nothing")
 
     def __exit__(self, *_):
         self.done.set()
@@ -374,8 +381,7 @@ def _note(number, frame):
     "Handles a signal in the main thread"
     again = number in _asked
     _asked.add(number)
-    if again and number == signal.SIGINT and _interactive():
-        raise KeyboardInterrupt
+    if again and number == signal.SIGINT and _interactive(): raise KeyboardInterrupt
     if number == getattr(signal, 'SIGHUP', None):   # the terminal is gone: writing to it would be an error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for descriptor in _terminals: os.dup2(nowhere, descriptor)

@@ -6,8 +6,8 @@ Usage: python tools/bench.py [--only NAME ...] [--runs 3] [--growth 16000] [--ou
 CPU seconds of one thread, so that other work on the machine matters little; ours and the baseline take turns. A row has
 the median of both, their ratio and its spread over the runs. Growth: CPU seconds at sizes that double twice, and the
 slope of their logarithms: 1 is a cost in proportion. The baseline pads batches in random order, computes the attention
-and the logits of all positions and all layers of the vision tower, normalizes images in floating point, and answers
-each question by itself. `--tiny` runs the same code in seconds. With --json, one JSON object is all of standard output.
+and the logits of all positions and all layers of the vision tower, prepares samples as TinyLLaVA Factory does, and answers
+each question by itself. Machine: rates of one thread, and what single kernels reach; ledger: a step by its parts. `--tiny` runs the same code in seconds. With --json, one JSON object is all of standard output.
 """
 import argparse, json, math, os, statistics, subprocess, sys, tempfile, time
 from contextlib import redirect_stdout
@@ -25,6 +25,8 @@ import torch.nn.functional as F
 LLM = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8,
            vocab_size=8192, max_position_embeddings=32768)
 TOWER = dict(image_size=112, patch_size=14, hidden_size=192, intermediate_size=768, num_hidden_layers=8, num_attention_heads=6)
+# What answers are measured with: 50M parameters, which no cache of a CPU holds
+REAL = dict(LLM, hidden_size=512, intermediate_size=1408, num_hidden_layers=12, vocab_size=16384)
 TINY = dict(LLM, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -49,12 +51,12 @@ def say(text): print(text, file=sys.stderr, flush=True)
 
 # ------------------------------------------------------------------------------------------------ training
 
-def compose_model(root, tiny):
+def compose_model(root, tiny, shape=LLM):
     "A random model, and its processor"
     from tinyllava_cookbook.ingredients import tiny_checkpoint
     from tinyllava_cookbook.model.processor import compose
     tower = dict(TOWER, image_size=56, num_hidden_layers=2) if tiny else TOWER
-    llm = tiny_checkpoint('llama', root/'llm', **(TINY if tiny else LLM))
+    llm = tiny_checkpoint('llama', root/'llm', **(TINY if tiny else shape))
     return compose(tiny_checkpoint('siglip', root/'tower', **tower), llm, image_mode='squash')
 
 def mix(model, n, seed=0):
@@ -154,33 +156,157 @@ def bench_attention(root, a):
 
 # ------------------------------------------------------------------------------------------------ data
 
+def chunk_ids(tok, text):
+    "Ids of a prompt, tokenized between its images, each with the mark of an image in between"
+    pieces = [tok(o).input_ids for o in text.split('<image>')]
+    first = pieces[0][:1] if pieces[0][:1] == [tok.bos_token_id] else []
+    ids = pieces[0]
+    for piece in pieces[1:]: ids = [*ids, -200, *piece[len(first):]]
+    return ids
+
+def factory_text(tok, template, messages):
+    "Ids and labels as TinyLLaVA Factory finds them: everything once, then round by round, and each question again"
+    prompt = template.render(messages)
+    ids = torch.tensor(chunk_ids(tok, prompt))
+    labels, at = ids.clone(), 1
+    labels[:1] = -100
+    for turn in prompt.split(template.stop):
+        if not turn: break
+        question = turn.split(template.begin)[0] + template.begin
+        length, asked = len(chunk_ids(tok, turn)) + 1, len(chunk_ids(tok, question)) - 1
+        labels[at:at + asked] = -100
+        at += length
+    labels[at:] = -100
+    return ids, labels
+
+def factory_batch(samples):
+    "Padded rows and stacked images"
+    from torch.nn.utils.rnn import pad_sequence
+    ids, labels, pixels = zip(*samples)
+    ids, labels = pad_sequence(ids, True, 0), pad_sequence(labels, True, -100)
+    return dict(input_ids=ids, labels=labels, attention_mask=ids.ne(0), pixel_values=torch.stack(pixels))
+
 def bench_data(root, a):
-    "Samples from a JPEG file to a batch: ours against the processor's own way in"
+    "Samples from JPEG files to batches of pixel values: ours against TinyLLaVA Factory's steps, with a fast tokenizer"
+    from PIL import Image
     from tinyllava_cookbook.core import IMAGE_TOKEN
     from tinyllava_cookbook.data.batches import PadCollator
     from tinyllava_cookbook.data.bench import photo, write_conversations
     from tinyllava_cookbook.data.datasets import Encoder, VLMDataset
-    from tinyllava_cookbook.data.images import IMAGE_MODES, load_image
+    from tinyllava_cookbook.data.images import IMAGE_MODES
     from tinyllava_cookbook.data.records import read_data
     from tinyllava_cookbook.ingredients import tiny_tokenizer
+    from tinyllava_cookbook.pixels import normalize_pixels
     from transformers import CLIPImageProcessorPil
     n, rng, tok = 8 if a.tiny else 64, np.random.default_rng(0), tiny_tokenizer('llama')
     for i in range(n): photo((336, 336), rng).save(root/f'{i}.jpg', quality=90)
     tok.add_special_tokens({'additional_special_tokens': [IMAGE_TOKEN]})
     clip = CLIPImageProcessorPil(size=dict(shortest_edge=336), crop_size=dict(height=336, width=336))
-    encoder = Encoder(tok, clip, 'llama', image_seq_length=576, max_length=4096)
+    encoder = Encoder(tok, clip, 'llama', image_seq_length=576, max_length=4096, as_bytes=True)
     ds, collator = VLMDataset(read_data(write_conversations(root/'data.json', n)), encoder), PadCollator(0)
-    def ours():
-        for k in range(0, n, 8): collator([ds[i] for i in range(k, k + 8)])
-    def slow(i):
+    def ours(k):
+        batch = collator([ds[i] for i in range(k, k + 8)])
+        batch['pixel_values'] = normalize_pixels(batch['pixel_values'], clip)
+        return batch
+    def factory(i):
         sample = ds.sample(i)
-        ids, labels, _ = encoder.tokens(sample)
-        seen = IMAGE_MODES['pad'](load_image(sample.images[0]).convert('RGB'), clip)
-        pixels = clip(images=[seen], return_tensors='pt')['pixel_values']
-        return dict(input_ids=torch.tensor(ids), labels=torch.tensor(labels), pixel_values=pixels)
-    def plain():
-        for k in range(0, n, 8): collator([slow(i) for i in range(k, k + 8)])
-    return [compare('data, a sample of 336 pixels', ours, plain, a.runs)]
+        with Image.open(sample.images[0]) as file: image = IMAGE_MODES['pad'](file.convert('RGB'), clip)
+        pixels = clip(images=image, return_tensors='pt')['pixel_values'][0]
+        return *factory_text(tok, encoder.template, sample.messages), pixels
+    def plain(k): return factory_batch([factory(i) for i in range(k, k + 8)])
+    assert torch.equal(ours(0)['pixel_values'], plain(0)['pixel_values'])
+    def every(make): return lambda: [make(k) and None for k in range(0, n, 8)]
+    return [compare('data, a sample of 336 pixels', every(ours), every(plain), a.runs, 2)]
+
+# ------------------------------------------------------------------------------------------------ where the time goes
+
+def best_seconds(work, least=.05):
+    "CPU seconds of one call, the best of three measurements of at least so long"
+    work()
+    times = max(1, math.ceil(least/max(cpu_seconds(work), 1e-6)))
+    def many():
+        for _ in range(times): work()
+    return min(cpu_seconds(many) for _ in range(3))/times
+
+def kernel_works(tokens):
+    "Name -> what a layer computes for a row of so many tokens, its operations and the bytes that it has to move"
+    d, inner, words = LLM['hidden_size'], LLM['intermediate_size'], LLM['vocab_size']
+    x_td, g_ti, h_ti = torch.randn(tokens, d), torch.randn(tokens, inner), torch.randn(tokens, inner)
+    up, head, scale = torch.randn(inner, d), torch.randn(words, d), torch.randn(d)
+    q = torch.randn(1, 8, 256, d//8)
+    half = 256*256*d   # causal: half of the pairs, twice
+    return {'linear layer': (lambda: F.linear(x_td, up), 2*tokens*d*inner, 4*(x_td.numel() + up.numel() + g_ti.numel())),
+            'output layer': (lambda: F.linear(x_td[:256], head), 512*d*words, 4*(256*d + head.numel() + 256*words)),
+            'attention of a sample': (lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True), 2*half, 16*q.numel()),
+            'gate': (lambda: g_ti*h_ti, g_ti.numel(), 12*g_ti.numel()),
+            'normalizing': (lambda: x_td*x_td.pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt()*scale, 4*x_td.numel(), 8*x_td.numel())}
+
+def bench_machine(root, a):
+    "What one thread can do at most, and what single kernels reach of it"
+    n = 256 if a.tiny else 1024
+    x, long = torch.randn(n, n), torch.randn(2**20 if a.tiny else 2**25)
+    out, to = torch.empty(n, n), torch.empty_like(long)
+    flops = 2*n**3/best_seconds(lambda: torch.mm(x, x, out=out))
+    rate = 2*long.nbytes/best_seconds(lambda: to.copy_(long))
+    rows = [dict(name='machine', flops=flops, bytes=rate)]
+    say(f"one thread: {flops/1e9:.1f} GFLOP/s in a matrix product, {rate/1e9:.1f} GB/s in a copy")
+    for name,(work, operations, moved) in kernel_works(256 if a.tiny else 2048).items():
+        seconds = best_seconds(work)
+        limit = max(operations/flops, moved/rate)
+        rows.append(dict(name=name, seconds=seconds, flops=operations, bytes=moved, reached=limit/seconds))
+        say(f"{name:42}{1000*seconds:9.3f} ms  {operations/seconds/1e9:7.1f} GFLOP/s  {limit/seconds:7.1%} of the limit")
+    return rows
+
+def ledger(model, batches, runs=2):
+    "CPU seconds of each part of a step, all within the same steps"
+    from contextlib import ExitStack
+    from unittest.mock import patch
+    from tinyllava_cookbook.model import features
+    from tinyllava_cookbook.model.packed_attention import row_attention
+    seconds = dict.fromkeys(('vision tower', 'connector', 'language model', 'output layer, loss', 'backward pass', 'optimizer'), 0.)
+    def timed(name, work):
+        def call(*args, **kwargs):
+            start = time.process_time()
+            try: return work(*args, **kwargs)
+            finally: seconds[name] += (time.process_time() - start)/runs
+        return call
+    places = (features, 'tower_features', 'vision tower'), (model.connector, 'forward', 'connector'), (model.language_model, 'forward', 'language model')
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9, fused=True)
+    def step(batch):
+        inside = sum(seconds[name] for _, _, name in places)
+        start = time.process_time()
+        loss = model(**batch, return_logits=False).loss
+        inside = sum(seconds[name] for _, _, name in places) - inside
+        seconds['output layer, loss'] += (time.process_time() - start)/runs - inside   # and the embeddings
+        timed('backward pass', loss.backward)()
+        timed('optimizer', optimizer.step)()
+        model.zero_grad(set_to_none=True)
+    with row_attention(model.language_model), ExitStack() as changed:
+        for place, name, part in places: changed.enter_context(patch.object(place, name, timed(part, getattr(place, name))))
+        for run in range(runs + 1):
+            for batch in batches: step(batch)
+            if not run: seconds.update(dict.fromkeys(seconds, 0.))   # the first warms up
+    return seconds
+
+def bench_ledger(root, a):
+    "Where the seconds of both stages go, and which part of what this machine can do they reach"
+    from tinyllava_cookbook.train.meter import batch_counts, flop_rates
+    model,_ = compose_model(root, a.tiny)
+    batches = packed_batches(mix(model, 8 if a.tiny else 36), 2048)
+    peak = bench_machine(root, argparse.Namespace(tiny=True))[0]['flops']
+    rows = []
+    for stage,parts in dict(zip(('stage 1', 'stage 2'), (['connector'], ['connector', 'llm', 'head']))).items():
+        set_trainable(model, parts)
+        rates, counts = flop_rates(model), {}
+        for b in batches:
+            more = batch_counts(b) | dict(learned=int((b['labels'][:, 1:] >= 0).sum()))
+            counts = {k: counts.get(k, 0) + v for k, v in more.items()}
+        seconds = ledger(model, batches, 1 if a.tiny else 2)
+        flops = sum(counts[k]*v for k, v in rates.items())
+        reached = flops/sum(seconds.values())/peak
+        rows.append(dict(name=stage, seconds=seconds, flops=flops, reached=reached, tokens=counts['tokens'], images=counts['images']))
+        say(f"{stage}: " + ', '.join(f'{k} {v:.2f} s' for k, v in seconds.items()) + f"; {reached:.1%} of the matrix rate")
+    return rows
 
 # ------------------------------------------------------------------------------------------------ answering
 
@@ -188,14 +314,17 @@ def bench_answers(root, a):
     "Generation in batches, and several questions on one image"
     from PIL import Image
     from tinyllava_cookbook.infer.generate import answer_ids, prompt_ids, user_turn
-    model, processor = compose_model(root, a.tiny)
-    rng, side, new = np.random.default_rng(0), model.config.vision_config.image_size, 4 if a.tiny else 16
+    model, processor = compose_model(root, a.tiny, REAL)
+    rng, side = np.random.default_rng(0), model.config.vision_config.image_size
     pictures = [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(16)]
     prompts = [prompt_ids(processor, [user_turn(f'what is number {k} in the image?', 1)]) for k in range(16)]
-    ask = partial(answer_ids, model, processor, max_new_tokens=new)
-    def together(): return ask(prompts, pictures)
-    def one_by_one(): return [ask([p], [o]) for p,o in zip(prompts, pictures)]
-    rows = [compare('generation, batch 16 against 1', together, one_by_one, a.runs, 8)]
+    def rows_of(new, least):
+        ask = partial(answer_ids, model, processor, max_new_tokens=new)
+        def together(): return ask(prompts, pictures)
+        def one_by_one(): return [ask([p], [o]) for p,o in zip(prompts, pictures)]
+        return compare(f'answers of {new} tokens, batch 16 against 1', together, one_by_one, a.runs, least)
+    # reading the prompts is bound by arithmetic, in a batch or not; writing the answers by memory
+    rows = [rows_of(2, None), rows_of(4, 8)] if a.tiny else [rows_of(16, None), rows_of(64, 8)]
     ten = partial(answer_ids, model, processor, max_new_tokens=2)
     def shared(): return ten(prompts[:10], pictures[:1]*10)
     def each(): return [ten([p], pictures[:1]) for p in prompts[:10]]
@@ -256,7 +385,7 @@ def bench_growth(root, a):
 
 # ------------------------------------------------------------------------------------------------ all
 
-PARTS = dict(training=bench_training, attention=bench_attention, data=bench_data, answers=bench_answers, growth=bench_growth)
+PARTS = dict(machine=bench_machine, ledger=bench_ledger, training=bench_training, attention=bench_attention, data=bench_data, answers=bench_answers, growth=bench_growth)
 
 def measure(a):
     "All that was asked for"

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = {
     'Start': ['primer', 'recipes.quickstart', 'live', 'viz.attention', 'infer.generate'],
-    'How to': ['howto.own_data', 'howto.own_llm', 'howto.cluster', 'howto.memory', 'howto.coming_from', 'glossary'],
+    'How to': ['howto.own_data', 'howto.own_llm', 'howto.cluster', 'howto.memory', 'howto.speed', 'howto.coming_from', 'glossary'],
     'Understand': ['microscene', 'microworld', 'image_files', 'data.images', 'data.templates', 'data.masks', 'data.batches', 'model.vision', 'model.connectors',
                    'model.llms', 'model.vlm', 'train.recipes', 'train.trainer'],
     'Train for real': [r'data\.(records|datasets|packing|preflight|instruct)', r'model\.(adapters|architecture)', r'train\.(?!twin|meter|displays)\w+',

@@ -42,7 +42,7 @@ def _encoder_of(a):
     if (Path(a.recipe)/'processor_config.json').exists():
         return load_processor(a.recipe).encoder()
     from tinyllava_cookbook.train.recipes import recipe
-    from tinyllava_cookbook.train.stages import start_model
+    from tinyllava_cookbook.train.start import start_model
     from tinyllava_cookbook.train.data import stage_encoder
     r = recipe(a.recipe)
     _,processor = start_model(r, '', trust_remote_code=a.trust_remote_code)

@@ -104,6 +104,9 @@ def _pixels(encoder, sources) -> dict:
     return out
 
 # %% ../../nbs/13_data.datasets.ipynb #181aa05c
+def _row(numbers) -> torch.Tensor:   # ten times as fast as `torch.tensor` of a list
+    return torch.from_numpy(np.fromiter(numbers, np.int64, len(numbers)))
+
 class Encoder:
     "Turns a sample into `input_ids`, `labels` and, with images, `pixel_values`"
     def __init__(self,
@@ -139,7 +142,7 @@ class Encoder:
             sample = read_sample(sample)
         with naming(f"sample {sample.id!r}"):
             ids, labels, n = self.tokens(sample)
-            return dict(input_ids=torch.tensor(ids), labels=torch.tensor(labels)) | _pixels(self, sample.images[:n])
+            return dict(input_ids=_row(ids), labels=_row(labels)) | _pixels(self, sample.images[:n])
 
 # %% ../../nbs/13_data.datasets.ipynb #4afb31ff
 def image_counts(

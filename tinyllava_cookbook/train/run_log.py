@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from ..core import read_json, replacing, to_json
-from ..durable import LOCK, PATIENCE
+from ..durable import BEAT, silence
 
 # %% ../../nbs/34_train.run_log.ipynb #979c57e6
 def _row_of(line):
@@ -208,32 +208,32 @@ def _began(log, folder):
     return min(filter(_is_number, began), default=written)
 
 # %% ../../nbs/34_train.run_log.ipynb #c43e5b38
-def _held(folder):
-    "Does a process work in this folder? It touches its lock every few seconds"
-    try: age = time.time() - (folder/LOCK).stat().st_mtime
-    except OSError: return False
-    return age < PATIENCE
-
 @dataclass
 class RunLog:
     "What the logs of a run say so far"
     folder:Path            # Of the run
     stages:list[StageLog]  # In the order in which they began
-    held:bool              # Does a process work in it?
+    silent:float|None      # Seconds since its process gave a sign of life; `None`: none works in it
 
     @property
     def state(self) -> str:
         "'running', 'finished', 'stopped' when asked to, or 'interrupted'"
-        if self.held: return 'running'
+        if self.silent is not None: return 'running'
         last = self.stages[-1]
         if not last.ended: return 'interrupted'
         return 'finished' if last.step >= last.max_steps else 'stopped'
 
     @property
+    def news(self) -> str:
+        "The state, and for how long nothing was heard of a process that should give signs of life"
+        late = self.silent is not None and self.silent > 2*BEAT
+        return f'{self.state}, no sign of life for {self.silent:.0f} s' if late else self.state
+
+    @property
     def summary(self) -> str:
         "Name, steps of each stage, and state"
         stages = ', '.join(f'{log.name} {log.step}/{log.max_steps}' for log in self.stages)
-        return f'{self.folder.name}: {stages}, {self.state}'
+        return f'{self.folder.name}: {stages}, {self.news}'
     def __repr__(self): return f'RunLog({self.summary})'
 
 # %% ../../nbs/34_train.run_log.ipynb #d173dc41
@@ -268,10 +268,13 @@ def read_run(
     folder = Path(folder)
     found = _stage_logs(folder)
     if not found:
-        if _held(folder): return RunLog(folder, [StageLog('not begun yet')], True)
-        raise ValueError(_no_run(folder))
+        begins = silence(folder)
+        if begins is None: raise ValueError(_no_run(folder))
+        return RunLog(folder, [StageLog('not begun yet')], begins)
     stages = sorted((log for _,log in found), key=lambda log: _began(log, folder))
-    return RunLog(folder, stages, any(map(_held, [folder, *(path for path,_ in found)])))
+    heard = map(silence, [folder, *(path for path,_ in found)])
+    latest = min((seconds for seconds in heard if seconds is not None), default=None)
+    return RunLog(folder, stages, latest)
 
 # %% ../../nbs/34_train.run_log.ipynb #b8e6871d
 SPENT = dict(step='optimizer steps', data='waiting for data', eval='evaluation', save='saving checkpoints',
@@ -344,10 +347,10 @@ def seconds_left(
 # %% ../../nbs/34_train.run_log.ipynb #2da854ff
 def _head(run, log, last):
     "Name, state and progress of a stage"
-    state = run.state if last else 'finished' if log.ended else 'interrupted'
+    state = run.news if last else 'finished' if log.ended else 'interrupted'
     place = f'step {log.step}/{log.max_steps}' if log.max_steps else ''
     left = seconds_left(log)
-    more = f', {_clock(left)} left' if state == 'running' and left else ''
+    more = f', {_clock(left)} left' if last and run.state == 'running' and left else ''
     folder = run.folder if run.folder.name == log.name else run.folder/log.name
     return f'{_printable(folder)}  {state}  {place}{more}'
 

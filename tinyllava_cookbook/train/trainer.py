@@ -73,6 +73,7 @@ def training_args(
     seed:int=0,          # Of everything random
     parallel:str='ddp',  # One of `PARALLEL`
     sizes=None,          # Batch per device and accumulation; `None`: `batch_sizes`
+    units=(),            # Classes that FSDP shards one by one, from `fsdp_units`
 ) -> TrainingArguments:  # Complete
     "Arguments of the Hugging Face trainer for one stage on this machine"
     known = [field.name for field in dataclasses.fields(TrainingArguments)]
@@ -89,6 +90,7 @@ def training_args(
     args = TrainingArguments(**settings)
     # one process drives one GPU; for more of them there is torchrun
     args._n_gpu = min(args.n_gpu, 1)
+    if args.fsdp: args.fsdp_plugin_args['transformer_cls_names_to_wrap'] = ','.join(units)
     return args
 
 # %% ../../nbs/34_train.trainer.ipynb #f9903de8

@@ -257,7 +257,7 @@ def _leave(folder, recipe, parallel, quick):
     "Write the page; an error is logged by name"
     # it may have ended before its first step: then there is nothing to describe
     if not has_run(folder): return
-    run = RunLog(Path(folder), [], False)   # its name, for the log
+    run = RunLog(Path(folder), [], None)   # its name, for the log
     _guarded(run, PAGE, lambda: write_run_page(folder, recipe, parallel, quick))
 
 @contextmanager

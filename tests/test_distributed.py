@@ -17,7 +17,8 @@ from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Stage
 from tinyllava_cookbook.train.parallel import parallel_args
 from tinyllava_cookbook.train.data import stage_dataset
-from tinyllava_cookbook.train.stages import fsdp_units, train_stage
+from tinyllava_cookbook.train.parallel import fsdp_units
+from tinyllava_cookbook.train.stages import train_stage
 from tinyllava_cookbook.train.tuning import apply_tune
 
 logging.disable_progress_bar()

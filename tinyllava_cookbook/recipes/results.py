@@ -312,5 +312,5 @@ def plot_attention(
             overlay(ax, scene, torch.tensor(maps[row]), title)
     for ax in axes.flat:
         ax.title.set(color=GREY, fontsize=7)
-    fig.tight_layout(pad=.4)
+    fig.tight_layout(pad=.4, h_pad=1.4)   # titles of two lines
     return fig

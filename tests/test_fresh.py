@@ -52,7 +52,7 @@ def test_it_ends_as_a_process_ends():
         assert fork[:2] == real[:2] and fork[0] == want and fork[2].splitlines()[-1:] == real[2].splitlines()[-1:], code
 
 def test_signals_time_and_several_at_once():
-    code = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\nprint('on', flush=True)\ntime.sleep(60)"
+    code = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nprint('on', flush=True)\ntime.sleep(60)"
     ps = [fresh.Popen([sys.executable, '-c', code], stdout=fresh.PIPE, text=True) for _ in range(3)]
     for p,sig,want in zip(ps, (signal.SIGTERM, signal.SIGKILL, signal.SIGINT), (5, -9, -2)):
         assert p.stdout.readline() == 'on\n' and p.poll() is None and p.told is not None

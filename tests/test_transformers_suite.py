@@ -10,6 +10,7 @@ import pytest
 pytestmark = pytest.mark.skipif(os.environ.get('TINYLLAVA_TRANSFORMERS_SUITE') != '1',
     reason='set TINYLLAVA_TRANSFORMERS_SUITE=1: it downloads 12 MB of tests, and takes minutes')
 HERE = Path(__file__).parent
+SAFE = dict(filter='data') if hasattr(tarfile, 'data_filter') else {}   # from Python 3.11.4 on
 STAND_INS = {'tests/exporters/test_export.py': 'class ExportTesterMixin: pass\n',
     'tests/generation/test_utils.py': 'class GenerationTesterMixin: pass\n',
     'tests/utils/test_configuration_utils.py': 'config_common_kwargs = {}\n'}
@@ -25,7 +26,7 @@ def suite(tmp_path_factory):
     at = tmp_path_factory.mktemp('suite')
     pip('download', '-q', '--no-deps', '--no-binary', ':all:', '-d', str(at), f"transformers=={version('transformers')}")
     pip('install', '-q', '--no-deps', '--target', str(at/'site'), 'parameterized')
-    with tarfile.open(next(at.glob('*.tar.gz'))) as tar: tar.extractall(at, filter='data')
+    with tarfile.open(next(at.glob('*.tar.gz'))) as tar: tar.extractall(at, **SAFE)
     tests = next(at.glob('transformers-*/tests'))
     tests.rename(at/'tests')
     from PIL import Image

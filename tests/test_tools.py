@@ -214,6 +214,8 @@ def test_colab_cell_is_put_below_the_title(tmp_path):
     new = colab.with_cell(nb)
     assert [c['id'] for c in new['cells']] == [EXP['id'], TITLE['id'], colab.ID, FN['id'], DEMO['id'], END['id']]
     assert colab.has_cell(new) and not colab.has_cell(nb) and colab.with_cell(new) == new
+    twice = {**new, 'cells': [*new['cells'], {**new['cells'][2], 'id': 'copy'}]}
+    assert not colab.has_cell(twice) and colab.with_cell(twice) == new
     new['cells'][2]['source'] = 'old'
     assert not colab.has_cell(new) and colab.has_cell(colab.with_cell(new))
     assert breaches(tmp_path, *colab.with_cell(nb)['cells']) == []

@@ -22,16 +22,21 @@ def source():
     from outputs import settings
     return CELL.replace('{url}', settings()['git_url'])
 
+def is_it(cell):
+    "Is this the cell, or a copy of it under another id?"
+    return cell.get('id') == ID or ''.join(cell['source']).startswith('#| hide\n# For Colab:')
+
 def with_cell(nb):
     "The notebook with the cell below its title"
     new = dict(cell_type='code', execution_count=None, id=ID, metadata={}, outputs=[], source=source().splitlines(True))
-    cells = [c for c in nb['cells'] if c.get('id') != ID]
+    cells = [c for c in nb['cells'] if not is_it(c)]
     title = next(i for i,c in enumerate(cells) if c['cell_type'] == 'markdown')
     return {**nb, 'cells': [*cells[:title+1], new, *cells[title+1:]]}
 
 def has_cell(nb):
-    "Does the notebook have the cell, as it should be?"
-    return any(c.get('id') == ID and ''.join(c['source']) == source() for c in nb['cells'])
+    "Does the notebook have the cell once, as it should be?"
+    found = [c for c in nb['cells'] if is_it(c)]
+    return len(found) == 1 and found[0].get('id') == ID and ''.join(found[0]['source']) == source()
 
 def main(argv=()):
     "Command line"

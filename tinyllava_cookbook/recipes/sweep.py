@@ -33,7 +33,8 @@ from .proxy import PROXIES, SCENES, TEST_SCENES, proxy, proxy_data, with_world
 from .results import LOOKED
 from .variants import shipped_parts, with_parts
 from ..train.recipes import Recipe, from_dict, to_dict
-from ..train.stages import start_identity, start_model, train_recipe
+from ..train.stages import train_recipe
+from ..train.start import start_identity, start_model
 from ..viz.attention import answer_attention
 from transformers import TrainerCallback
 
@@ -75,16 +76,20 @@ def sample_items(
     return found
 
 # %% ../../nbs/70_recipes.sweep.ipynb #6255af73
+def _models(r, out):
+    "Name, model and processor at the start, and after each stage"
+    names = ['start', *(stage.name for stage in r.stages)]
+    for number,name in enumerate(names):
+        yield name, *start_model(r, out, number)
+
 def stage_answers(
     r:Recipe,     # That was trained
     out:Path,     # In this folder
     items:list,   # Questions to show
 ) -> dict:        # 'start' or a stage -> answers
     "What the model says before training and after each stage"
-    names = ['start', *(stage.name for stage in r.stages)]
     found = {}
-    for number,name in enumerate(names):
-        model,processor = start_model(r, out, number)
+    for name,model,processor in _models(r, out):
         result = answer_and_score(model, processor, items, progress=False,
                                   batch_size=16, max_new_tokens=24)
         found[name] = [row['text'] for row in result['answers']]
@@ -111,11 +116,9 @@ def stage_attention(
     items:list,   # Questions to show
 ) -> dict:        # 'start' or a stage -> a map for each of `LOOKED`
     "Where answers come from, before training and after each stage"
-    names = ['start', *(stage.name for stage in r.stages)]
     looked = [item for item in items if item.kind in LOOKED]
     found = {}
-    for number,name in enumerate(names):
-        model,processor = start_model(r, out, number)
+    for name,model,processor in _models(r, out):
         found[name] = [_relevance_map(model, processor, item) for item in looked]
     return found
 

@@ -1,5 +1,5 @@
 "What every test starts from: no network, one thread, fixed seeds."
-import os, random, shutil, sys
+import gc, os, random, shutil, sys
 from collections import Counter
 from pathlib import Path
 import pytest
@@ -20,6 +20,10 @@ def pytest_collection_modifyitems(items):
         slow = item.get_closest_marker('slow')
         if slow: seconds[item.path] += slow.kwargs.get('seconds', 8)
     items.sort(key=lambda item: -seconds[item.path])
+
+def pytest_collection_finish():
+    "What is imported stays: the collector, called at the end of each training, need not walk through a million objects"
+    gc.freeze()
 
 @pytest.fixture(scope='session')
 def root():

@@ -34,17 +34,20 @@ def here(name):
     "As `find_spec`, for trackers whose packages may be absent from this machine"
     return importlib.machinery.ModuleSpec(name, None, origin='here')
 
-def test_every_option_reaches_the_trainer(capsys, monkeypatch):
+def test_every_option_reaches_the_trainer(capsys, monkeypatch, tmp_path):
     calls = []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'d=1.json').touch()
+    (tmp_path/'i').mkdir()
     monkeypatch.setattr(stages, 'train_recipe', lambda *a, **k: calls.append((a, k)))
     monkeypatch.setattr(training, 'find_spec', here)
     line = ['micro', 'finetune', '--out', 'o', '--data', 'd=1.json', '--images', 'i', '--start', 's', '--resume', 'auto',
             '--parallel', 'zero2', '--eval-data', 'e', '--ask-every', '7', '--report-to', 'wandb', '--report-to', 'trackio',
-            '--device', 'cpu', '--set', 'finetune.lr=1']
+            '--device', 'cpu', '--set', 'finetune.lr=1', '--feature-cache', 'c', '--feature-dtype', 'float32']
     assert run(capsys, 'train', *line)[::2] == (0, '')
     (r,out),kw = calls[0]
     assert (out, kw) == ('o', dict(data=dict(finetune='d=1.json'), stages=['finetune'], images='i', start='s', resume='auto',
-                                   parallel='zero2', device='cpu', eval_data='e', ask_every=7))
+                                   parallel='zero2', device='cpu', eval_data='e', ask_every=7, feature_cache='c', feature_dtype='float32'))
     assert r.stage('finetune').trainer['report_to'] == ['wandb', 'trackio'] and 'report_to' not in r.stage('pretrain').trainer
     code,out,err = run(capsys, 'train', *line, '--dry-run')   # what it prints is the same command
     again = shlex.split(out.splitlines()[-1])
@@ -74,6 +77,26 @@ def test_mistakes_are_found_before_weights_are_loaded(capsys, monkeypatch, tmp_p
     monkeypatch.delenv('RANK', raising=False)
     code,out,err = run(capsys, 'train', 'micro', *argv, '--device', 'cpu', '--out', tmp_path)
     assert (code, out, err.count('\n')) == (1, '', 1) and says in err
+
+@pytest.mark.parametrize('argv,says', [
+    (['finetune', '--data', 'no.json'], "no data 'no.json' for stage 'finetune': say --data finetune=FILE"),
+    (['--data', 'pretrain=here.json', '--data', 'finetune=dir/no.jsonl'], "no data 'dir/no.jsonl' for stage 'finetune': say --data finetune=FILE"),
+    (['pretrain', '--set', 'pretrain.data=no.parquet'], "no data 'no.parquet' for stage 'pretrain': say --data pretrain=FILE"),
+    (['pretrain', '--set', 'pretrain.data={"a": "here.json", "b": {"data": "b.json", "share": 0.5}}'], "no data 'b.json' for stage 'pretrain'"),
+    (['pretrain', '--data', 'here.json', '--set', 'pretrain.images=pics'], "no image folder 'pics': say --images DIR"),
+    (['--images', 'pics'], "no image folder 'pics': say --images DIR"),
+    (['--eval-data', 'no.json'], "no data 'no.json' to evaluate on: say --eval-data FILE"),
+    (['finetune', '--start', '/no/model'], "no model '/no/model' to start from: say --start DIR"),
+    (['finetune', '--resume', 'run/checkpoint-2'], "no checkpoint 'run/checkpoint-2': say --resume auto, or its folder"),
+])
+def test_dry_run_names_what_is_missing(capsys, monkeypatch, tmp_path, argv, says):
+    "After the plan, which is worth seeing before the data is there; a name that may be on the Hub is not missing"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'here.json').touch()
+    code,out,err = run(capsys, 'train', 'micro', *argv, '--dry-run')
+    assert (code, err.count('\n')) == (1, 1) and out.splitlines()[-1].startswith('tinyllava train micro') and says in err
+    assert 'here.json' not in err
+    assert run(capsys, 'train', 'micro', 'finetune', '--data', 'somebody/talk', '--start', 'tinyllava/TinyLLaVA', '--dry-run')[::2] == (0, '')
 
 def test_dry_run_of_a_packed_stage(capsys, monkeypatch):
     "Rows, not samples, are what a device takes"

@@ -61,6 +61,11 @@ def _input_args(p):
                    help='folder that image paths are relative to')
     p.add_argument('--start', metavar='DIR',
                    help='model to start from (default: what the stage before saved)')
+    p.add_argument('--feature-cache', metavar='off|cache|DIR', default='off',
+                   help='compute the features of a frozen vision tower once and keep them in DIR, or in the cache '
+                   'of this package (default: %(default)s)')
+    p.add_argument('--feature-dtype', metavar='TYPE', default='bfloat16',
+                   help='of kept features: bfloat16, or float32 for all bits (default: %(default)s)')
 
 # %% ../../nbs/92_commands.training.ipynb #9f1706ca
 def _watch_args(p):
@@ -93,7 +98,7 @@ def _train_args(p):
                    help='auto, cpu or cuda (default: %(default)s)')
     trust_argument(p)
     p.add_argument('--dry-run', action='store_true',
-                   help='print the stages and batch sizes, then stop')
+                   help='print the stages and batch sizes, name files that are missing, then stop')
 
 # %% ../../nbs/92_commands.training.ipynb #356a34fd
 def _stage_data(given, stages, names):
@@ -118,12 +123,14 @@ def _train_words(a, out):
         '--resume': [a.resume], '--accept': a.accept, '--parallel': [a.parallel],
         '--eval-data': [a.eval_data],
         '--report-to': a.report_to, '--import': getattr(a, 'plugins', []),
-        '--ask-every': [a.ask_every and str(a.ask_every)], '--device': [a.device]}
+        '--ask-every': [a.ask_every and str(a.ask_every)], '--device': [a.device],
+        '--feature-cache': [a.feature_cache], '--feature-dtype': [a.feature_dtype]}
     given = [w for k,vs in options.items() for v in vs if v and (k, v) not in _usual for w in (k, v)]
     given += ['--trust-remote-code']*a.trust_remote_code
     return ['tinyllava', 'train', a.recipe, *a.stages, *given]
 
-_usual = ('--parallel', 'ddp'), ('--device', 'auto')
+_usual = (('--parallel', 'ddp'), ('--device', 'auto'), ('--feature-cache', 'off'),
+          ('--feature-dtype', 'bfloat16'))
 
 # %% ../../nbs/92_commands.training.ipynb #ab9080d8
 _TRACKERS = 'wandb', 'trackio', 'tensorboard'   # Each is an extra of this package
@@ -178,6 +185,8 @@ def _run_recipe(a, r, todo, out, data):
     given = {k: getattr(a, k) for k in _ASKED}
     if a.accept: given['accept'] = a.accept
     if a.trust_remote_code: given['trust_remote_code'] = True
+    if a.feature_cache != 'off':
+        given.update(feature_cache=a.feature_cache, feature_dtype=a.feature_dtype)
     try:
         with leaving_page(out, _with_data(r, data, a.images), a.parallel):
             train_recipe(r, out, data=data, stages=todo, **given)
@@ -204,6 +213,32 @@ def _show_plan(r, stages, out, a):
         print(f"\n{_batch_line(s, world)}\n{json.dumps(asdict(s), indent=1)}")
     print('\n'+shlex.join(_train_words(a, out)))
 
+# %% ../../nbs/92_commands.training.ipynb #b9cc8f7a
+def _missing_data(r, todo, data, images):
+    "Data and images of the stages that are not there, each with the option that names another"
+    from tinyllava_cookbook.data.paths import missing_paths
+    found = []
+    for name in todo:
+        stage = r.stage(name)
+        files,folders = missing_paths(data.get(name, stage.data), images or stage.images)
+        found += [f"no data {o!r} for stage {name!r}: say --data {name}=FILE" for o in files]
+        if images and not Path(images).expanduser().is_dir(): folders.append(images)
+        found += [f"no image folder {o!r}: say --images DIR" for o in folders]
+    return found
+
+# %% ../../nbs/92_commands.training.ipynb #d9634b5e
+def _check_inputs(a, r, todo, data):
+    "An error that names every file and folder that a run would not find"
+    from tinyllava_cookbook.data.paths import is_missing, missing_paths
+    found = _missing_data(r, todo, data, a.images)
+    held_out,_ = missing_paths(a.eval_data)
+    found += [f"no data {o!r} to evaluate on: say --eval-data FILE" for o in held_out]
+    if a.start and is_missing(a.start, 'hf'):
+        found.append(f"no model {a.start!r} to start from: say --start DIR")
+    if a.resume not in (None, 'auto') and not Path(a.resume).is_dir():
+        found.append(f"no checkpoint {a.resume!r}: say --resume auto, or its folder")
+    if found: raise FileNotFoundError('; '.join(dict.fromkeys(found)))
+
 # %% ../../nbs/92_commands.training.ipynb #c247ccc8
 @command('train', 'train a recipe, or some of its stages', _train_args)
 def _train(a):
@@ -211,7 +246,8 @@ def _train(a):
     r,todo,out = _plan(a)
     data = _stage_data(a.data, todo, [s.name for s in r.stages])
     if a.dry_run:
-        return _show_plan(r, [r.stage(name) for name in todo], out, a)
+        _show_plan(r, [r.stage(name) for name in todo], out, a)
+        return _check_inputs(a, r, todo, data)
     with stop_on_signal(): _run_recipe(a, r, todo, out, data)
     if rank_and_world()[0] == 0:
         print(f"done: weights in {out}")

@@ -15,6 +15,7 @@ import torch
 from ..core import IGNORE, IMAGE_TOKEN
 from .images import (IMAGE_MODES, anyres_n_tokens, image_size, load_image, pinpoints,
                                             prepare, prepare_bytes, sample_aspect, target_size)
+from .paths import data_sources
 from ..pixels import has_table
 from .records import Sample, naming, read_data, read_sample, record_name
 from .templates import ChatTemplate, chat_template
@@ -134,6 +135,8 @@ class Encoder:
         "The sequence of a sample; decodes no image"
         return _tokens(self, sample)
 
+    def pixels(self, sources:list) -> dict: return _pixels(self, sources)
+
     def __call__(self,
         sample:Sample|dict,          # A `Sample` or a row of `read_data`
     ) -> dict[str, torch.Tensor]:    # input_ids, labels; with images pixel_values, for 'anyres' also image_sizes (h, w)
@@ -142,7 +145,7 @@ class Encoder:
             sample = read_sample(sample)
         with naming(f"sample {sample.id!r}"):
             ids, labels, n = self.tokens(sample)
-            return dict(input_ids=_row(ids), labels=_row(labels)) | _pixels(self, sample.images[:n])
+            return dict(input_ids=_row(ids), labels=_row(labels)) | self.pixels(sample.images[:n])
 
 # %% ../../nbs/13_data.datasets.ipynb #4afb31ff
 def image_counts(
@@ -427,18 +430,14 @@ def _check_mixture(sources, weights, shares):
 
 # %% ../../nbs/13_data.datasets.ipynb #4957e372
 def read_mixture(
-    data,                  # As for `read_data`; or name -> that, or -> dict(data=, share=, weight=, images=, format=)
+    data,                  # As for `read_data`; or sources, as for `data_sources`
     images=None,           # For sources without their own
     share:float=1.,        # Of everything
     seed:int=0,            # Of which samples these are
     **kwargs,              # For all readers
 ):                         # The rows of one source, or a `Mixture`
     "Training data as a recipe names it"
-    data = data if isinstance(data, dict) else dict(data=data)
-    each = {k: dict(v) if isinstance(v, dict) else dict(data=v) for k, v in data.items()}
-    for k, v in each.items():
-        if 'data' not in v:
-            raise ValueError(f"source {k!r} has no 'data', only {sorted(v)}")
+    each = data_sources(data)
     weights, shares = ({k: v.pop(o, 1) for k, v in each.items()} for o in ('weight', 'share'))
     rows = {k: read_data(v.pop('data'), **{'images': images, **kwargs, **v}) for k, v in each.items()}
     if len(rows) == 1 and {*weights.values(), *shares.values(), share} == {1}:

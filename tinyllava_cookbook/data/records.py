@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'Sample', 'read_sample', 'cached_rows', 'read_llava', 'read_sharegpt4v', 'read_cc3m', 'read_train_llava',
-           'read_captions', 'HFRows', 'read_hf', 'guess_format', 'read_data']
+           'read_captions', 'HFRows', 'read_hf', 'read_data']
 
 # %% ../../nbs/12_data.records.ipynb #a26e6d90
 import csv, hashlib
@@ -18,6 +18,7 @@ from datasets.table import MemoryMappedTable
 from ..core import IMAGE_TOKEN, Registry
 from ..cached_files import cache_lock, find_cached, known_checksum, write_cached
 from .fields import image_fields, locate_image, naming, one_of, record_name, sample_id, short_repr
+from .paths import guess_format
 from .templates import read_messages
 from ..json_records import ON_READING, printable, read_records
 
@@ -419,23 +420,6 @@ def read_hf(
                          "rename_column gives a column another name")
     if hasattr(ds, '__len__'): return HFRows(ds)
     return ds.decode(False) if ds.features else ds
-
-# %% ../../nbs/12_data.records.ipynb #df2ac71f
-def guess_format(
-    path,     # As for `read_data`
-) -> str:     # A key of `FORMATS`
-    "The format that a path looks like"
-    if not isinstance(path, (str, Path)): return 'hf'
-    p = Path(path).expanduser()
-    if p.suffix.lower() in ('.json', '.jsonl', '.ndjson'):
-        if p.name.lower().startswith(('sharegpt4v', 'share-captioner')): return 'sharegpt4v'
-        return 'cc3m' if p.name == 'chat.json' else 'llava'
-    if not p.is_dir():
-        return 'hf' if p.is_file() or not str(path).startswith(('/', '.', '~')) else 'llava'
-    if (p/'chat.json').is_file(): return 'cc3m'
-    saved = any((p/o).is_file()
-                for o in ('state.json', 'dataset_dict.json'))
-    return 'hf' if saved or any(p.glob('**/*.parquet')) else 'captions'
 
 # %% ../../nbs/12_data.records.ipynb #4c152aa0
 def read_data(

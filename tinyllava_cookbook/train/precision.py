@@ -122,7 +122,7 @@ def _original(tensor, half):
     "The tensor, if rounding changes it; else `None`"
     tensor = tensor.detach()
     back = tensor.to(half).to(tensor.dtype)
-    return None if torch.equal(back, tensor) else tensor
+    return None if torch.equal(back, tensor) else tensor.cpu()
 
 # %% ../../nbs/33_train.precision.ipynb #002a6c97
 def hold_weights(

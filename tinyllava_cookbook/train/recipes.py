@@ -286,7 +286,7 @@ def _convert(text, hint, path):
     kinds = field_kinds(hint)
     if type(None) in kinds and text.lower() in ('none', 'null', ''): return None
     kind = next(kind for kind in kinds if kind is not type(None))
-    if kind is str: return text
+    if kind is str and not (dict in kinds and text.startswith('{')): return text
     number = kind in (int, float)
     try: return kind(text) if number else json.loads(text)
     except ValueError:

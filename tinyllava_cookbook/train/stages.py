@@ -22,7 +22,9 @@ from ..durable import stop_if_asked, stop_on_signal
 from ..model.packed_attention import row_attention
 from .data import pack_sizes, stage_dataset, stage_packs, stage_rows
 from .displays import stage_callbacks
+from .feature_cache import check_frozen_tower, rounding_of, use_feature_cache
 from .identity import data_identity, run_identity
+from .meter import tower_flops
 from .parallel import fsdp_units, join_processes, parallel_args, run_lock
 from .precision import give_back, hold_weights, local_precision
 from .recipes import Recipe, Stage, check_names, to_dict
@@ -31,10 +33,9 @@ from .start import start_identity, start_model, stage_weights
 from .trainer import DONE, VLMTrainer, training_args
 from .tuning import apply_tune, check_tune
 
-
 # %% ../../nbs/36_train.stages.ipynb #d45ce2c9
 def _trainer(model, processor, stage, out, data=None, images=None, seed=0, callbacks=(), progress=True, device='auto',
-             parallel='ddp', eval_data=None, ask_every=0, **kwargs):
+             parallel='ddp', eval_data=None, ask_every=0, feature_cache='off', feature_dtype='bfloat16', **kwargs):
     "The trainer of a stage, and the table of what is trainable"
     if eval_data is not None and 'eval_steps' not in stage.trainer:
         raise ValueError(f"eval_data would never be used: set {stage.name}.trainer.eval_steps")
@@ -48,11 +49,15 @@ def _trainer(model, processor, stage, out, data=None, images=None, seed=0, callb
     identity = run_identity(model, dataset, parallel, packs)
     seed_everything(seed)
     table = apply_tune(model, stage)
+    store = feature_cache != 'off' and use_feature_cache(
+        model, processor, stage, dataset, feature_cache, feature_dtype, device, progress)
+    identity['feature_cache'] = rounding_of(store)
     held = hold_weights(model, local_precision(stage, device, parallel))
     shown = stage_callbacks(processor, stage, dataset, out, table, progress, ask_every)
     if not args.dataloader_num_workers: dataset = CachedDataset(dataset)
     trainer = VLMTrainer(model, processor, stage, args, dataset, [*shown, *callbacks], packs, held_out,
                          identity, held=held, **kwargs)
+    if store: trainer.rates['images'] -= tower_flops(model)   # it does not run
     return trainer, table
 
 # %% ../../nbs/36_train.stages.ipynb #117882de
@@ -105,11 +110,12 @@ def train_stage(
     recipe=None,         # To keep in it
     accept=(),           # What may differ from the run that is resumed: some of `ACCEPT`
     origin=None,         # Identity of what `model` was opened from, to keep with the finished stage
+    **features,          # `feature_cache` ('off', 'cache' or a folder) and `feature_dtype`: see `use_feature_cache`
 ) -> StageResult:        # Log, time and steps
     "Train one stage; after a signal it saves, and the process ends with code 85"
     with stop_on_signal(), _rows_of(model, stage, progress), run_lock(out) as lock:
         trainer,table = _trainer(model, processor, stage, Path(out), data, images, seed, callbacks, progress,
-                                 device, parallel, eval_data, ask_every, accept=accept, lock=lock)
+                                 device, parallel, eval_data, ask_every, accept=accept, lock=lock, **features)
         with _unrounded_after(trainer):
             start = time.perf_counter()
             trainer.train(resume_from_checkpoint=resume)
@@ -118,12 +124,14 @@ def train_stage(
     return result
 
 # %% ../../nbs/36_train.stages.ipynb #d2aa2028
-def _ready(recipe, todo, data, images, parallel, device='auto', eval_data=None, **kwargs):
+def _ready(recipe, todo, data, images, parallel, device='auto', eval_data=None, feature_cache='off', **kwargs):
     "Data and held-out data of each stage; what is missing or does not fit is found before weights are loaded"
     names = [stage.name for stage in recipe.stages]
     check_names([*todo, *data], names, f"stage in recipe {recipe.name!r}:")
     stages = {name: recipe.stage(name) for name in todo}
     check_tune(*stages.values())
+    if feature_cache != 'off':
+        for stage in stages.values(): check_frozen_tower(stage)
     cuda = pick_device(device).type == 'cuda'
     for stage in stages.values(): parallel_args(parallel, stage, cuda)
     def read(given):
@@ -180,7 +188,7 @@ def train_recipe(
     start=None,           # Folder of a model that the first of them starts from instead
     accept=(),            # What may differ from the run that is resumed: some of `ACCEPT`
     trust_remote_code:bool=False, # May code in the LLM's folder run, where `transformers` has none?
-    **kwargs,             # Passed to `train_stage`: `progress`, `callbacks`, `device`, `eval_data`, `ask_every`
+    **kwargs,             # Passed to `train_stage`: `progress`, `callbacks`, `device`, `eval_data`, `feature_cache` ...
 ) -> tuple:               # Model, processor and a dict of `StageResult`s
     "Run the stages of a recipe in order"
     if not isinstance(recipe, Recipe): recipe = find_recipe(recipe)

@@ -61,6 +61,12 @@ def _trainer(model, processor, stage, out, data=None, images=None, seed=0, callb
     return trainer, table
 
 # %% ../../nbs/36_train.stages.ipynb #117882de
+def _timed(trainer, resume, table):
+    "Train, and what the log says of it"
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume)
+    return stage_result(trainer, time.perf_counter() - start, table)
+
 def _rows_of(model, stage, progress):
     "How packed rows are computed within it"
     how = stage.pack_attention if stage.pack else None
@@ -117,9 +123,7 @@ def train_stage(
         trainer,table = _trainer(model, processor, stage, Path(out), data, images, seed, callbacks, progress,
                                  device, parallel, eval_data, ask_every, accept=accept, lock=lock, **features)
         with _unrounded_after(trainer):
-            start = time.perf_counter()
-            trainer.train(resume_from_checkpoint=resume)
-            result = stage_result(trainer, time.perf_counter() - start, table)
+            result = _timed(trainer, resume, table)
             finish_stage(trainer, result, Path(out), final, recipe, origin)
     return result
 

@@ -20,6 +20,7 @@ from ..durable import Stopped, mark_complete, publish
 from ..model.checkpoints import save
 from .data import replaced_samples
 from .plan import check_same_plan, run_plan
+from .precision import give_back, unrounded_state
 from .recipes import Stage
 from .run_log import log_row
 from .trainer import DONE, StopSignal
@@ -84,6 +85,7 @@ def _consolidated(trainer):
     if not _sharded(trainer): return None
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not state: return state
+    state = unrounded_state(state, trainer.held)
     tied = trainer.model.all_tied_weights_keys   # copies by now
     return {name: tensor for name,tensor in state.items() if name not in tied}
 
@@ -140,6 +142,7 @@ def finish_stage(
     trainer.model.eval()
     trainer.check_finite()
     if trainer.lock is not None: trainer.lock.check()
+    if not _sharded(trainer): give_back(trainer.model, trainer.held)
     if final: save_finished(trainer, final, recipe)
     elif not _sharded(trainer): merge_adapters(trainer.model)
     if trainer.args.should_save: _record(trainer, result, out, final, origin)

@@ -97,7 +97,7 @@ def test_states_equal_deepspeeds_own_estimates(base, world):
 
 def test_weights_are_in_the_precision_that_the_trainer_gives_them(tmp_path):
     "If the trainer keeps frozen weights otherwise some day, the forecast must follow"
-    from tinyllava_cookbook.train.stages import float_weights
+    from tinyllava_cookbook.train.stage_trainer import float_weights
     model = compose(*(tiny_checkpoint(o, tmp_path/o) for o in ('siglip', 'llama')))[0]
     with torch.device('meta'): shell = VLMForConditionalGeneration(copy.deepcopy(model.config))
     stage = Stage('x', tune=dict(connector='full'))

@@ -23,7 +23,8 @@ from .activations import (ElementBytes, MicroBatch, adapter_size, annotate, each
                                                   micro_batch, n_direct,
                                                   n_trainable, segments, stack)
 from .recipes import PARTS, Stage
-from .stages import float_weights, train_stage
+from .stage_trainer import float_weights
+from .stages import train_stage
 from .parallel import PARALLEL
 
 # %% ../../nbs/38_train.memory.ipynb #03576f1e

@@ -89,9 +89,10 @@ def padded_batches(samples, size=8):
 
 def train_ours(model, batches):
     "Forward and backward, as a stage does"
+    from tinyllava_cookbook.allocator import keep_freed_memory
     from tinyllava_cookbook.model.packed_attention import row_attention
     model.zero_grad(set_to_none=True)
-    with row_attention(model.language_model):
+    with row_attention(model.language_model), keep_freed_memory():
         for batch in batches: model(**batch).loss.backward()
 
 def train_plain(model, batches):
@@ -266,6 +267,7 @@ def ledger(model, batches, runs=2):
     "CPU seconds of each part of a step, all within the same steps"
     from contextlib import ExitStack
     from unittest.mock import patch
+    from tinyllava_cookbook.allocator import keep_freed_memory
     from tinyllava_cookbook.model import features
     from tinyllava_cookbook.model.packed_attention import row_attention
     seconds = dict.fromkeys(('vision tower', 'connector', 'language model', 'output layer, loss', 'backward pass', 'optimizer'), 0.)
@@ -286,7 +288,7 @@ def ledger(model, batches, runs=2):
         timed('backward pass', loss.backward)()
         timed('optimizer', optimizer.step)()
         model.zero_grad(set_to_none=True)
-    with row_attention(model.language_model), ExitStack() as changed:
+    with row_attention(model.language_model), keep_freed_memory(), ExitStack() as changed:
         for place, name, part in places: changed.enter_context(patch.object(place, name, timed(part, getattr(place, name))))
         for run in range(runs + 1):
             for batch in batches: step(batch)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..core import IMAGE_TOKEN, read_json, write_json
 from ..microworld import describe, image_name, write_world
+from ..model.architecture import part_config
 from .variants import MIX, mixed_file
 from ..train.budget import corpora
 from ..train.recipes import ADAPTERS, Recipe, Stage, Tune, recipe
@@ -71,10 +72,8 @@ def published_size(
     r:Recipe,  # With published parts
 ) -> Size:
     "Width of the LLM and depth of the vision tower"
-    from tinyllava_cookbook.train.activations import recipe_model
-    config = recipe_model(r).config
-    return Size(config.text_config.hidden_size,
-                config.vision_config.num_hidden_layers)
+    return Size(part_config(r.llm).hidden_size,
+                part_config(r.vision).num_hidden_layers)
 
 def proxy_tune(
     tune:Tune,     # Of one part

@@ -10,6 +10,7 @@ __all__ = ['GREY', 'BLUE', 'ORANGE', 'LOOKED', 'Interval', 'interval', 'bits', '
 # %% ../../nbs/69_recipes.results.ipynb #ae267beb
 import textwrap
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +33,17 @@ class Interval:
 
 def _by_scene(values_sq, scenes):
     "Sums for each seed and scene, and questions of each scene"
-    names = sorted(set(scenes))
-    member = np.array([[scene == name for name in names] for scene in scenes], float)
+    names,which = np.unique(scenes, return_inverse=True)
+    member = np.eye(len(names))[which]
     return values_sq@member, member.sum(0)
+
+@lru_cache(32)
+def _draws(n_seeds, n_scenes, resamples, seed):
+    "How often each seed and each scene is in a resample: the same for all intervals of one shape"
+    draw = np.random.default_rng(seed)
+    seeds_rs = draw.multinomial(n_seeds, [1/n_seeds]*n_seeds, resamples)
+    scenes_rc = draw.multinomial(n_scenes, [1/n_scenes]*n_scenes, resamples)
+    return seeds_rs, scenes_rc
 
 def interval(
     values_sq:np.ndarray,  # (seeds, questions): right is 1, or a difference
@@ -44,10 +53,8 @@ def interval(
 ) -> Interval:             # Around the mean
     "Bootstrap over seeds and scenes"
     sums_sc,counts_c = _by_scene(values_sq, scenes)
-    draw = np.random.default_rng(seed)
-    n_seeds,n_scenes = sums_sc.shape
-    seeds_rs = draw.multinomial(n_seeds, [1/n_seeds]*n_seeds, resamples)
-    scenes_rc = draw.multinomial(n_scenes, [1/n_scenes]*n_scenes, resamples)
+    n_seeds = len(sums_sc)
+    seeds_rs,scenes_rc = _draws(*sums_sc.shape, resamples, seed)
     sums = ((seeds_rs@sums_sc)*scenes_rc).sum(1)
     means = sums/(n_seeds*(scenes_rc@counts_c))
     low,high = np.quantile(means, [.025, .975])

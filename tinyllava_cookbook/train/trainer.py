@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from ..allocator import keep_freed_memory
 from ..core import gpu_dtype, pick_device, rank_and_world
 from ..data.batches import BatchLoader, EpochBatches, PadCollator, cores
 from ..data.packing import PackCollator
@@ -263,7 +264,8 @@ class _Resumed(_Strict):
     def train(self, resume_from_checkpoint=None, **kwargs):
         path,self.began = from_first(self.args,
                                      lambda: self._find(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint=path, **kwargs)
+        with keep_freed_memory(self.args.device.type == 'cpu'):
+            return super().train(resume_from_checkpoint=path, **kwargs)
 
     def _run_epoch(self, **kwargs):   # a run that was over goes no step further
         if self.state.global_step < self.state.max_steps:

@@ -1,9 +1,22 @@
-"""The store of vision features: what it holds, what two processes write at once, how it grows, what damage does."""
+"""Vision features on disk: what two processes write at once, how a store grows, what damage does, and training from features."""
 import sys
+from types import SimpleNamespace
+import numpy as np
 import pytest, torch
+from PIL import Image
+from transformers.utils import logging
 import fresh
-from tinyllava_cookbook.model.feature_store import DamagedFeatures, FeatureStore, image_key
+from tinyllava_cookbook.core import write_json
+from tinyllava_cookbook.ingredients import tiny_checkpoint
+from tinyllava_cookbook.model.processor import compose
+from tinyllava_cookbook.train import feature_cache
+from tinyllava_cookbook.train.data import stage_dataset
+from tinyllava_cookbook.train.feature_cache import fill_store, tower_on
+from tinyllava_cookbook.train.recipes import Recipe, Stage
+from tinyllava_cookbook.train.stages import train_recipe, train_stage
+from tinyllava_cookbook.model.feature_store import FeatureError, FeatureStore, image_key
 
+logging.disable_progress_bar()
 FACTS = dict(weights='of a test')
 
 def images(n, start=0): return [f'image {k}'.encode() for k in range(start, start + n)]
@@ -48,12 +61,11 @@ def test_tiles_of_an_image_stay_together(tmp_path):
     found = FeatureStore(tmp_path, FACTS, 'float32')
     for k, o in enumerate(some): assert torch.equal(found[image_key(o)], features(o, k + 1))
 
-@pytest.mark.parametrize('at', range(3))
-def test_every_flipped_byte_is_found_and_never_read_as_features(tmp_path, at):
+def test_a_flipped_byte_anywhere_is_found_and_never_read_as_features(tmp_path):
     fill(FeatureStore(tmp_path, FACTS), images(6))
     path, = FeatureStore(tmp_path, FACTS).folder.glob('*.safetensors')
     good = path.read_bytes()
-    for place in range(at, len(good), 3):
+    for place in range(0, len(good), 5):
         path.write_bytes(good[:place] + bytes([good[place] ^ 16]) + good[place + 1:])
         try: store = FeatureStore(tmp_path, FACTS)
         finally: path.write_bytes(good) if not path.exists() else None
@@ -61,6 +73,82 @@ def test_every_flipped_byte_is_found_and_never_read_as_features(tmp_path, at):
         for o in images(6):
             if image_key(o) not in store: damaged += 1; continue
             try: assert torch.equal(store[image_key(o)], features(o).bfloat16())
-            except DamagedFeatures: damaged += 1
+            except FeatureError: damaged += 1
         assert damaged or path.read_bytes() == good, place
         path.write_bytes(good)
+
+# ---- training
+
+@pytest.fixture(scope='module')
+def parts(tmp_path_factory):
+    "Folders of random tiny checkpoints, and 8 samples, every fourth without an image"
+    d = tmp_path_factory.mktemp('parts')
+    rows, rng = [], np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 256, (30, 40 + 3*i, 3), dtype=np.uint8)).save(d/f'{i}.png')
+        ask, img = ('What?', {}) if i%4 == 3 else ('<image>\nWhat?', dict(image=f'{i}.png'))
+        rows.append(dict(id=str(i), conversations=[{'from':'human', 'value':ask}, {'from':'gpt', 'value':'noise '*(1 + i%3)}], **img))
+    return {o: tiny_checkpoint(o, d/o) for o in ('siglip', 'llama')} | dict(data=write_json(d/'data.json', rows), images=d)
+
+def stage(**kw): return Stage('pretrain', **dict(tune=dict(connector='full'), lr=1e-2, warmup=0., global_batch_size=4, max_steps=2) | kw)
+
+def train(parts, out, image_mode='squash', cache='off', dtype='float32', **kw):
+    "Weights and losses of a few steps from the same start"
+    model, processor = compose(parts['siglip'], parts['llama'], image_mode=image_mode)
+    resume = kw.pop('resume', None)
+    result = train_stage(model, processor, stage(image_mode=image_mode, **kw), out, parts['data'], resume=resume, progress=False, device='cpu',
+                         feature_cache=cache, feature_dtype=dtype)
+    return dict(model.state_dict()), [o['loss'] for o in result.log]
+
+def assert_same(a, b):
+    assert a[1] == b[1]
+    for name, x in a[0].items(): assert torch.equal(x, b[0][name]), name
+
+@pytest.mark.parametrize('how', [dict(), dict(pack=512, max_length=256), dict(image_mode='anyres', tune=dict(connector='full', llm='lora'))], ids=str)
+def test_training_from_features_is_training_from_pixels_to_the_last_bit(parts, tmp_path, monkeypatch, how):
+    plain = train(parts, tmp_path/'plain', **how)
+    assert_same(train(parts, tmp_path/'first', cache=tmp_path/'cache', **how), plain)
+    calls = []
+    monkeypatch.setattr(feature_cache, 'tower_features', lambda *a: calls.append(a))
+    if not how: assert_same(train(parts, tmp_path/'second', cache=tmp_path/'cache'), plain)   # nothing is computed again
+    assert not calls
+
+def test_bfloat16_features_change_the_losses_little_and_the_run_is_another_one(parts, tmp_path):
+    plain = train(parts, tmp_path/'plain', trainer=dict(save_steps=1))
+    half = train(parts, tmp_path/'half', cache=tmp_path/'cache', dtype='bfloat16')
+    assert plain[1] != half[1] and max(abs(a - b)/a for a, b in zip(plain[1], half[1])) < 1e-3
+    with pytest.raises(ValueError, match='feature_cache was not recorded, now bfloat16'):
+        train(parts, tmp_path/'plain', cache=tmp_path/'cache', dtype='bfloat16', trainer=dict(save_steps=1), resume=True)
+    assert_same(train(parts, tmp_path/'plain', cache=tmp_path/'cache', trainer=dict(save_steps=1), resume=True), plain)
+
+def test_what_cannot_be_cached_is_refused_before_anything_is_loaded(parts, tmp_path):
+    made = Recipe('r', 'nowhere', 'nowhere', stages=[stage(data=str(parts['data'])), Stage('finetune', tune=dict(vision='full'), data=str(parts['data']))])
+    with pytest.raises(ValueError, match="stage 'finetune' trains the vision tower .full.: its features change"):
+        train_recipe(made, tmp_path/'run', feature_cache=tmp_path/'cache', device='cpu')
+    with pytest.raises(ValueError, match="features as 'int8'; choose from"): train(parts, tmp_path/'x', cache=tmp_path/'cache', dtype='int8')
+
+def filled(parts, folder, compute, **kw):
+    "A store for the samples, filled by `compute`"
+    model, processor = compose(parts['siglip'], parts['llama'], image_mode='squash')
+    dataset = stage_dataset(processor, stage(), parts['data'])
+    store = FeatureStore(folder, FACTS, 'float32')
+    return fill_store(store, dataset, compute(tower_on(model, processor, 'cpu')), **kw), store
+
+def test_a_fill_that_was_killed_keeps_its_shards_and_goes_on(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_cache, 'TILES_AT_ONCE', 2)
+    def dies(compute):
+        left = iter(range(2))
+        def work(x):
+            if next(left, None) is None: raise KeyboardInterrupt
+            return compute(x)
+        return work
+    with pytest.raises(KeyboardInterrupt): filled(parts, tmp_path, dies, shard_bytes=1)
+    assert len(FeatureStore(tmp_path, FACTS, 'float32')) == 4
+    again, store = filled(parts, tmp_path, lambda compute: compute)
+    assert (again, len(store)) == (2, 6)
+    assert filled(parts, tmp_path, lambda compute: compute)[0] == 0
+
+def test_a_full_disk_is_told_before_the_first_shard(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_cache.shutil, 'disk_usage', lambda path: SimpleNamespace(free=100))
+    with pytest.raises(OSError, match='features of 6 images take .* GB left; give another folder'): filled(parts, tmp_path, lambda compute: compute)
+    assert not len(FeatureStore(tmp_path, FACTS, 'float32'))

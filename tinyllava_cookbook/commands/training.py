@@ -61,6 +61,11 @@ def _input_args(p):
                    help='folder that image paths are relative to')
     p.add_argument('--start', metavar='DIR',
                    help='model to start from (default: what the stage before saved)')
+    p.add_argument('--feature-cache', metavar='off|cache|DIR', default='off',
+                   help='compute the features of a frozen vision tower once and keep them in DIR, or in the cache '
+                   'of this package (default: %(default)s)')
+    p.add_argument('--feature-dtype', metavar='TYPE', default='bfloat16',
+                   help='of kept features: bfloat16, or float32 for all bits (default: %(default)s)')
 
 # %% ../../nbs/92_commands.training.ipynb #9f1706ca
 def _watch_args(p):
@@ -118,12 +123,14 @@ def _train_words(a, out):
         '--resume': [a.resume], '--accept': a.accept, '--parallel': [a.parallel],
         '--eval-data': [a.eval_data],
         '--report-to': a.report_to, '--import': getattr(a, 'plugins', []),
-        '--ask-every': [a.ask_every and str(a.ask_every)], '--device': [a.device]}
+        '--ask-every': [a.ask_every and str(a.ask_every)], '--device': [a.device],
+        '--feature-cache': [a.feature_cache], '--feature-dtype': [a.feature_dtype]}
     given = [w for k,vs in options.items() for v in vs if v and (k, v) not in _usual for w in (k, v)]
     given += ['--trust-remote-code']*a.trust_remote_code
     return ['tinyllava', 'train', a.recipe, *a.stages, *given]
 
-_usual = ('--parallel', 'ddp'), ('--device', 'auto')
+_usual = (('--parallel', 'ddp'), ('--device', 'auto'), ('--feature-cache', 'off'),
+          ('--feature-dtype', 'bfloat16'))
 
 # %% ../../nbs/92_commands.training.ipynb #ab9080d8
 _TRACKERS = 'wandb', 'trackio', 'tensorboard'   # Each is an extra of this package
@@ -178,6 +185,8 @@ def _run_recipe(a, r, todo, out, data):
     given = {k: getattr(a, k) for k in _ASKED}
     if a.accept: given['accept'] = a.accept
     if a.trust_remote_code: given['trust_remote_code'] = True
+    if a.feature_cache != 'off':
+        given.update(feature_cache=a.feature_cache, feature_dtype=a.feature_dtype)
     try:
         with leaving_page(out, _with_data(r, data, a.images), a.parallel):
             train_recipe(r, out, data=data, stages=todo, **given)

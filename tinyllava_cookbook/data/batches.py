@@ -22,7 +22,7 @@ from .datasets import BAD, WORKERS, sample_seconds, time_limit, working_on
 # %% ../../nbs/14_data.batches.ipynb #b470fa9a
 def join_images(
     samples:list[dict],   # From an `Encoder`
-) -> dict:                # pixel_values bytes or float32 (tiles, 3, h, w); of 'anyres' image_sizes (images, 2), too
+) -> dict:                # pixel_values bytes or float32 (tiles, 3, h, w), or features; perhaps image_sizes (images, 2)
     "All tiles of a batch"
     tiles, sizes = (_present(samples, k) for k in (
         'pixel_values', 'image_sizes'))
@@ -32,7 +32,7 @@ def join_images(
     out = {}
     if tiles:
         x_nchw = torch.cat(tiles)
-        whole = x_nchw.dtype == torch.uint8   # bytes stay bytes
+        whole = x_nchw.dtype == torch.uint8 or x_nchw.ndim == 3   # bytes and features stay as they are
         out['pixel_values'] = x_nchw if whole else x_nchw.float()
     if sizes: out['image_sizes'] = torch.cat(sizes)
     return out

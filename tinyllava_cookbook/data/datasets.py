@@ -135,6 +135,8 @@ class Encoder:
         "The sequence of a sample; decodes no image"
         return _tokens(self, sample)
 
+    def pixels(self, sources:list) -> dict: return _pixels(self, sources)
+
     def __call__(self,
         sample:Sample|dict,          # A `Sample` or a row of `read_data`
     ) -> dict[str, torch.Tensor]:    # input_ids, labels; with images pixel_values, for 'anyres' also image_sizes (h, w)
@@ -143,7 +145,7 @@ class Encoder:
             sample = read_sample(sample)
         with naming(f"sample {sample.id!r}"):
             ids, labels, n = self.tokens(sample)
-            return dict(input_ids=_row(ids), labels=_row(labels)) | _pixels(self, sample.images[:n])
+            return dict(input_ids=_row(ids), labels=_row(labels)) | self.pixels(sample.images[:n])
 
 # %% ../../nbs/13_data.datasets.ipynb #4afb31ff
 def image_counts(

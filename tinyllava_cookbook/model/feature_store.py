@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'image_key', 'tower_hash', 'tower_facts', 'facts_key', 'shard_tensors', 'Shard', 'read_shard',
-           'DamagedFeatures', 'FeatureStore']
+           'FeatureError', 'FeatureStore']
 
 # %% ../../nbs/28_model.feature_store.ipynb #8a42c8c8
 import json, logging
@@ -161,8 +161,8 @@ def read_shard(
         return None
 
 # %% ../../nbs/28_model.feature_store.ipynb #3eba4f6d
-class DamagedFeatures(RuntimeError):
-    "Features that are not what was written: the fault of no sample, so none takes its place"
+class FeatureError(RuntimeError):
+    "Features that are damaged or gone: the fault of no sample, so none takes its place"
 
 def _features(shard, k):
     "The features of one image, checked"
@@ -173,9 +173,9 @@ def _features(shard, k):
             found = file.get_slice('features')[start:end]
             x_tnv = found.clone()   # or it would hold the file
     except (OSError, SafetensorError) as error:
-        raise DamagedFeatures(f"cannot read features ({error}); {again}") from error
+        raise FeatureError(f"cannot read features ({error}); {again}") from error
     if _check(x_tnv) != shard.checks[k]:
-        raise DamagedFeatures(f"features {start} to {end} are damaged; {again}")
+        raise FeatureError(f"features {start} to {end} are damaged; {again}")
     return x_tnv
 
 # %% ../../nbs/28_model.feature_store.ipynb #44bcefa0

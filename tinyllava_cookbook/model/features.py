@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data.images import anyres_n_tokens, best_canvas, join_tiles
 from .connectors import connector
-from .vision import input_size, vision_features
+from .vision import input_size, n_patches, vision_features
 
 # %% ../../nbs/22_model.features.ipynb #e2eab3f7
 def new_connector(
@@ -49,18 +49,29 @@ def image_layout(
         for pair in map(tuple, image_sizes)]
 
 # %% ../../nbs/22_model.features.ipynb #040416eb
+def _given_features(config, x_bnv):
+    "Features that were computed before; an error where they are of another tower"
+    shape = tuple(x_bnv.shape[1:])
+    kind = config.vision_feature_select, config.drop_first_patch
+    want = n_patches(config.vision_config, *kind), config.vision_config.hidden_size
+    if shape == want: return x_bnv
+    raise ValueError(f"features of {shape} for each image, but this vision tower gives {want}; "
+                     "compute them with this model, or give pixels (tiles, 3, h, w)")
+
+# %% ../../nbs/22_model.features.ipynb #f4b7b548
 def tower_features(
     model,                  # Gives vision tower and configuration
-    pixel_values:Tensor,    # (tiles, 3, h, w)
+    pixel_values:Tensor,    # (tiles, 3, h, w); or (tiles, n, vision width), which it returns
 ) -> Tensor:                # (tiles, n, vision width)
     "Features of the layer that the connector reads"
     config = model.config
-    size = tuple(pixel_values.shape[-2:])
+    pixels = pixel_values.to(model.vision_tower.device)
+    if pixels.ndim == 3: return _given_features(config, pixels)
+    size = tuple(pixels.shape[-2:])
     want = input_size(config.vision_config)
     if size != want:
         raise ValueError(
             f"images of {size} pixels, but the encoder is shown {want}; let the processor prepare them")
-    pixels = pixel_values.to(model.vision_tower.device)
     return vision_features(model.vision_tower, pixels, config.vision_feature_layer,
         config.vision_feature_select, config.drop_first_patch)
 

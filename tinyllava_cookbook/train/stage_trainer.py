@@ -15,7 +15,9 @@ from ..core import seed_everything
 from ..data.datasets import CachedDataset
 from .data import pack_sizes, stage_dataset, stage_packs
 from .displays import stage_callbacks
+from .feature_cache import rounding_of, use_feature_cache
 from .identity import run_identity
+from .meter import tower_flops
 from .parallel import fsdp_units, join_processes
 from .recipes import Stage
 from .trainer import VLMTrainer, training_args
@@ -38,12 +40,28 @@ def _read(processor, stage, data, eval_data, images):
     encoded = partial(stage_dataset, processor, stage, images=images, as_bytes=True)
     return encoded(data), None if eval_data is None else encoded(eval_data)
 
+def _planned(model, stage, dataset, out, device, seed, parallel):
+    "Packs, and the arguments that follow from them"
+    packs = stage_packs(stage, dataset, device, seed)
+    sizes = pack_sizes(stage, packs, packs and packs.samples)
+    return packs, training_args(stage, out, device, seed, parallel, sizes, fsdp_units(model))
+
+def _cached(dataset, args):
+    "Samples are kept in memory where this process encodes them"
+    return dataset if args.dataloader_num_workers else CachedDataset(dataset)
+
+# %% ../../nbs/35_train.stage_trainer.ipynb #0f453963
 def _tuned(model, stage, args, seed):
     "The table of what is trainable from here on"
     seed_everything(seed)
     table = apply_tune(model, stage)
     float_weights(model, not args.use_cpu and not args.fsdp)
     return table
+
+def _store(model, processor, stage, dataset, place, dtype, device, progress):
+    "Features of a frozen vision tower; `None` where it runs"
+    if place == 'off': return None
+    return use_feature_cache(model, processor, stage, dataset, place, dtype, device, progress)
 
 # %% ../../nbs/35_train.stage_trainer.ipynb #1bdda373
 def stage_trainer(
@@ -60,18 +78,19 @@ def stage_trainer(
     ask_every:int=0,     # Steps between answers to the first three samples; 0: never
     device:str='auto',   # 'auto', 'cpu', 'cuda'
     parallel:str='ddp',  # One of `PARALLEL`
+    feature_cache='off', # 'off', 'cache' or a folder: see `use_feature_cache`
+    feature_dtype:str='bfloat16', # Of the features that it keeps
     **kwargs,            # For `VLMTrainer`: `accept`, `lock`
 ) -> tuple:              # The `VLMTrainer`, and the table of what is trainable
     "The trainer of a stage"
     join_processes(device, stage.trainer.get('ddp_timeout', 1800))
     dataset,held_out = _read(processor, stage, data, eval_data, images)
-    packs = stage_packs(stage, dataset, device, seed)
-    sizes = pack_sizes(stage, packs, packs and packs.samples)
-    args = training_args(stage, out, device, seed, parallel, sizes, fsdp_units(model))
+    packs,args = _planned(model, stage, dataset, out, device, seed, parallel)
     identity = run_identity(model, dataset, parallel, packs)
     table = _tuned(model, stage, args, seed)
-    shown = stage_callbacks(processor, stage, dataset, out, table, progress, ask_every)
-    if not args.dataloader_num_workers: dataset = CachedDataset(dataset)
-    trainer = VLMTrainer(model, processor, stage, args, dataset, [*shown, *callbacks],
-                         packs, held_out, identity, **kwargs)
+    store = _store(model, processor, stage, dataset, feature_cache, feature_dtype, device, progress)
+    shown = [*stage_callbacks(processor, stage, dataset, out, table, progress, ask_every), *callbacks]
+    trainer = VLMTrainer(model, processor, stage, args, _cached(dataset, args), shown, packs, held_out,
+                         identity | dict(feature_cache=rounding_of(store)), **kwargs)
+    if store: trainer.rates['images'] -= tower_flops(model)   # it does not run
     return trainer, table

@@ -16,6 +16,7 @@ from ..core import pick_device, rank_and_world
 from ..durable import stop_if_asked, stop_on_signal
 from ..model.packed_attention import row_attention
 from .data import stage_rows
+from .feature_cache import check_frozen_tower
 from .parallel import join_processes, parallel_args
 from .ranks import run_lock
 from .recipes import Recipe, Stage, check_names, to_dict
@@ -51,12 +52,12 @@ def train_stage(
     recipe=None,         # To keep in it
     accept=(),           # What may differ from the run that is resumed: some of `ACCEPT`
     origin=None,         # Identity of what `model` was opened from, to keep with the finished stage
+    **features,          # `feature_cache` ('off', 'cache' or a folder) and `feature_dtype`: see `use_feature_cache`
 ) -> StageResult:        # Log, time and steps
     "Train one stage; after a signal it saves, and the process ends with code 85"
     with stop_on_signal(), _rows_of(model, stage, progress), run_lock(out) as lock:
-        trainer,table = stage_trainer(
-            model, processor, stage, Path(out), data, images, eval_data, seed, callbacks,
-            progress, ask_every, device, parallel, accept=accept, lock=lock)
+        trainer,table = stage_trainer(model, processor, stage, Path(out), data, images, eval_data, seed, callbacks,
+                                      progress, ask_every, device, parallel, accept=accept, lock=lock, **features)
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=resume)
         result = stage_result(trainer, time.perf_counter() - start, table)
@@ -64,12 +65,14 @@ def train_stage(
     return result
 
 # %% ../../nbs/36_train.stages.ipynb #d2aa2028
-def _ready(recipe, todo, data, images, parallel, device='auto', eval_data=None, **kwargs):
+def _ready(recipe, todo, data, images, parallel, device='auto', eval_data=None, feature_cache='off', **kwargs):
     "Data and held-out data of each stage; what is missing or does not fit is found before weights are loaded"
     names = [stage.name for stage in recipe.stages]
     check_names([*todo, *data], names, f"stage in recipe {recipe.name!r}:")
     stages = {name: recipe.stage(name) for name in todo}
     check_tune(*stages.values())
+    if feature_cache != 'off':
+        for stage in stages.values(): check_frozen_tower(stage)
     cuda = pick_device(device).type == 'cuda'
     for stage in stages.values(): parallel_args(parallel, stage, cuda)
     def read(given):
@@ -120,7 +123,7 @@ def train_recipe(
     start=None,           # Folder of a model that the first of them starts from instead
     accept=(),            # What may differ from the run that is resumed: some of `ACCEPT`
     trust_remote_code:bool=False, # May code in the LLM's folder run, where `transformers` has none?
-    **kwargs,             # Passed to `train_stage`: `progress`, `callbacks`, `device`, `eval_data`, `ask_every`
+    **kwargs,             # Passed to `train_stage`: `progress`, `callbacks`, `device`, `eval_data`, `feature_cache` ...
 ) -> tuple:               # Model, processor and a dict of `StageResult`s
     "Run the stages of a recipe in order"
     if not isinstance(recipe, Recipe): recipe = find_recipe(recipe)

@@ -61,7 +61,7 @@ def fsdp(vision, llm, data, out, stage):
     units = sum(type(m).__name__.startswith('FSDP') for m in model.modules())
     acc.get_state_dict = partial(Accelerator.get_state_dict, acc)
     save_finished(SimpleNamespace(is_deepspeed_enabled=False, is_fsdp_enabled=True, accelerator=acc, model=model, model_wrapped=model,
-        stage=stage, processor=processor, args=SimpleNamespace(should_save=not dist.get_rank())), Path(out)/'model', None)
+        stage=stage, processor=processor, held={}, args=SimpleNamespace(should_save=not dist.get_rank())), Path(out)/'model', None)
     write_json(Path(out)/f'rank-{dist.get_rank()}.json', dict(local=local, losses=losses, units=units))
 
 for job in json.loads(Path(sys.argv[1]).read_text()):

@@ -10,7 +10,7 @@ from tinyllava_cookbook.ingredients import tiny_checkpoint, tiny_llms
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.model.vlm import VLMConfig, VLMForConditionalGeneration
 from tinyllava_cookbook.model.architecture import part_config
-from tinyllava_cookbook.train import activations as A, budget as B, memory as M
+from tinyllava_cookbook.train import activations as A, budget as B, memory as M, stage_trainer as S
 from tinyllava_cookbook.train.recipes import Recipe, Stage, Tune, recipe, recipe_names
 from tinyllava_cookbook.train.tuning import apply_tune
 
@@ -96,14 +96,16 @@ def test_states_equal_deepspeeds_own_estimates(base, world):
     assert gpu('zero3-offload') == (pytest.approx(want, rel=1e-6), pytest.approx(host, rel=1e-6))
 
 def test_weights_are_in_the_precision_that_the_trainer_gives_them(tmp_path):
-    "If the trainer keeps frozen weights otherwise some day, the forecast must follow"
-    from tinyllava_cookbook.train.stage_trainer import float_weights
+    "Trained ones in float32, frozen matrices in 16 bits: the forecast follows"
+    from tinyllava_cookbook.train.precision import Precision, hold_weights
     model = compose(*(tiny_checkpoint(o, tmp_path/o) for o in ('siglip', 'llama')))[0]
     with torch.device('meta'): shell = VLMForConditionalGeneration(copy.deepcopy(model.config))
     stage = Stage('x', tune=dict(connector='full'))
     apply_tune(model, stage)
-    float_weights(model, True)
-    assert M.states(A.annotate(shell, stage), stage)['weights'] == sum(p.numel()*p.element_size() for p in model.parameters())
+    for rounded in ('nothing', 'frozen matrices'):
+        hold_weights(model, Precision('bfloat16', rounded, False))
+        said = M.states(A.annotate(shell, stage), stage, mixed=rounded != 'nothing')['weights']
+        assert said == sum(p.numel()*p.element_size() for p in model.parameters())
 
 # ---------------------------------------------------------------------------------------------------- activations
 
@@ -239,14 +241,19 @@ def test_forecast_within_ten_per_cent_of_measured(tmp_path, name):
 
 @pytest.mark.parametrize('name', ['stage 1', 'all', 'checkpointed', 'lora'])
 def test_forecast_under_autocast(tmp_path, monkeypatch, name):
-    "As on a GPU: 16-bit products over float32 weights, with their copies; dropout as the CPU does it"
-    plain, forecast = VLMForConditionalGeneration.forward, M.forecast_peak
-    def forward(self, *a, **kw):
-        with torch.autocast('cpu', torch.bfloat16): return plain(self, *a, **kw)
-    monkeypatch.setattr(VLMForConditionalGeneration, 'forward', forward)
+    "As on a GPU: 16-bit products over float32 weights, with their copies, frozen ones held in 16 bits; dropout as the CPU does it"
+    forecast = M.forecast_peak
     monkeypatch.setattr(M, 'forecast_peak', lambda c, s, loads, accumulate: forecast(c, s, loads, A.ElementBytes(2, 4, 4), accumulate))
     stage, parts = TRAINED[name]
+    stage = stage | dict(trainer=stage.get('trainer', {}) | dict(bf16=True))
+    hold, on_host = S.hold_weights, []
+    def held(*args):
+        found = hold(*args)
+        on_host.append(sum(o.nbytes for o in found.values() if o is not None))
+        return found
+    monkeypatch.setattr(S, 'hold_weights', held)
     got, said = measured(tmp_path, Stage('tiny', **(dict(global_batch_size=8, max_steps=2, max_length=384) | stage)), **parts)
+    got -= on_host[0]   # the originals, which a GPU has no part in
     assert said/got == pytest.approx(1, abs=.1), f'{name}: measured {got/2**20:.1f} MiB, forecast {said/2**20:.1f} MiB'
 
 @pytest.mark.slow

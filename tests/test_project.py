@@ -3,14 +3,15 @@ import ast, json, os, re, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
+import fresh
 
 ROOT = Path(__file__).resolve().parents[1]
 LIB = 'tinyllava_cookbook'
 sys.path.insert(0, str(ROOT/'tools'))
 
-def python(code, **env):
+def python(code, run=subprocess.run, **env):
     "Standard output of `code` in a fresh Python"
-    r = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
+    r = run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr[-3000:]
     return r.stdout
 
@@ -63,7 +64,7 @@ def outside():
 def test_every_module_imports_on_its_own():
     "No module leans on another having been imported before it"
     assert modules()
-    python(FORKS.format(names=modules(), outside=outside()))
+    python(FORKS.format(names=modules(), outside=outside()), fresh.run)
 
 @pytest.mark.parametrize('name', ['', '.core', '.cli', '.eval.scoring'])
 def test_light_modules_stay_light(name):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'IMAGE_TOKEN', 'SHORT', 'LETTER', 'PLUGIN_PREFIX', 'registries', 'PLUGINS_BEING_IMPORTED', 'UnknownName',
-           'registering_modules', 'own_module', 'importing', 'Registry', 'seed_everything', 'pick_device', 'gpu_dtype',
-           'pick_dtype', 'rank_and_world', 'replacing', 'read_json', 'to_json', 'write_json', 'write_lines',
-           'cache_dir', 'package_data', 'Table', 'quiet', 'versions']
+           'registering_modules', 'own_module', 'importing', 'Registry', 'seed_everything', 'pick_device', 'half_type',
+           'gpu_dtype', 'pick_dtype', 'rank_and_world', 'replacing', 'read_json', 'to_json', 'write_json',
+           'write_lines', 'cache_dir', 'package_data', 'Table', 'quiet', 'versions']
 
 # %% ../nbs/00_core.ipynb #f1f55919
 import difflib, html, importlib.util, json, os, random, re, sys, tempfile, uuid
@@ -199,13 +199,19 @@ def pick_device(
 # %% ../nbs/00_core.ipynb #a47b9771
 _DTYPES = ('float32', 'bfloat16', 'float16')
 
+def half_type(
+    capability:tuple,   # Compute capability of a GPU: (8, 0) for an A100, (7, 5) for Turing
+) -> str:               # 'bfloat16', or 'float16' on Turing and older, which have no bfloat16 in hardware
+    "The 16-bit type that a GPU computes in"
+    return 'bfloat16' if tuple(capability) >= (8, 0) else 'float16'
+
 def gpu_dtype(
     device='cuda',   # A `torch.device` or its name
-) -> str:            # 'bfloat16', or 'float16' on Turing and older, which have no bfloat16 in hardware
-    "The 16-bit type of a GPU"
+) -> str:            # As `half_type` gives it
+    "The 16-bit type of a GPU of this machine"
     import torch
     if not torch.cuda.is_available(): return 'bfloat16'   # nothing to ask
-    return 'bfloat16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'float16'
+    return half_type(torch.cuda.get_device_capability(device))
 
 def pick_dtype(
     device='cpu',     # A `torch.device` or its name

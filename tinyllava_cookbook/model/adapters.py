@@ -211,6 +211,28 @@ def save_adapters(
         save_file(out, to/'adapter_model.safetensors', metadata=dict(format='pt'))
     return path
 
+# %% ../../nbs/28_model.adapters.ipynb #b7c1d2e3
+def _is_rounded(saved, here, name, path):
+    "Is that a frozen weight in fewer bits than here? Then the one here stays, as it is the original"
+    floats = saved.is_floating_point() and here.is_floating_point()
+    if not floats or saved.element_size() >= here.element_size():
+        return False
+    if torch.equal(here.to(saved.dtype).cpu(), saved):
+        return True
+    raise ValueError(f"{str(path)!r} was trained on other weights than {name} here; start from the same model")
+
+# %% ../../nbs/28_model.adapters.ipynb #c8d2e3f4
+def _check_alike(saved, here, name, path):
+    "An error where a tensor of a checkpoint does not fit the one here"
+    if '.quant_state.' in name and not torch.equal(here.cpu(), saved):
+        raise ValueError(
+            f"{str(path)!r} was trained on other weights than {name} here; start from the same model")
+    if here.shape != saved.shape:
+        raise ValueError(
+            f"{str(path)!r}: {name} is {[*saved.shape]}, here {[*here.shape]}")
+    if here.is_floating_point() != saved.is_floating_point():
+        raise ValueError(f"{str(path)!r}: {name} is {saved.dtype}, here {here.dtype}")
+
 # %% ../../nbs/28_model.adapters.ipynb #f3218d59
 def restore(
     model:nn.Module,  # Prepared as the one that was saved; changed in place
@@ -221,6 +243,7 @@ def restore(
     saved = {current_name(name): read() for opened in files for name,read in opened.items()}
     check_finite(saved.items(), path)
     mine = model.state_dict()
+    trainable = {name for name,p in model.named_parameters() if p.requires_grad}
     here = {mine[name].data_ptr() for name in saved if name in mine}
     # tied ones are there once
     lost = [name for name,tensor in mine.items() if name not in saved
@@ -231,13 +254,7 @@ def restore(
             raise ValueError(
                 f"{str(path)!r} {what} {len(names)} tensors: {', '.join(sorted(names)[:4])}")
     for name,tensor in saved.items():
-        if '.quant_state.' in name and not torch.equal(mine[name].cpu(), tensor):
-            raise ValueError(
-                f"{str(path)!r} was trained on other weights than {name} here; start from the same model")
-        if mine[name].shape != tensor.shape:
-            raise ValueError(
-                f"{str(path)!r}: {name} is {[*tensor.shape]}, here {[*mine[name].shape]}")
-        if mine[name].is_floating_point() != tensor.is_floating_point():
-            raise ValueError(f"{str(path)!r}: {name} is {tensor.dtype}, here {mine[name].dtype}")
-        mine[name].copy_(tensor)
+        _check_alike(tensor, mine[name], name, path)
+        if name in trainable or not _is_rounded(tensor, mine[name], name, path):
+            mine[name].copy_(tensor)
     return model

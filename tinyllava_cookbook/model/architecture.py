@@ -7,6 +7,7 @@ __all__ = ['architectures', 'Architecture', 'register_architectures', 'known_nam
 
 # %% ../../nbs/29_model.architecture.ipynb #00777a31
 import copy, functools, json, re, tempfile
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -223,6 +224,33 @@ def meta_vlm(
     with torch.device('meta'), quiet():
         return VLMForConditionalGeneration(copy.deepcopy(config))
 
+# %% ../../nbs/29_model.architecture.ipynb #dc688224
+def _copied(value, memo):
+    "As `copy.deepcopy` does it, faster where there are many modules"
+    if value is None or isinstance(value, (bool, int, float, str)): return value
+    if id(value) in memo: return memo[id(value)]
+    if isinstance(value, nn.Module): return _copied_module(value, memo)
+    if type(value) not in (dict, OrderedDict): return copy.deepcopy(value, memo)
+    new = memo[id(value)] = type(value)()   # children, parameters, hooks
+    for key,inner in value.items(): new[key] = _copied(inner, memo)
+    return new
+
+def _copied_module(module, memo):
+    "A module and what it holds"
+    new = memo[id(module)] = object.__new__(type(module))
+    for name,value in vars(module).items():
+        vars(new)[name] = _copied(value, memo)
+    return new
+
+# %% ../../nbs/29_model.architecture.ipynb #5db3e213
+def _own_copy(model):
+    "A model on the meta device once more: its tensors have shapes alone"
+    memo = {id(b): b.detach() for b in model.buffers()}
+    for p in model.parameters():
+        own = memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
+        vars(own).update(vars(p))
+    return _copied(model, memo)
+
 # %% ../../nbs/29_model.architecture.ipynb #2d047216
 def meta_model(
     vision:str,             # Vision tower, as `part_config` takes it
@@ -232,4 +260,4 @@ def meta_model(
 ) -> nn.Module:             # A `VLMForConditionalGeneration` on the meta device, the caller's own
     "A VLM of two published components: shapes without weights"
     text = json.dumps(fields, sort_keys=True)
-    return copy.deepcopy(_cached_model(str(vision), str(llm), mix, text))
+    return _own_copy(_cached_model(str(vision), str(llm), mix, text))

@@ -34,18 +34,12 @@ from .vision import build_vision, n_layers
 
 # %% ../../nbs/23_model.vlm.ipynb #d5480f25
 def _decoder(text_config):
-    "The LLM without its output layer"
+    "The LLM without its output layer, and what is needed for another one"
     llm = AutoModelForCausalLM.from_config(text_config, trust_remote_code=False)
-    return llm.get_decoder()
-
-def _output_layer(text_config, dtype):
-    "A new output layer for the LLM"
-    with torch.device('meta'):
-        llm = AutoModelForCausalLM.from_config(
-            text_config, trust_remote_code=False)
     own = llm.get_output_embeddings()
-    return nn.Linear(own.in_features, own.out_features, own.bias is not None,
-                     dtype=dtype)
+    head = dict(in_features=own.in_features, out_features=own.out_features,
+                bias=own.bias is not None)
+    return llm.get_decoder(), head
 
 # %% ../../nbs/23_model.vlm.ipynb #13c35ee6
 _UNEQUAL = ("{} image tokens in the text, but {} image features; let the processor write them, "
@@ -220,7 +214,7 @@ class VLMModel(VLMPreTrainedModel):
         n_layers(config.vision_config, config.vision_feature_layer)   # a wrong layer fails here, not in the first step
         self.vision_tower = build_vision(config.vision_config)
         self.connector = new_connector(config)
-        self.language_model = _decoder(config.text_config)
+        self.language_model,self.head_shape = _decoder(config.text_config)
         set_derived(config, self.connector)
         self.post_init()
 
@@ -377,7 +371,7 @@ class VLMForConditionalGeneration(VLMWithHead):
     ):
         super().__init__(config)
         self.model = VLMModel(config)
-        self.lm_head = _output_layer(config.text_config, self.get_input_embeddings().weight.dtype)
+        self.lm_head = nn.Linear(**self.model.head_shape, dtype=self.get_input_embeddings().weight.dtype)
         self._tied_weights_keys = {'lm_head.weight': f'{_embeddings_name(self)}.weight'}
         self.register_load_state_dict_pre_hook(_rename_flat)
         self.post_init()

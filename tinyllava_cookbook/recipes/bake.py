@@ -29,9 +29,9 @@ def _report(name:str, folder:Path, tok:PreTrainedTokenizerFast, cfg:Bake) -> dic
     "What the finished folder can do"
     if name == 'micro-llama':
         llm = load_strict(LlamaForCausalLM, folder, dtype=torch.float32)
-        return reading_report(llm, tok)
+        return reading_report(llm, tok, cfg.llama_report)
     siglip = load_strict(SiglipModel, folder, dtype=torch.float32)
-    return seeing_report(siglip, tok, micro_image_processor(cfg))
+    return seeing_report(siglip, tok, micro_image_processor(cfg), cfg.siglip_report)
 
 # %% ../../nbs/69_recipes.bake.ipynb #1f7a5ff0
 def _save(name:str, model, tok:PreTrainedTokenizerFast, folder:Path, cfg:Bake):
@@ -55,7 +55,7 @@ def bake_one(
 ) -> dict:               # What its `bake.json` holds
     "Train one ingredient"
     start = time.perf_counter()
-    tok = micro_tokenizer(seed=seed)
+    tok = micro_tokenizer(cfg.documents, seed)
     model,log = _TRAIN[name](tok, cfg, seed, progress)
     folder = out/name
     _save(name, model, tok, folder, cfg)

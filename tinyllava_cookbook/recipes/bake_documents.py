@@ -9,6 +9,7 @@ __all__ = ['SLOT', 'KINDS', 'Parts', 'AGAIN', 'slots', 'Document', 'asked', 'doc
 # %% ../../nbs/66_recipes.bake_documents.ipynb #3585ebac
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -58,7 +59,8 @@ def asked(
     return text + SHORT if brief else text
 
 # %% ../../nbs/66_recipes.bake_documents.ipynb #9c7abef7
-def _turn(template:str, question:str, answer:str, kind:str) -> tuple[str,Parts]:
+@lru_cache(8192)   # most are asked again and again
+def _turn(template:str, question:str, answer:str, kind:str) -> tuple[str,tuple]:
     "What the template puts before the scene, and what follows the scene"
     user = dict(role='user', content=f'{IMAGE_TOKEN}\n{question}')
     assistant = dict(role='assistant', content=answer)
@@ -67,7 +69,7 @@ def _turn(template:str, question:str, answer:str, kind:str) -> tuple[str,Parts]:
     before,_,after = first[0].partition(IMAGE_TOKEN)
     parts = [(after, 'given')]
     parts += [(text, kind if supervised else 'given') for text,supervised in rest]
-    return before, parts
+    return before, tuple(parts)
 
 # %% ../../nbs/66_recipes.bake_documents.ipynb #789afbc8
 def document(
@@ -82,7 +84,7 @@ def document(
     if captioned:
         turns.append(_turn('pretrain', '', caption(scene), 'caption'))
     before = (turns[0][0], 'given')
-    parts = [after for _,after in turns]
+    parts = [list(after) for _,after in turns]
     if as_slots:
         return Document([before, (SLOT*len(PLACES), 'slot')], parts, slots(scene))
     return Document([before, (scene_text(scene, rng), 'scene')], parts, [])

@@ -44,9 +44,13 @@ class Bake:
     llama_batch:int = 12    # Documents a step
     lr_siglip:float = 1e-3  # Peak learning rates
     lr_llama:float = 2e-3
+    documents:int = 6000      # That the tokenizer is trained on
+    siglip_report:int = 1500  # Scenes that the probes of its report are fitted to
+    llama_report:int = 400    # Scenes for each figure of its report
 
 # %% ../../nbs/67_recipes.bake_llm.ipynb #7d086754
-TINY = Bake(width=32, llm_width=32, siglip_steps=20, siglip_batch=16, llama_steps=30)
+TINY = Bake(width=32, llm_width=32, siglip_steps=20, siglip_batch=16, llama_steps=30,
+            documents=1000, siglip_report=50, llama_report=20)
 
 # %% ../../nbs/67_recipes.bake_llm.ipynb #993c649e
 def _schedule(steps:int) -> Callable[[int],float]:

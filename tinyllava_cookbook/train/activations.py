@@ -301,12 +301,17 @@ def stack(
     return list(module.get_submodule(layer_list(module)[0]))
 
 # %% ../../nbs/37_train.activations.ipynb #4e7c7120
+def _is_cast(layer):
+    "Is its weight held in 32 bits? Frozen ones are held in 16, those that DoRA measures excepted"
+    adapter = getattr(layer, 'adapter', None)
+    measured = adapter is not None and adapter.dora and not layer.four_bit
+    return layer.weight.requires_grad or measured
+
 def _cast_bytes(block, each):
     "Copies of a block's weights in the precision of matrix products, kept until the backward pass"
     if each.compute == each.stream: return 0
-    linears = [o for o in BlockLinears.of(block).all() if not getattr(
-        o, 'four_bit', False)]
-    return each.compute*sum(o.weight.numel() for o in linears)
+    copied = filter(_is_cast, BlockLinears.of(block).all())
+    return each.compute*sum(o.weight.numel() for o in copied)
 
 # %% ../../nbs/37_train.activations.ipynb #0879648f
 @dataclass
@@ -400,7 +405,8 @@ def _llm_segments(model, batch, each, checkpoint, gradient):
     last = [m for m in model.get_decoder().children() if 'norm' in type(m).__name__.lower()]
     norm_saved = batch.positions*sum(_norm_bytes(
         m, each) for m in last)
-    copies = each.compute*head.weight.numel()*each.mixed*gradient
+    cast = each.mixed and gradient and (tied or head.weight.requires_grad)
+    copies = each.compute*head.weight.numel()*cast
     return [Segment('llm', 8*batch.positions, 0, 0 if tied else n_trainable(words)),
             *_block_segments('llm', stack(llm), llm.config, each, flow),
             Segment('llm', norm_saved, 4*each.stream*hidden*batch.positions, sum(map(n_trainable, last))),

@@ -21,6 +21,7 @@ from ..model.checkpoints import save
 from .data import replaced_samples
 from .identity import data_identity
 from .plan import check_same_plan, run_plan
+from .precision import give_back, unrounded_state
 from .recipes import Recipe
 from .run_log import log_row
 from .start import start_identity
@@ -86,6 +87,7 @@ def _consolidated(trainer):
     if not _sharded(trainer): return None
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not state: return state
+    state = unrounded_state(state, trainer.held)
     tied = trainer.model.all_tied_weights_keys   # copies by now
     return {name: tensor for name,tensor in state.items() if name not in tied}
 
@@ -142,6 +144,7 @@ def finish_stage(
     trainer.model.eval()
     trainer.check_finite()
     if trainer.lock is not None: trainer.lock.check()
+    if not _sharded(trainer): give_back(trainer.model, trainer.held)
     if final: save_finished(trainer, final, recipe)
     elif not _sharded(trainer): merge_adapters(trainer.model)
     if trainer.args.should_save: _record(trainer, result, out, final, origin)

@@ -23,9 +23,9 @@ from .activations import (ElementBytes, MicroBatch, adapter_size, annotate, each
                                                   micro_batch, n_direct,
                                                   n_trainable, segments, stack)
 from .recipes import PARTS, Stage
-from .stage_trainer import float_weights
 from .stages import train_stage
 from .parallel import PARALLEL
+from .precision import frozen_matrices
 
 # %% ../../nbs/38_train.memory.ipynb #03576f1e
 NF4 = .5 + 1/64 + 4/(64*256)   # Bytes of a 4-bit weight: the number, a scale per 64, a scale of scales per 256
@@ -46,13 +46,15 @@ def _optimizer_bytes(model, stage, trainable):
     return 8*(trainable - matrices) + 4*matrices
 
 # %% ../../nbs/38_train.memory.ipynb #88940917
-def _weight_bytes(model, half):
-    "Weights, some of them in 4 bits, and adapters; `half`: 16-bit weights"
+def _weight_bytes(model, half, mixed=False):
+    "Weights, some of them in 4 bits, and adapters; `half`: all in 16 bits, `mixed`: frozen matrices"
     four_bit = {id(m.weight) for m in model.modules() if getattr(
         m, 'four_bit', False)}
+    held = frozen_matrices(model).values() if mixed else ()
+    halved = set(map(id, held))
     total = 0
     for parameter in {id(p):p for p in model.parameters()}.values():
-        each = 2 if half else parameter.element_size()
+        each = 2 if half or id(parameter) in halved else parameter.element_size()
         total += parameter.numel()*(NF4 if id(parameter) in four_bit else each)
     return total + (2 if half else 4)*sum(map(adapter_size, model.modules()))
 
@@ -82,6 +84,7 @@ def states(
     stage:Stage,          # Gives the optimizer
     parallel:str='ddp',   # One of `PARALLEL`
     world:int=1,          # GPUs
+    mixed:bool=False,     # 16-bit products: frozen matrices are held in 16 bits
 ) -> dict[str,float]:     # 'weights', 'gradients', 'optimizer', 'buckets', 'host'
     "Bytes of model states in each GPU, all gradients included"
     if parallel not in PARALLEL:
@@ -91,7 +94,7 @@ def states(
     trainable = n_trainable(model)
     gradients = (2 if zero else 4)*trainable
     master = 8*trainable*zero   # DeepSpeed's 32-bit weights and gradients
-    found = dict(weights=_weight_bytes(model, zero), gradients=gradients,
+    found = dict(weights=_weight_bytes(model, zero, mixed), gradients=gradients,
                  optimizer=_optimizer_bytes(model, stage, trainable) + master,
                  buckets=0., host=0.)
     for name in _SHARDED.get(kind, ()):
@@ -208,7 +211,7 @@ def memory(
 ) -> Memory:                           # Of each GPU
     "Forecast the peak of memory"
     step = _Step(model, stage, batch, each, accumulate > 1)
-    state = states(model, stage, parallel, world)
+    state = states(model, stage, parallel, world, each.mixed)
     when,now = max(_candidates(step, state),
                    key=lambda moment: sum(moment[1].values()))
     vision = model.config.vision_config
@@ -292,8 +295,7 @@ def forecast_peak(
     accumulate=1,         # Gradient accumulation steps
 ) -> Memory:              # At the worst micro-batch
     "The forecast for the same micro-batches"
-    model = annotate(meta_vlm(config), stage)
-    float_weights(model, each.mixed)
+    model = annotate(meta_vlm(config), stage).float()
     forecasts = [memory(model, stage, batch, each, accumulate) for batch in batches]
     return max(forecasts, key=lambda forecast: forecast.total)
 

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ..allocator import keep_freed_memory
-from ..core import gpu_dtype, pick_device, rank_and_world
+from ..core import pick_device, rank_and_world
 from ..data.batches import BatchLoader, EpochBatches, PadCollator, cores
 from ..data.packing import PackCollator
 from ..pixels import normalize_pixels
@@ -30,6 +30,7 @@ from ..durable import (asked_to_stop, find_checkpoint, mark_complete, numbered_c
 from .meter import MeteredTrainer, flop_rates
 from .parallel import parallel_args
 from .plan import check_same_plan, run_plan
+from .precision import local_precision
 from .recipes import Stage, batch_sizes, check_names
 from .tuning import MuonAdamW, param_groups
 
@@ -54,10 +55,10 @@ def _workers(stage):
     asked = stage.trainer.get('dataloader_num_workers', 0)
     return dict(dataloader_num_workers=min(asked, cores()))
 
-def _of_machine(cuda):
+def _of_machine(cuda, precision):
     "Arguments that the hardware decides"
     modern = cuda and torch.cuda.get_device_capability() >= (8, 0)
-    half = gpu_dtype() if cuda else None
+    half = precision.compute
     return dict(use_cpu=not cuda, bf16=half == 'bfloat16', fp16=half == 'float16',
                 dataloader_pin_memory=cuda, tf32=True if modern else None)
 _FIXED = dict(   # Arguments that are the same everywhere
@@ -86,7 +87,8 @@ def training_args(
         output_dir=str(out), seed=seed,
         run_name=f'{Path(out).parent.name}-{stage.name}',
         per_device_train_batch_size=size, gradient_accumulation_steps=accumulate)
-    settings |= _FIXED | _of_machine(cuda) | _of_stage(stage)
+    precision = local_precision(stage, device, parallel)
+    settings |= _FIXED | _of_machine(cuda, precision) | _of_stage(stage)
     settings |= parallel_args(parallel, stage, cuda) | stage.trainer | _workers(stage)
     args = TrainingArguments(**settings)
     # one process drives one GPU; for more of them there is torchrun
@@ -403,9 +405,11 @@ class VLMTrainer(MeteredTrainer, _FromBytes, _Finite, _Evaluated, _Resumed):
         identity=None,          # Further entries of the plan: the identities of data, images and start
         accept=(),              # Names of `ACCEPT` that may differ from the run that is resumed
         lock=None,              # A `FolderLock`, looked at before each checkpoint
+        held=None,              # Frozen weights as they were, from `hold_weights`
     ):
         self.processor,self.stage,self.packs = processor, stage, packs
-        self.identity,self.accept,self.lock = identity or {}, accept, lock
+        self.identity,self.accept = identity or {}, accept
+        self.lock,self.held = lock, held or {}
         self.rates = flop_rates(model)
         super().__init__(model=model, args=args, train_dataset=dataset, eval_dataset=eval_dataset,
                          callbacks=[StopSignal(), *callbacks],

@@ -78,15 +78,24 @@ def _unreached(model):
     return {f'model.{name}' for name,grad in zip(names, grads) if grad is None}
 
 # %% ../../nbs/31_train.tuning.ipynb #b15a47e5
-_reached = {}   # By configuration and names: many ask, and the answer takes a second
+# Of a configuration, what says nothing of the layers
+_ASIDE = {'_name_or_path', 'architectures', 'dtype', 'use_cache'}
+
+def _structure(config):
+    "A configuration as text, the same wherever the model is from"
+    if not isinstance(config, dict): return str(config)
+    kept = sorted(config.keys() - _ASIDE, key=str)
+    return str([(name, _structure(config[name])) for name in kept])
+
+_reached = {}   # By structure and names: many ask, and the answer takes a second
 
 def reachable(
     model,        # A `VLMForConditionalGeneration`
 ) -> set[str]:    # Parameter names
     "The parameters that a gradient of the loss can reach"
     names = [name for name,_ in model.named_parameters()]
-    config = model.config.to_json_string(use_diff=False)
-    key = (config, type(model.connector), *names)
+    structure = _structure(model.config.to_dict())
+    key = (structure, type(model.connector), *names)
     if key not in _reached:
         _reached[key] = frozenset(names) - _unreached(model)
     return set(_reached[key])

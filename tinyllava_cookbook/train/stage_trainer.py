@@ -68,7 +68,7 @@ def stage_trainer(
     ask_every:int=0,     # Steps between answers to the first three samples; 0: never
     device:str='auto',   # 'auto', 'cpu', 'cuda'
     parallel:str='ddp',  # One of `PARALLEL`
-    feature_cache='off', # 'off', 'cache' or a folder: see `use_feature_cache`
+    feature_cache='off', # 'off', 'auto' or a folder: see `use_feature_cache`
     feature_dtype:str='bfloat16', # Of the features that it keeps
     **kwargs,            # For `VLMTrainer`: `accept`, `lock`
 ) -> tuple:              # The `VLMTrainer`, and the table of what is trainable

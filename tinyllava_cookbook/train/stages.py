@@ -85,7 +85,7 @@ def train_stage(
     recipe=None,         # To keep in it
     accept=(),           # What may differ from the run that is resumed: some of `ACCEPT`
     origin=None,         # Identity of what `model` was opened from, to keep with the finished stage
-    **features,          # `feature_cache` ('off', 'cache' or a folder) and `feature_dtype`: see `use_feature_cache`
+    **features,          # `feature_cache` ('off', 'auto' or a folder) and `feature_dtype`: see `use_feature_cache`
 ) -> StageResult:        # Log, time and steps
     "Train one stage; after a signal it saves, and the process ends with code 85"
     with stop_on_signal(), _rows_of(model, stage, progress), run_lock(out) as lock:
@@ -103,7 +103,7 @@ def _ready(recipe, todo, data, images, parallel, device='auto', eval_data=None, 
     check_names([*todo, *data], names, f"stage in recipe {recipe.name!r}:")
     stages = {name: recipe.stage(name) for name in todo}
     check_tune(*stages.values())
-    if feature_cache != 'off':
+    if feature_cache not in ('off', 'auto'):
         for stage in stages.values(): check_frozen_tower(stage)
     cuda = pick_device(device).type == 'cuda'
     for stage in stages.values(): parallel_args(parallel, stage, cuda)

@@ -10,7 +10,7 @@ from tinyllava_cookbook.ingredients import tiny_checkpoint, tiny_llms
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.model.vlm import VLMConfig, VLMForConditionalGeneration
 from tinyllava_cookbook.model.architecture import part_config
-from tinyllava_cookbook.train import activations as A, budget as B, memory as M, stages as S
+from tinyllava_cookbook.train import activations as A, budget as B, memory as M, stage_trainer as S
 from tinyllava_cookbook.train.recipes import Recipe, Stage, Tune, recipe, recipe_names
 from tinyllava_cookbook.train.tuning import apply_tune
 

@@ -1,6 +1,6 @@
 "One of two processes: trains the same small model in each way that a JSON file lists, one after the other."
-import json, sys
-from functools import partial
+import copy, json, sys
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +18,7 @@ from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Stage
 from tinyllava_cookbook.train.parallel import parallel_args
 from tinyllava_cookbook.train.data import stage_dataset
+from tinyllava_cookbook.train.displays import SampleAnswers
 from tinyllava_cookbook.train.finished import save_finished
 from tinyllava_cookbook.train.parallel import fsdp_units
 from tinyllava_cookbook.train.stages import train_stage
@@ -30,9 +31,16 @@ def sum_by_gloo():
     import deepspeed.ops
     deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False
 
+def short_answers():
+    "Each token is a pass with weights from all processes, so 16 show as much as 48"
+    before = SampleAnswers.__init__.__defaults__
+    SampleAnswers.__init__.__defaults__ = *before[:-1], 16
+
+composed = cache(compose)   # read once; every job starts from a copy
+
 def train(vision, llm, data, out, stage, tag='rank', **kw):
     "A fresh model through one stage; what each process saw, in `out`"
-    model,processor = compose(vision, llm)
+    model,processor = copy.deepcopy(composed(vision, llm))
     r = train_stage(model, processor, Stage(**stage), out, data, progress=False, device='cpu', final=Path(out)/'model', **kw)
     local = sum(p.numel() for p in model.parameters())   # ZeRO-3 leaves nothing of a weight where it is not in use
     write_json(Path(out)/f'{tag}-{dist.get_rank()}.json', dict(local=local, losses=[o['loss'] for o in r.log],
@@ -64,6 +72,7 @@ def fsdp(vision, llm, data, out, stage):
         stage=stage, processor=processor, held={}, args=SimpleNamespace(should_save=not dist.get_rank())), Path(out)/'model', None)
     write_json(Path(out)/f'rank-{dist.get_rank()}.json', dict(local=local, losses=losses, units=units))
 
+short_answers()
 for job in json.loads(Path(sys.argv[1]).read_text()):
     print(job['out'], flush=True)
     if job.get('parallel', '').startswith('zero'): sum_by_gloo()

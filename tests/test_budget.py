@@ -1,5 +1,5 @@
 "Forecasts: parameters, bytes and operations against what PyTorch, peft, DeepSpeed and published files say."
-import copy, dataclasses, json, sys
+import copy, dataclasses, importlib.util, json, sys
 import pytest
 import fresh
 
@@ -10,7 +10,7 @@ from tinyllava_cookbook.ingredients import tiny_checkpoint, tiny_llms
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.model.vlm import VLMConfig, VLMForConditionalGeneration
 from tinyllava_cookbook.model.architecture import part_config
-from tinyllava_cookbook.train import activations as A, budget as B, memory as M, stages as S
+from tinyllava_cookbook.train import activations as A, budget as B, memory as M, stage_trainer as S
 from tinyllava_cookbook.train.recipes import Recipe, Stage, Tune, recipe, recipe_names
 from tinyllava_cookbook.train.tuning import apply_tune
 
@@ -256,12 +256,53 @@ def test_forecast_under_autocast(tmp_path, monkeypatch, name):
     got -= on_host[0]   # the originals, which a GPU has no part in
     assert said/got == pytest.approx(1, abs=.1), f'{name}: measured {got/2**20:.1f} MiB, forecast {said/2**20:.1f} MiB'
 
-@pytest.mark.slow
-def test_bench_gpu_runs_anywhere(root, tmp_path):
-    r = fresh.run([sys.executable, root/'tools/bench_gpu.py', '--tiny', '--device', 'cpu', '--steps', '2', '--only', 'stage 1, 0.4 B',
-                   '--out', tmp_path/'gpu.json'], capture_output=True, text=True)
-    d = json.loads((tmp_path/'gpu.json').read_text())
-    assert r.returncode == 0 and d['device'] == 'CPU' and abs(d['rows'][0]['error']) < .1, r.stdout + r.stderr[-500:]
+@pytest.fixture(scope='module')
+def bench_gpu(root):
+    "tools/bench_gpu.py as a module"
+    spec = importlib.util.spec_from_file_location('bench_gpu', root/'tools/bench_gpu.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def test_bench_gpu_measures_every_kind_of_row(bench_gpu, tmp_path, monkeypatch, capsys):
+    "One row of each kind, then the table that it leaves; a second run has nothing to do"
+    rows = ['machine', 'parts 1.1B', 'answers 2.7B', 'SFT 1.1B, 4096', 'QLoRA 2.7B']
+    monkeypatch.setattr(bench_gpu, 'missing', lambda name: 'bitsandbytes' if 'QLoRA' in name else None)
+    argv = ['--tiny', '--device', 'cpu', '--steps', '2', '--out', str(tmp_path/'gpu.json'), '--only', *rows]
+    assert bench_gpu.main(argv) == 0
+    made = json.loads((tmp_path/'gpu.json').read_text())
+    found = {o['name']: o for o in made['rows']}
+    assert set(found) == set(rows) and made['device'] == 'CPU' and 'MFU ddp' in made['fitted']
+    assert abs(found['SFT 1.1B, 4096']['error']) < .1 and found['QLoRA 2.7B']['left_out'] == 'needs bitsandbytes'
+    assert set(found['parts 1.1B']['tflops']) == {'vision', 'llm', 'head'}
+    one = found['answers 2.7B']['tokens_s_1']
+    assert one['measured'] > 0 and one['limit'] > 0
+    monkeypatch.setattr(bench_gpu, 'bench', lambda *args: 1/0)
+    assert bench_gpu.main(argv) == 0   # all there
+
+def test_bench_gpu_keeps_a_row_that_fails_and_tries_it_again(bench_gpu, tmp_path, monkeypatch, capsys):
+    "The rows after it are measured all the same"
+    def bench(name, *args):
+        if name == 'machine': raise RuntimeError('CUDA error')
+        return dict(tflops=1.)
+    monkeypatch.setattr(bench_gpu, 'bench', bench)
+    argv = ['--tiny', '--device', 'cpu', '--out', str(tmp_path/'gpu.json'), '--only', 'machine', 'parts 1.1B']
+    assert bench_gpu.main(argv) == 1
+    rows = json.loads((tmp_path/'gpu.json').read_text())['rows']
+    assert [o.get('failed') for o in rows] == ['RuntimeError: CUDA error', None]
+    monkeypatch.setattr(bench_gpu, 'bench', lambda *args: dict(tflops=2.))
+    assert bench_gpu.main(argv) == 0
+    assert {o['name']: o['tflops'] for o in json.loads((tmp_path/'gpu.json').read_text())['rows']} == {'machine': 2., 'parts 1.1B': 1.}
+
+def test_bench_gpu_takes_each_optimisation_away(bench_gpu, tmp_path):
+    "Within a row alone"
+    from tinyllava_cookbook.model import vlm
+    before = S.hold_weights, vlm.LOGITS_AT_ONCE
+    with bench_gpu.changed('held', tmp_path): assert S.hold_weights(torch.nn.Linear(1, 1).bfloat16(), None) == {}
+    with bench_gpu.changed('chunks', tmp_path): assert vlm.LOGITS_AT_ONCE == 2**60
+    with bench_gpu.changed('cache', tmp_path) as more: assert list(more) == ['feature_cache']
+    assert (S.hold_weights, vlm.LOGITS_AT_ONCE) == before
+    assert {o for _, _, o in bench_gpu.TRAINING.values()} == {'', 'held', 'chunks', 'bytes', 'cache', 'zero2'}
 
 # ---------------------------------------------------------------------------------------------------- command
 

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast, SiglipImageProcessorPil
 from tinyllava_cookbook.core import IGNORE
 from tinyllava_cookbook.data.batches import PadCollator
-from tinyllava_cookbook.data.datasets import Encoder, Mixture, VLMDataset, VLMStream, expand, passes, read_mixture
+from tinyllava_cookbook.data.datasets import Encoder, VLMDataset, VLMStream, expand, read_mixture
+from tinyllava_cookbook.data.mixtures import Mixture, passes
 from tinyllava_cookbook.data.records import (FORMATS, Sample, read_captions, read_cc3m, read_data, read_hf, read_llava, read_sample,
     read_sharegpt4v, read_train_llava)
 from tinyllava_cookbook.json_records import read_records

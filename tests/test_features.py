@@ -6,12 +6,14 @@ import pytest, torch
 from PIL import Image
 from transformers.utils import logging
 import fresh
+from tinyllava_cookbook.cached_files import cached_files
 from tinyllava_cookbook.core import write_json
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train import feature_cache
 from tinyllava_cookbook.train.data import stage_dataset
 from tinyllava_cookbook.train.feature_cache import fill_store, tower_on
+from tinyllava_cookbook.train.feature_plan import FeaturePlan
 from tinyllava_cookbook.train.recipes import Recipe, Stage
 from tinyllava_cookbook.train.stages import train_recipe, train_stage
 from tinyllava_cookbook.model.feature_store import FeatureError, FeatureStore, image_key
@@ -105,13 +107,13 @@ def assert_same(a, b):
     for name, x in a[0].items(): assert torch.equal(x, b[0][name]), name
 
 @pytest.mark.parametrize('how', [dict(), dict(pack=512, max_length=256), dict(image_mode='anyres', tune=dict(connector='full', llm='lora'))], ids=str)
-def test_training_from_features_is_training_from_pixels_to_the_last_bit(parts, tmp_path, monkeypatch, how):
+def test_training_from_features_is_training_from_pixels_to_the_last_bit(parts, tmp_path, capsys, how):
     plain = train(parts, tmp_path/'plain', **how)
     assert_same(train(parts, tmp_path/'first', cache=tmp_path/'cache', **how), plain)
-    calls = []
-    monkeypatch.setattr(feature_cache, 'tower_features', lambda *a: calls.append(a))
-    if not how: assert_same(train(parts, tmp_path/'second', cache=tmp_path/'cache'), plain)   # nothing is computed again
-    assert not calls
+    assert ', 6 of them computed now; the vision tower does not run' in capsys.readouterr().err
+    if how: return
+    assert_same(train(parts, tmp_path/'second', cache=tmp_path/'cache'), plain)
+    assert ', 0 of them computed now' in capsys.readouterr().err
 
 def test_bfloat16_features_change_the_losses_little_and_the_run_is_another_one(parts, tmp_path):
     plain = train(parts, tmp_path/'plain', trainer=dict(save_steps=1))
@@ -152,3 +154,13 @@ def test_a_full_disk_is_told_before_the_first_shard(parts, tmp_path, monkeypatch
     monkeypatch.setattr(feature_cache.shutil, 'disk_usage', lambda path: SimpleNamespace(free=100))
     with pytest.raises(OSError, match='features of 6 images take .* GB left; give another folder'): filled(parts, tmp_path, lambda compute: compute)
     assert not len(FeatureStore(tmp_path, FACTS, 'float32'))
+
+def test_auto_uses_a_cache_where_it_pays_and_says_so(parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('TINYLLAVA_CACHE', str(tmp_path/'ours'))
+    def plan(pays): return lambda *a: FeaturePlan('pretrain', 6, 9. if pays else 1., 100, 1., read=1e9, write=1e9)
+    for pays in False, True:
+        monkeypatch.setattr(feature_cache, 'measured_plan', plan(pays))
+        train(parts, tmp_path/str(pays), cache='auto')
+        said = capsys.readouterr().err
+        assert ('computed now; the vision tower does not run' in said, said.splitlines()[0].endswith(': not used')) == (pays, not pays)
+        assert sum(o.kind == 'features' for o in cached_files()) == pays   # `tinyllava cache` lists the shard

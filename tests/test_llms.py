@@ -349,7 +349,6 @@ def test_saved_with_its_code(parts, tmp_path):
             "print(m(torch.randint(5, 300, (2, 11), generator=torch.Generator().manual_seed(0))).logits.double().sum().item())")
     def run(*args, **env):
         return fresh.run([sys.executable, '-c', code, str(tmp_path/'vlm'), *args], capture_output=True, text=True, env={**os.environ, **env})
-    no = run()
     for no in run(), run(TINYLLAVA_TRUST_REMOTE_CODE='1'):   # no environment can say so
         assert no.returncode and 'or --trust-remote-code to the command' in no.stderr
     out = run('trust')

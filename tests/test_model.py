@@ -211,11 +211,28 @@ def test_pipeline(pair, img, tmp_path, first):
     assert out.stdout.split() == ['VLMProcessor', 'True', 'True']
     assert 'not supported' not in out.stderr and 'Error' not in out.stderr
 
+AUTOS = 'AutoProcessor', 'AutoConfig', 'AutoModelForImageTextToText'
+ALONE = '''
+import os, sys, traceback, tinyllava_cookbook, transformers, torch._dynamo   # which all would import
+for auto in sys.argv[2:]:
+    if not os.fork():
+        try: print(auto, type(getattr(transformers, auto).from_pretrained(sys.argv[1])).__name__, flush=True)
+        except BaseException: traceback.print_exc()
+        finally: os._exit(0)
+    os.wait()
+'''
+
+@pytest.fixture(scope='module')
+def alone(pair, tmp_path_factory):
+    "What each Auto class opens in a process that has asked no other"
+    folder = tmp_path_factory.mktemp('alone')
+    for part in pair: part.save_pretrained(folder)
+    out = run(ALONE, folder, *AUTOS)
+    return dict(line.split() for line in out.stdout.splitlines()), out.stderr
+
 @pytest.mark.slow
-@pytest.mark.parametrize('auto', ['AutoProcessor', 'AutoConfig', 'AutoModelForImageTextToText'])
-def test_auto_class_alone(pair, tmp_path, auto):
+@pytest.mark.parametrize('auto', AUTOS)
+def test_auto_class_alone(alone, auto):
     "Each Auto class finds ours when it is the first to be asked"
-    model,proc = pair
-    model.save_pretrained(tmp_path); proc.save_pretrained(tmp_path)
-    out = run(f"import sys, tinyllava_cookbook, transformers; print(type(transformers.{auto}.from_pretrained(sys.argv[1])).__name__)", tmp_path)
-    assert out.stdout.strip().startswith('VLM')
+    said,errors = alone
+    assert said.get(auto, '').startswith('VLM'), errors

@@ -10,7 +10,7 @@ from tinyllava_cookbook.model.adapters import restore
 from tinyllava_cookbook.model.checkpoints import load
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train import precision as P
-from tinyllava_cookbook.train import stages as S
+from tinyllava_cookbook.train import stage_trainer, stages as S
 from tinyllava_cookbook.train.recipes import Recipe, Stage
 from tinyllava_cookbook.train.tuning import apply_tune, learnable
 from safetensors.torch import load_file
@@ -50,7 +50,7 @@ def test_same_training_and_originals_back(parts, tmp_path, monkeypatch):
     result, model = train(parts, tmp_path/'half', stage(tune=tune, save_steps=1), final=tmp_path/'model')
     first = numbered_checkpoints(tmp_path/'half')[0]
     resumed = train(parts, tmp_path/'half', stage(tune=tune, save_steps=1), resume=str(first))[1].state_dict()
-    monkeypatch.setattr(S, 'hold_weights', float32_as_before)
+    monkeypatch.setattr(stage_trainer, 'hold_weights', float32_as_before)
     in_float32 = train(parts, tmp_path/'half', stage(tune=tune, save_steps=1), resume=str(first))[1].state_dict()
     plain, other = train(parts, tmp_path/'full', stage(tune=tune))
     assert [o['loss'] for o in result.log] == [o['loss'] for o in plain.log]
@@ -72,7 +72,7 @@ def test_the_next_stage_starts_from_unrounded_weights(parts, tmp_path, monkeypat
     def recipe(): return Recipe('two', vision=str(parts[0]), llm=str(parts[1]), stages=[stage('one'), stage('two', BOTH)])
     def run(out, **kw): return S.train_recipe(recipe(), out, dict.fromkeys(('one', 'two'), parts[2]), device='cpu', progress=False, **kw)[0]
     got = run(tmp_path/'half').state_dict()
-    monkeypatch.setattr(S, 'hold_weights', float32_as_before)
+    monkeypatch.setattr(stage_trainer, 'hold_weights', float32_as_before)
     want = run(tmp_path/'full').state_dict()
     assert not differing(got, want) and not differing(load(tmp_path/'half/model', dtype='file')[0].state_dict(), want)
 

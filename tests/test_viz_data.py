@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from tinyllava_cookbook.core import IGNORE
 from tinyllava_cookbook.data.batches import PadCollator
-from tinyllava_cookbook.data.datasets import Mixture
+from tinyllava_cookbook.data.mixtures import Mixture
 from tinyllava_cookbook.data.images import IMAGE_MODES, prepare
 from tinyllava_cookbook.data.packing import PackCollator, block_mask
 from tinyllava_cookbook.data.records import Sample

@@ -61,9 +61,9 @@ def _input_args(p):
                    help='folder that image paths are relative to')
     p.add_argument('--start', metavar='DIR',
                    help='model to start from (default: what the stage before saved)')
-    p.add_argument('--feature-cache', metavar='off|cache|DIR', default='off',
-                   help='compute the features of a frozen vision tower once and keep them in DIR, or in the cache '
-                   'of this package (default: %(default)s)')
+    p.add_argument('--feature-cache', metavar='off|auto|DIR', default='off',
+                   help='compute the features of a frozen vision tower once and keep them in DIR; auto: in the cache '
+                   'of this package, where the forecast says that it pays (default: %(default)s)')
     p.add_argument('--feature-dtype', metavar='TYPE', default='bfloat16',
                    help='of kept features: bfloat16, or float32 for all bits (default: %(default)s)')
 

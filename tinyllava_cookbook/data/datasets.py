@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_SECONDS', 'BAD', 'ON_BAD', 'WORKERS', 'expand', 'Encoder', 'image_counts', 'sample_seconds', 'time_limit',
-           'sample_name', 'working_on', 'VLMDataset', 'leave_out', 'CachedDataset', 'VLMStream', 'passes', 'Mixture',
-           'read_mixture']
+           'sample_name', 'working_on', 'VLMDataset', 'leave_out', 'CachedDataset', 'VLMStream', 'read_mixture']
 
 # %% ../../nbs/13_data.datasets.ipynb #0ebadb63
-import contextlib, hashlib, logging, math, os, signal, threading, zlib
+import contextlib, logging, math, os, signal, threading
 
 import numpy as np
 import torch
 from ..core import IGNORE, IMAGE_TOKEN
 from .images import (IMAGE_MODES, anyres_n_tokens, image_size, load_image, pinpoints,
                                             prepare, prepare_bytes, sample_aspect, target_size)
+from .mixtures import Mixture
 from .paths import data_sources
 from ..pixels import has_table
 from .records import Sample, naming, read_data, read_sample, record_name
@@ -362,71 +362,6 @@ class VLMStream(torch.utils.data.IterableDataset):
             with time_limit(sample_seconds()):
                 x = self.encoder(read_sample(row, i))
             yield x
-
-# %% ../../nbs/13_data.datasets.ipynb #7e25f617
-def passes(
-    n:int,          # Samples
-    k:int,          # How many of them an epoch takes; may be more than there are
-    epoch:int,      # From 0
-    seed=0,         # Number or numbers
-) -> np.ndarray:    # `k` indices
-    "One epoch's piece of an endless sequence of passes, each in an order of its own"
-    places = np.arange(epoch*k, (epoch + 1)*k)
-    drawn = []
-    for number in np.unique(places//n):   # of the pass
-        order = np.random.default_rng((*np.atleast_1d(seed), number)).permutation(n)
-        drawn.append(order[places[places//n == number] % n])
-    return np.concatenate(drawn)
-
-# %% ../../nbs/13_data.datasets.ipynb #cd2244f1
-class Mixture(torch.utils.data.Dataset):
-    "Several sources as one"
-    def __init__(self,
-        sources:dict,        # Name -> rows, as from `read_data`
-        weights:dict={},     # Name -> passes per epoch, where it is not 1
-        shares:dict={},      # Name -> part of the samples to keep (to 1), or how many (above), where it is not all
-        seed:int=0,          # Of which samples these are; each source has its own draws
-    ):
-        _check_mixture(sources, weights, shares)
-        self.sources,self.weights,self.seed = sources, {k: weights.get(k, 1) for k in sources}, seed
-        self.kept = {k: self._keep(k, len(o), shares.get(k, 1)) for k, o in sources.items()}
-        self.starts = np.cumsum([0, *map(len, self.kept.values())])
-
-    def _seed(self, name): return self.seed, zlib.crc32(name.encode())
-    def _keep(self, name, n, share):
-        k = min(n, max(1, round(share*n) if share <= 1 else int(share)))
-        return np.arange(n) if k == n else np.sort(np.random.default_rng(self._seed(name)).permutation(n)[:k])
-
-    def __len__(self) -> int: return int(self.starts[-1])
-    def __getitem__(self, i):
-        if not -len(self) <= i < len(self): raise IndexError(f"no sample {i}; there are {len(self)}")
-        k = int(np.searchsorted(self.starts, i := i % len(self), side='right')) - 1
-        name = list(self.sources)[k]
-        return self.sources[name][int(self.kept[name][i - self.starts[k]])]
-
-    def epoch(self,
-        epoch:int,       # From 0
-    ) -> np.ndarray:     # Indices, source by source
-        "The samples of an epoch"
-        sizes = {k: len(o) for k, o in self.kept.items()}
-        return np.concatenate([start + passes(n, max(1, round(self.weights[k]*n)), epoch, self._seed(k))
-                               for (k, n), start in zip(sizes.items(), self.starts)])
-
-    @property
-    def _fingerprint(self) -> str:   # for what is computed once for the same rows, as lengths are
-        each = [(getattr(o, '_fingerprint', None) or list(o), self.kept[k].tobytes()) for k, o in self.sources.items()]
-        return hashlib.sha256(repr(each).encode()).hexdigest()[:32]
-
-# %% ../../nbs/13_data.datasets.ipynb #0b8dfb25
-def _check_mixture(sources, weights, shares):
-    if not sources:
-        raise ValueError("a mixture needs at least one source")
-    for name, value in (*weights.items(), *shares.items()):
-        if name not in sources:
-            raise ValueError(f"no source {name!r}; choose from {sorted(sources)}")
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(
-                f"source {name!r} has {value}; weights and shares are above 0; or leave it out")
 
 # %% ../../nbs/13_data.datasets.ipynb #4957e372
 def read_mixture(

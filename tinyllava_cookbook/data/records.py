@@ -17,7 +17,8 @@ from datasets import Dataset, load_dataset, load_from_disk
 from datasets.table import MemoryMappedTable
 from ..core import IMAGE_TOKEN, Registry
 from ..cached_files import cache_lock, find_cached, known_checksum, write_cached
-from .fields import image_fields, locate_image, naming, one_of, record_name, sample_id, short_repr
+from .fields import (conversation, image_fields, locate_image, naming, one_of, record_name,
+                                            sample_id, short_repr)
 from .paths import guess_format
 from .templates import read_messages
 from ..json_records import ON_READING, printable, read_records
@@ -47,15 +48,6 @@ def _check_unicode(text, what):
                          f"{e.start}: surrogates not allowed, "
                          "as half of a character is no text") from None
 
-# %% ../../nbs/12_data.records.ipynb #a661e44f
-def _messages(record):
-    found = one_of(record, 'conversations', 'messages')
-    if found is not None: return found
-    if any(k in record for k in ('conversations', 'messages')):
-        raise ValueError("its conversation is empty")
-    raise ValueError(f"no 'conversations' and no 'messages'; its keys "
-                     f"are {sorted(map(str, record))}")
-
 # %% ../../nbs/12_data.records.ipynb #66bb1877
 def _said_before(record):
     "What was wrong with it when its file was read"
@@ -78,7 +70,7 @@ def read_sample(
         name = sample_id(record, index)
         images = [locate_image(o, folder, k)
                   for k, o in enumerate(image_fields(record))]
-        return Sample(name, _messages(record), images)
+        return Sample(name, conversation(record), images)
 
 # %% ../../nbs/12_data.records.ipynb #a0457f4b
 _MESSAGE = pa.struct([('role', pa.string()), ('content', pa.string())])

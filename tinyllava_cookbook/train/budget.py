@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['corpora', 'CHARACTERS', 'TILES', 'CONTEXT', 'SLACK', 'MFU', 'OFFLOAD', 'WAYS', 'Corpus', 'corpus', 'step_shape',
-           'sample_flops', 'need', 'element_bytes', 'mfu_of', 'StageBudget', 'n_steps', 'stage_budget', 'Budget',
-           'budget', 'gpus_needed', 'show_fit']
+           'sample_flops', 'need', 'element_bytes', 'mfu_of', 'StageBudget', 'n_steps', 'feature_plan', 'stage_budget',
+           'Budget', 'budget', 'gpus_needed', 'show_fit']
 
 # %% ../../nbs/39_train.budget.ipynb #bb1a9178
 import dataclasses, html, math
@@ -23,7 +23,8 @@ from .cards import GPU, gpus, parse_gpus, published_hours
 from .memory import Memory, memory
 from .recipes import Recipe, Stage, batch_sizes, recipe_names
 from .recipes import recipe as find_recipe
-from .meter import flop_rates
+from .feature_plan import FeaturePlan, feature_bytes, plan_line, views_per_run
+from .meter import flop_rates, tower_flops
 from .parallel import PARALLEL
 from .data import stage_rows
 
@@ -190,6 +191,7 @@ class StageBudget:
     hours:float       # For the stage
     cost:float        # US dollars for the stage
     data:str          # What was assumed of it
+    features:FeaturePlan|None=None   # Of a feature cache; `None` where none can be used, or its hours are not known
 
 def n_steps(
     stage:Stage,   # Gives epochs, data fraction and the global batch size
@@ -201,6 +203,21 @@ def n_steps(
     return max(1, math.ceil(samples/stage.global_batch_size))
 
 # %% ../../nbs/39_train.budget.ipynb #ed2ed7a4
+def feature_plan(
+    model:nn.Module,   # On the meta device, after `annotate`
+    stage:Stage,       # Complete
+    data:Corpus,       # What it trains on
+    speed:float,       # Floating point operations a second, of all GPUs
+) -> FeaturePlan|None: # `None` where it trains the vision tower, has no images, or the speed is not known
+    "What a cache of vision features would cost and save"
+    images = round(data.samples*stage.share*data.images)
+    frozen = stage.tune['vision'].mode == 'frozen'
+    if not (frozen and images and speed > 0): return None
+    tiles = _tiles(stage)
+    return FeaturePlan(stage.name, images, views_per_run(stage, data.samples),
+                       feature_bytes(model.config, tiles), tiles*tower_flops(model)/speed)
+
+# %% ../../nbs/39_train.budget.ipynb #c6a59698
 def stage_budget(
     recipe:Recipe,            # Gives the model
     stage:Stage,              # Complete, as `recipe.stage` gives it
@@ -225,7 +242,7 @@ def stage_budget(
     cost = hours*count*((gpu.price or 0) if price is None else price)
     fits = need(forecast) <= gpu.gib*2**30
     return StageBudget(stage.name, forecast, fits, batch, accumulate, steps, flops,
-                       hours, cost, data.source)
+                       hours, cost, data.source, feature_plan(model, stage, data, speed))
 
 # %% ../../nbs/39_train.budget.ipynb #eebac6bd
 def _known(value, digits=None):
@@ -257,7 +274,8 @@ def _remarks(budget):
     if math.isnan(budget.hours):
         sums = f"hours need a card by its name: {', '.join(gpus.names())}"
     filled = [f"{o.stage}: {o.memory!r}" for o in budget.stages]
-    return [sums, *_published(budget), *filled, *budget.advice]
+    cached = [plan_line(o.features) for o in budget.stages if o.features]
+    return [sums, *_published(budget), *filled, *cached, *budget.advice]
 
 def _as_html(budget):
     "A table between paragraphs"
@@ -274,6 +292,8 @@ def _as_dict(budget):
         row.update({k: None for k in ('hours', 'cost') if math.isnan(row[k])})
     for row,stage in zip(found['stages'], budget.stages):
         row['memory'].update(total=stage.memory.total, needed=need(stage.memory))
+        if stage.features:
+            row['features'] |= {name: getattr(stage.features, name) for name in ('bytes', 'pays', 'runs')}
     return found
 
 # %% ../../nbs/39_train.budget.ipynb #13f23e1e

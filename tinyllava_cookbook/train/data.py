@@ -6,7 +6,6 @@
 __all__ = ['stage_rows', 'stage_encoder', 'stage_dataset', 'stage_packs', 'pack_sizes', 'replaced_samples']
 
 # %% ../../nbs/33_train.data.ipynb #4126ad5b
-from contextlib import contextmanager
 from logging import getLogger
 from pathlib import Path
 
@@ -14,10 +13,11 @@ import numpy as np
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from ..core import pick_device, rank_and_world
+from ..core import rank_and_world
 from ..data.datasets import CachedDataset, Encoder, VLMDataset, leave_out, read_mixture
 from ..data.packing import PackSampler, lengths
 from ..data.training_sets import training_sets
+from .ranks import first_alone
 from .recipes import Stage
 
 # %% ../../nbs/33_train.data.ipynb #83c6f298
@@ -67,20 +67,6 @@ def stage_dataset(
     encoder = stage_encoder(processor, stage, **kwargs)
     return VLMDataset(rows, encoder, stage.on_bad_sample, stage.bad_budget)
 
-# %% ../../nbs/33_train.data.ipynb #a509b7b5
-@contextmanager
-def _first_alone(world, device):
-    "The first process runs what is within, then the others do"
-    if world == 1:
-        yield
-        return
-    # slow to import, and many processes are the exception
-    from transformers import TrainingArguments
-    cpu = pick_device(device).type != 'cuda'
-    # joins the processes
-    args = TrainingArguments(use_cpu=cpu, report_to='none')
-    with args.main_process_first(local=False): yield
-
 # %% ../../nbs/33_train.data.ipynb #653dd3ee
 def _check_once(stage, dataset):
     "An error where an epoch does not take each sample once"
@@ -109,7 +95,7 @@ def stage_packs(
     if stage.pack is None: return None
     _check_once(stage, dataset)
     rank,world = rank_and_world()
-    with _first_alone(world, device):
+    with first_alone(world, device):
         tokens = _count_tokens(stage, dataset)
     if isinstance(dataset, VLMDataset):
         leave_out(dataset, tokens.bad)

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHARD_BYTES', 'TILES_AT_ONCE', 'CACHE', 'check_frozen_tower', 'dataset_images', 'tower_on', 'fill_store',
-           'FeatureEncoder', 'rounding_of', 'use_feature_cache']
+           'FeatureEncoder', 'measured_plan', 'rounding_of', 'use_feature_cache']
 
 # %% ../../nbs/33_train.feature_cache.ipynb #3a90f3ec
-import shutil, sys
-from pathlib import Path
+import shutil, sys, time
 
 import torch
 import torch.distributed as dist
@@ -24,6 +23,7 @@ from ..image_files import image_size, load_image, sample_aspect
 from ..model.feature_store import DTYPES, FeatureError, FeatureStore, image_key, tower_facts
 from ..model.features import tower_features
 from ..pixels import normalize_pixels
+from .feature_plan import FeaturePlan, views_per_run
 from .recipes import Stage
 
 # %% ../../nbs/33_train.feature_cache.ipynb #849cccd6
@@ -228,7 +228,41 @@ class FeatureEncoder(Encoder):
                            "start the training again")
 
 # %% ../../nbs/33_train.feature_cache.ipynb #3990252a
-CACHE = 'cache'   # Stands for a folder in the cache of this package
+def _some_tiles(dataset, most):
+    "Pixels of images of samples that are evenly spread, and images of a sample"
+    every = max(1, len(dataset)//most)
+    tiles,n_images = [], 0
+    chosen = range(0, len(dataset), every)[:most]
+    for i in chosen:
+        try: sources = dataset.sample(i).images
+        except BAD: continue   # said when it is due
+        n_images += len(sources)
+        each = _Tiles(dataset, [(i, k) for k in range(len(sources))])
+        tiles += [each[k] for k in range(len(sources))]
+    return [x for x in tiles if x is not None], n_images/len(chosen)
+
+def measured_plan(
+    stage:Stage,          # Gives steps or epochs
+    dataset:VLMDataset,   # From `stage_dataset`
+    store:FeatureStore,   # What is there already
+    compute,              # From `tower_on`
+) -> FeaturePlan|None:    # `None`, where there are no images
+    "What a cache costs and saves, by the time that the tower takes here"
+    tiles,rate = _some_tiles(dataset, TILES_AT_ONCE)
+    if not tiles: return None
+    pixels = torch.cat(tiles)[:TILES_AT_ONCE]
+    compute(pixels[:1])   # the first call prepares kernels
+    start = time.perf_counter()
+    x_tnv = compute(pixels)
+    seconds = (time.perf_counter() - start)/len(pixels)
+    per_image = sum(map(len, tiles))/len(tiles)
+    images = round(rate*len(dataset))
+    size = per_image*x_tnv[0].numel()*DTYPES[store.dtype].itemsize
+    return FeaturePlan(stage.name, images, views_per_run(stage, round(len(dataset)/stage.share)), size,
+                       per_image*seconds/rank_and_world()[1], min(len(store), images))
+
+# %% ../../nbs/33_train.feature_cache.ipynb #bce9e56e
+CACHE = 'cache', 'auto'   # Stand for a folder in the cache of this package
 
 def rounding_of(
     store,         # From `use_feature_cache`; `None`: there is none
@@ -236,34 +270,68 @@ def rounding_of(
     "What decides whether a run with a feature cache is the same run as one without"
     return store.dtype if store and store.dtype != 'float32' else None
 
-def _said(store, computed):
+def _say(text):
     "One line, by the first process"
-    if rank_and_world()[0]: return
-    print(f"feature cache: {len(store):,} images in {str(store.folder)!r}, {computed:,} of them computed now; "
-          "the vision tower does not run", file=sys.stderr)
+    if not rank_and_world()[0]: print(text, file=sys.stderr)
 
-# %% ../../nbs/33_train.feature_cache.ipynb #44c470ac
+def _agreed(value):
+    "What the first process says, in all"
+    if not dist.is_initialized(): return value
+    found = [value]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+def _fits(plan, store):
+    "Has the disk room for what is missing?"
+    missing = (plan.images - plan.have)*plan.bytes_each
+    return missing < shutil.disk_usage(store.folder).free
+
+# %% ../../nbs/33_train.feature_cache.ipynb #34eae748
+def _store(model, encoder, folder, dtype, device):
+    "The store for the tower of a model, as it computes on this device"
+    computed = gpu_dtype() if pick_device(device).type == 'cuda' else 'float32'
+    facts = tower_facts(model, encoder.image_processor, encoder.image_mode, computed)
+    return FeatureStore(cache_dir('features') if folder in CACHE else folder, facts, dtype)
+
+def _wanted(stage, dataset, store, compute, folder):
+    "Is a cache to be used? What the planner says is said"
+    plan = measured_plan(stage, dataset, store, compute)
+    use = plan is not None and (folder != 'auto' or plan.pays and _fits(plan, store))
+    use = _agreed(use)
+    if plan: _say(f"{plan}{'' if use else ': not used'}")
+    return use
+
+def _usable(model, stage, dataset, folder):
+    "Can a cache be used? An error where it cannot and is asked for"
+    try:
+        check_frozen_tower(stage, model)
+        if isinstance(dataset, VLMDataset): return True
+        raise ValueError(f"stage {stage.name!r}: its data is encoded already, so a feature cache finds no "
+                         "images; give rows or files, or train with --feature-cache off")
+    except ValueError as error:
+        if folder != 'auto': raise
+        _say(f"no feature cache: {error}")
+        return False
+
+# %% ../../nbs/33_train.feature_cache.ipynb #6294a479
 def use_feature_cache(
     model,                   # A `VLMForConditionalGeneration`
     processor,               # Its processor
     stage:Stage,             # That keeps the vision tower frozen
     dataset:VLMDataset,      # From `stage_dataset`; changed in place
-    folder,                  # For features, or 'cache'
+    folder,                  # For features; 'cache'; or 'auto', the same where it pays
     dtype:str='bfloat16',    # 'float32' keeps every bit
     device:str='auto',       # 'auto', 'cpu', 'cuda'
     progress:bool=False,     # Show a bar
-) -> FeatureStore:           # Filled
+) -> FeatureStore|None:      # Filled; `None`: it would not pay, or there are no images
     "Give the model features of a stage's images in place of pixels"
-    check_frozen_tower(stage, model)
-    if not isinstance(dataset, VLMDataset):
-        raise TypeError(f"stage {stage.name!r}: its data is encoded already, so a feature cache finds no images; "
-                        "give rows or files, or train with --feature-cache off")
-    encoder = dataset.encoder
-    computed = gpu_dtype() if pick_device(device).type == 'cuda' else 'float32'
-    facts = tower_facts(model, encoder.image_processor, encoder.image_mode, computed)
-    store = FeatureStore(cache_dir('features') if folder == CACHE else folder, facts, dtype)
+    if not _usable(model, stage, dataset, folder): return None
+    store = _store(model, dataset.encoder, folder, dtype, device)
+    compute = tower_on(model, processor, device)
+    if not _wanted(stage, dataset, store, compute, folder): return None
     workers = stage.trainer.get('dataloader_num_workers', 0)
-    n_new = fill_store(store, dataset, tower_on(model, processor, device), workers, progress=progress)
-    _said(store, n_new)
-    dataset.encoder = FeatureEncoder(encoder, store)
+    n_new = fill_store(store, dataset, compute, workers, progress=progress)
+    _say(f"feature cache: {len(store):,} images in {str(store.folder)!r}, {n_new:,} of them computed "
+         "now; the vision tower does not run")
+    dataset.encoder = FeatureEncoder(dataset.encoder, store)
     return store

@@ -19,10 +19,12 @@ from ..core import read_json, write_json
 from ..durable import Stopped, mark_complete, publish
 from ..model.checkpoints import save
 from .data import replaced_samples
+from .identity import data_identity
 from .plan import check_same_plan, run_plan
 from .precision import give_back, unrounded_state
-from .recipes import Stage
+from .recipes import Recipe
 from .run_log import log_row
+from .start import start_identity
 from .trainer import DONE, StopSignal
 from .tuning import PART_MODULES
 
@@ -152,14 +154,8 @@ def finish_stage(
 def _passed_over(folder, why=''):
     print(f"passed over: {str(folder/DONE)!r} does not say what was trained{why}", file=sys.stderr)
 
-# %% ../../nbs/35_train.finished.ipynb #2b1c842c
-def finished_result(
-    stage:Stage,     # To be trained now
-    folder:Path,     # Where it may have been
-    identity:dict,   # Entries for `run_plan`: seed, data, images, start
-    accept=(),       # What may differ: some of `ACCEPT`
-) -> StageResult|None: # `None` for a stage that is not over
-    "The result of a stage that is over, `None` for one that is not"
+def _read_record(folder):
+    "What was trained, and its result; `None` where that is not said"
     if not (folder/DONE).exists(): return None
     try:
         was = read_json(folder/DONE)
@@ -168,6 +164,24 @@ def finished_result(
         return _passed_over(folder, f": {error}")
     if not isinstance(was, dict) or 'seed' not in was:
         return _passed_over(folder)
-    plan = run_plan(stage, **identity)
-    check_same_plan(was, plan, folder, accept)
+    return was, result
+
+# %% ../../nbs/35_train.finished.ipynb #2b1c842c
+def finished_result(
+    recipe:Recipe,  # Of the run
+    out:Path,       # Folder of the run
+    number:int,     # Of the stage, from 0
+    start,          # Folder of a model that it is to start from instead; `None`: as the recipe says
+    rows,           # What it is to be trained on, from `stage_rows`
+    accept=(),      # What may differ: some of `ACCEPT`
+) -> StageResult|None: # `None` for a stage that is not over
+    "The result of a stage that is over; an error where another run left it"
+    name = recipe.stages[number].name
+    found = _read_record(out/name)
+    if found is None: return None
+    was,result = found
+    more = data_identity(rows) | dict(seed=recipe.seed)
+    origin = start_identity(recipe, out, number, start)
+    if origin: more['start'] = origin
+    check_same_plan(was, run_plan(recipe.stage(name), **more), out/name, accept)
     return result

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import TrainerCallback
 
 from ..model.architecture import meta_vlm
 from ..model.packed_attention import PACKED
@@ -254,7 +255,16 @@ class LiveMemory(TorchDispatchMode):
         return out
 
 # %% ../../nbs/38_train.memory.ipynb #4be0f83d
-def _run_measured(run, model, device):
+class _Peak(TrainerCallback):
+    "The most that PyTorch held of a GPU when the last step was over: later frozen weights are float32 again"
+    def __init__(self): self.bytes,self.reserved = 0, 0
+
+    def on_train_end(self, args, state, control, **kw):
+        if args.device.type != 'cuda': return
+        self.bytes = torch.cuda.max_memory_allocated()
+        self.reserved = torch.cuda.max_memory_reserved()
+
+def _run_measured(run, model, device, watch):
     "What `run()` returns, and the bytes it held at most"
     if device == 'cpu':
         with LiveMemory(*model.parameters(), *model.buffers()) as live:
@@ -262,7 +272,7 @@ def _run_measured(run, model, device):
         return result, live.peak
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    return run(), torch.cuda.max_memory_allocated()
+    return run(), watch.bytes
 
 # %% ../../nbs/38_train.memory.ipynb #753e7f8b
 def measured_peak(
@@ -272,19 +282,20 @@ def measured_peak(
     data,                # As `train_stage` takes it
     out,                 # Folder for the log
     device:str='cpu',    # On 'cuda', what PyTorch's allocator says; on 'cpu', `LiveMemory`
-) -> dict:               # 'bytes', 'batches' (a `MicroBatch` each), 'result'
+    **kwargs,            # For `train_stage`, e.g. `parallel`
+) -> dict:               # 'bytes', 'reserved' by the allocator, 'batches' (a `MicroBatch` each), 'result'
     "The most memory that training really held, and the shapes of its micro-batches"
-    batches = []
+    batches,watch = [], _Peak()
     def note(module, args, kwargs):
         by_sample = module.language_model.config._attn_implementation == PACKED
         batches.append(micro_batch(kwargs, by_sample))
     hook = model.register_forward_pre_hook(note, with_kwargs=True)
     def run():
         return train_stage(model, processor, stage, out, data, device=device,
-                           progress=False)
-    try: result,peak = _run_measured(run, model, device)
+                           progress=False, callbacks=[watch], **kwargs)
+    try: result,peak = _run_measured(run, model, device, watch)
     finally: hook.remove()
-    return dict(bytes=peak, batches=batches, result=result)
+    return dict(bytes=peak, reserved=watch.reserved, batches=batches, result=result)
 
 # %% ../../nbs/38_train.memory.ipynb #43eb3868
 def forecast_peak(

@@ -11,54 +11,23 @@ from .finished import StageResult, finish_stage, finished_result, stage_result
 
 import time
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from ..core import pick_device, rank_and_world, seed_everything
-from ..data.datasets import CachedDataset
+from ..core import pick_device, rank_and_world
 from ..durable import stop_if_asked, stop_on_signal
 from ..model.packed_attention import row_attention
-from .data import pack_sizes, stage_dataset, stage_packs, stage_rows
-from .displays import stage_callbacks
-from .feature_cache import check_frozen_tower, rounding_of, use_feature_cache
-from .identity import data_identity, run_identity
-from .meter import tower_flops
-from .parallel import fsdp_units, join_processes, parallel_args, run_lock
-from .precision import give_back, hold_weights, local_precision
+from .data import stage_rows
+from .feature_cache import check_frozen_tower
+from .parallel import join_processes, parallel_args
+from .precision import give_back
+from .ranks import run_lock
 from .recipes import Recipe, Stage, check_names, to_dict
 from .recipes import recipe as find_recipe
+from .stage_trainer import stage_trainer
 from .start import start_identity, start_model, stage_weights
-from .trainer import DONE, VLMTrainer, training_args
-from .tuning import apply_tune, check_tune
-
-# %% ../../nbs/36_train.stages.ipynb #d45ce2c9
-def _trainer(model, processor, stage, out, data=None, images=None, seed=0, callbacks=(), progress=True, device='auto',
-             parallel='ddp', eval_data=None, ask_every=0, feature_cache='off', feature_dtype='bfloat16', **kwargs):
-    "The trainer of a stage, and the table of what is trainable"
-    if eval_data is not None and 'eval_steps' not in stage.trainer:
-        raise ValueError(f"eval_data would never be used: set {stage.name}.trainer.eval_steps")
-    join_processes(device, stage.trainer.get('ddp_timeout', 1800))
-    encoded = partial(stage_dataset, processor, stage, images=images, as_bytes=True)
-    dataset = encoded(data)
-    held_out = None if eval_data is None else encoded(eval_data)
-    packs = stage_packs(stage, dataset, device, seed)
-    sizes = pack_sizes(stage, packs, packs and packs.samples)
-    args = training_args(stage, out, device, seed, parallel, sizes, fsdp_units(model))
-    identity = run_identity(model, dataset, parallel, packs)
-    seed_everything(seed)
-    table = apply_tune(model, stage)
-    store = feature_cache != 'off' and use_feature_cache(
-        model, processor, stage, dataset, feature_cache, feature_dtype, device, progress)
-    identity['feature_cache'] = rounding_of(store)
-    held = hold_weights(model, local_precision(stage, device, parallel))
-    shown = stage_callbacks(processor, stage, dataset, out, table, progress, ask_every)
-    if not args.dataloader_num_workers: dataset = CachedDataset(dataset)
-    trainer = VLMTrainer(model, processor, stage, args, dataset, [*shown, *callbacks], packs, held_out,
-                         identity, held=held, **kwargs)
-    if store: trainer.rates['images'] -= tower_flops(model)   # it does not run
-    return trainer, table
+from .tuning import check_tune
 
 # %% ../../nbs/36_train.stages.ipynb #117882de
 def _timed(trainer, resume, table):
@@ -116,12 +85,12 @@ def train_stage(
     recipe=None,         # To keep in it
     accept=(),           # What may differ from the run that is resumed: some of `ACCEPT`
     origin=None,         # Identity of what `model` was opened from, to keep with the finished stage
-    **features,          # `feature_cache` ('off', 'cache' or a folder) and `feature_dtype`: see `use_feature_cache`
+    **features,          # `feature_cache` ('off', 'auto' or a folder) and `feature_dtype`: see `use_feature_cache`
 ) -> StageResult:        # Log, time and steps
     "Train one stage; after a signal it saves, and the process ends with code 85"
     with stop_on_signal(), _rows_of(model, stage, progress), run_lock(out) as lock:
-        trainer,table = _trainer(model, processor, stage, Path(out), data, images, seed, callbacks, progress,
-                                 device, parallel, eval_data, ask_every, accept=accept, lock=lock, **features)
+        trainer,table = stage_trainer(model, processor, stage, Path(out), data, images, eval_data, seed, callbacks,
+                                      progress, ask_every, device, parallel, accept=accept, lock=lock, **features)
         with _unrounded_after(trainer):
             result = _timed(trainer, resume, table)
             finish_stage(trainer, result, Path(out), final, recipe, origin)
@@ -134,7 +103,7 @@ def _ready(recipe, todo, data, images, parallel, device='auto', eval_data=None, 
     check_names([*todo, *data], names, f"stage in recipe {recipe.name!r}:")
     stages = {name: recipe.stage(name) for name in todo}
     check_tune(*stages.values())
-    if feature_cache != 'off':
+    if feature_cache not in ('off', 'auto'):
         for stage in stages.values(): check_frozen_tower(stage)
     cuda = pick_device(device).type == 'cuda'
     for stage in stages.values(): parallel_args(parallel, stage, cuda)
@@ -160,14 +129,6 @@ class _Run:
     def open(self, number, folder=None):
         if self.model is None:
             self.model,self.processor = start_model(self.recipe, self.out, number, folder, self.trusted)
-
-    def finished(self, name, data, accept):
-        "The result of a stage that is over"
-        if not (self.out/name/DONE).exists(): return None
-        origin = start_identity(self.recipe, self.out, *self.place(name))
-        identity = data_identity(data) | dict(seed=self.recipe.seed)
-        if origin: identity['start'] = origin
-        return finished_result(self.recipe.stage(name), self.out/name, identity, accept)
 
     def train(self, name, images, data, eval_data=None):
         number,folder = self.place(name)
@@ -197,15 +158,15 @@ def train_recipe(
     "Run the stages of a recipe in order"
     if not isinstance(recipe, Recipe): recipe = find_recipe(recipe)
     out,todo = Path(out), list(stages or [stage.name for stage in recipe.stages])
+    options = kwargs | dict(resume=resume, parallel=parallel, accept=accept)
+    options.pop('eval_data', None)   # each stage is given its own, read by `_ready`
+    run,results = _Run(recipe, out, start, todo[0], trust_remote_code, options), {}
     with stop_on_signal():
         rows,held_out = _ready(recipe, todo, data or {}, images, parallel, **kwargs)
         with run_lock(out):
             join_processes(kwargs.get('device', 'auto'))
-            options = kwargs | dict(resume=resume, parallel=parallel, accept=accept)
-            options.pop('eval_data', None)   # read by now
-            run,results = _Run(recipe, out, start, todo[0], trust_remote_code, options), {}
             for name in todo:
-                found = run.finished(name, rows[name], accept) if resume else None
+                found = resume and finished_result(recipe, out, *run.place(name), rows[name], accept)
                 results[name] = found or run.train(name, images, rows[name], held_out.get(name))
                 # finished before, or wrapped and sharded: the next stage opens the folder
                 if found or parallel != 'ddp': run.model = None

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..core import IGNORE, Table
-from ..data.datasets import Mixture
+from ..data.mixtures import Mixture
 from ..data.images import best_canvas, pinpoints, target_size
 from ..data.masks import KIND_COLORS, token_kinds
 from ..data.records import Sample, naming, read_sample

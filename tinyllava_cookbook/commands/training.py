@@ -64,7 +64,7 @@ def _input_args(p):
     p.add_argument('--feature-cache', metavar='off|auto|DIR', default='off',
                    help='compute the features of a frozen vision tower once and keep them in DIR; auto: in the cache '
                    'of this package, where the forecast says that it pays (default: %(default)s)')
-    p.add_argument('--feature-dtype', metavar='TYPE', default='bfloat16',
+    p.add_argument('--feature-dtype', choices=('bfloat16', 'float32'), default='bfloat16',
                    help='of kept features: bfloat16, or float32 for all bits (default: %(default)s)')
 
 # %% ../../nbs/92_commands.training.ipynb #9f1706ca

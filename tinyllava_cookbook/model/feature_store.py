@@ -181,6 +181,8 @@ def _features(shard, k):
 # %% ../../nbs/28_model.feature_store.ipynb #44bcefa0
 def _folder(given, key):
     "An existing folder for the features of one tower"
+    if not str(given).strip():
+        raise ValueError(f"features in {given!r}: give a folder, or no feature cache")
     folder = Path(given).expanduser().absolute()/key
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

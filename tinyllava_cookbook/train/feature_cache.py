@@ -330,8 +330,9 @@ def use_feature_cache(
     compute = tower_on(model, processor, device)
     if not _wanted(stage, dataset, store, compute, folder): return None
     workers = stage.trainer.get('dataloader_num_workers', 0)
-    n_new = fill_store(store, dataset, compute, workers, progress=progress)
-    _say(f"feature cache: {len(store):,} images in {str(store.folder)!r}, {n_new:,} of them computed "
-         "now; the vision tower does not run")
+    before = len(store)
+    fill_store(store, dataset, compute, workers, progress=progress)
+    _say(f"feature cache: {len(store):,} images in {str(store.folder)!r}, {len(store) - before:,} of them "
+         "computed now; the vision tower does not run")
     dataset.encoder = FeatureEncoder(dataset.encoder, store)
     return store

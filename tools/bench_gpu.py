@@ -97,12 +97,12 @@ def environment(**names):
 def changed(what, root):
     "Take an optimisation away, or add one; gives more arguments of `train_stage`"
     from tinyllava_cookbook.model import vlm
-    from tinyllava_cookbook.train import stages
+    from tinyllava_cookbook.train import stage_trainer
     def in_float32(model, precision):
         model.float()
         return {}
     with contextlib.ExitStack() as stack:
-        if what == 'held': stack.enter_context(patch.object(stages, 'hold_weights', in_float32))
+        if what == 'held': stack.enter_context(patch.object(stage_trainer, 'hold_weights', in_float32))
         if what == 'chunks': stack.enter_context(patch.object(vlm, 'LOGITS_AT_ONCE', 2**60))
         if what == 'zero2':
             stack.enter_context(environment(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='29533'))

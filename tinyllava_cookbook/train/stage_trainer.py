@@ -77,10 +77,11 @@ def stage_trainer(
     dataset,held_out = _read(processor, stage, data, eval_data, images)
     packs,args,identity = _planned(model, stage, dataset, out, device, seed, parallel)
     table = _tuned(model, stage, seed)
+    held = hold_weights(model, local_precision(stage, device, parallel))
     store = _store(model, processor, stage, dataset, feature_cache, feature_dtype, device, progress)
     shown = [*stage_callbacks(processor, stage, dataset, out, table, progress, ask_every), *callbacks]
     trainer = VLMTrainer(model, processor, stage, args, _cached(dataset, args), shown, packs, held_out,
                          identity | dict(feature_cache=rounding_of(store)),
-                         held=hold_weights(model, local_precision(stage, device, parallel)), **kwargs)
+                         held=held, **kwargs)
     if store: trainer.rates['images'] -= tower_flops(model)   # it does not run
     return trainer, table

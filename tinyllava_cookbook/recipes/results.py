@@ -68,7 +68,8 @@ def bits(
 ) -> np.ndarray:            # (seeds, questions) of 0 and 1
     "Right or wrong in all runs of a setting"
     runs = results['settings'][setting]
-    return np.array([[int(bit) for bit in run[f'{which}_bits']] for run in runs])
+    rows = [np.frombuffer(run[f'{which}_bits'].encode(), np.uint8) for run in runs]
+    return np.array(rows, int) - ord('0')
 
 def scene_of(
     question:str,  # An id, like '12-color'

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..infer.generate import left_padded, prompt_ids, supervised_ids, user_turn
 from ..microworld import COLORS
 from ..model.vlm import merge_inputs
+from ..train.tuning import layer_list
 from .micro import ColorCase, object_box, recolored, unused_color
 from .places import TokenMap, token_maps
 from .probes import attention_calls, attention_rows, output_gradients, relevance, rollout
@@ -128,9 +129,8 @@ def decoder_layers(
 ) -> nn.ModuleList: # In order
     "The layers of a decoder"
     depth = llm.config.get_text_config(decoder=True).num_hidden_layers
-    for module in llm.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
+    name,count = layer_list(llm)
+    if count == depth: return llm.get_submodule(name)
     raise ValueError(f"{type(llm).__name__} has no list of its {depth} layers")
 
 def _hidden(args, kwargs):

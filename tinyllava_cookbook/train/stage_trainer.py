@@ -81,7 +81,6 @@ def stage_trainer(
     store = _store(model, processor, stage, dataset, feature_cache, feature_dtype, device, progress)
     shown = [*stage_callbacks(processor, stage, dataset, out, table, progress, ask_every), *callbacks]
     trainer = VLMTrainer(model, processor, stage, args, _cached(dataset, args), shown, packs, held_out,
-                         identity | dict(feature_cache=rounding_of(store)),
-                         held=held, **kwargs)
+                         identity | dict(feature_cache=rounding_of(store)), held=held, **kwargs)
     if store: trainer.rates['images'] -= tower_flops(model)   # it does not run
     return trainer, table

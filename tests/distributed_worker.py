@@ -18,7 +18,6 @@ from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Stage
 from tinyllava_cookbook.train.parallel import parallel_args
 from tinyllava_cookbook.train.data import stage_dataset
-from tinyllava_cookbook.train.displays import SampleAnswers
 from tinyllava_cookbook.train.finished import save_finished
 from tinyllava_cookbook.train.parallel import fsdp_units
 from tinyllava_cookbook.train.stages import train_stage
@@ -30,11 +29,6 @@ def sum_by_gloo():
     "Not by kernels of DeepSpeed's own, which it would compile first: a minute of two cores"
     import deepspeed.ops
     deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False
-
-def short_answers():
-    "Each token is a pass with weights from all processes, so 16 show as much as 48"
-    before = SampleAnswers.__init__.__defaults__
-    SampleAnswers.__init__.__defaults__ = *before[:-1], 16
 
 composed = cache(compose)   # read once; every job starts from a copy
 
@@ -72,7 +66,6 @@ def fsdp(vision, llm, data, out, stage):
         stage=stage, processor=processor, held={}, args=SimpleNamespace(should_save=not dist.get_rank())), Path(out)/'model', None)
     write_json(Path(out)/f'rank-{dist.get_rank()}.json', dict(local=local, losses=losses, units=units))
 
-short_answers()
 for job in json.loads(Path(sys.argv[1]).read_text()):
     print(job['out'], flush=True)
     if job.get('parallel', '').startswith('zero'): sum_by_gloo()

@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items):
     seconds = Counter()
     for item in items:
         slow = item.get_closest_marker('slow')
-        if slow: seconds[item.path] += slow.kwargs.get('seconds', 8)
+        seconds[item.path] += slow.kwargs.get('seconds', 8) if slow else .3
     items.sort(key=lambda item: -seconds[item.path])
 
 def pytest_collection_finish():

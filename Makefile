@@ -8,8 +8,8 @@ BIN := .venv/bin
 export PYTHON
 export PYTHONNOUSERSITE = 1
 
-# A test file each, the long files first (tests/conftest.py puts them there). Three workers for two cores, as some tests wait for others' clocks.
-WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
+# Two workers, a test file each, the long files first (tests/conftest.py puts them there).
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 # Checks use no network, and one thread a process: the workers share two cores, and results do not depend on the machine.
 test check docs browser: export HF_HUB_OFFLINE = 1

@@ -1,5 +1,6 @@
 "What every test starts from: no network, one thread, fixed seeds."
 import gc, os, random, shutil, sys
+from collections import Counter
 from pathlib import Path
 import pytest
 
@@ -8,17 +9,17 @@ LARGER, COMPACT = ROOT.parent/'shared', ROOT/'tests/reference'
 for k,v in dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', TOKENIZERS_PARALLELISM='false', MPLBACKEND='agg',
                 OMP_NUM_THREADS='1', DS_ACCELERATOR='cpu').items(): os.environ.setdefault(k, v)
 
-# Files that take longest, in seconds, about. Each worker takes a whole file; at the end there should be short ones left to take.
-SECONDS = dict(quickstart=350, slurm=200, plugins=120, product=110, attack_train=90, distributed=60, templates=60, attack_data=60, recipes=50,
-               train=45, budget=45, hub=45, model=40, llms=40, adapters=40, resume=40, eval_run=35, vlm=35, convert=30, project=30, datasets=30)
-
 def pytest_configure(config):
     "Describe the marker of tests that take long"
-    config.addinivalue_line('markers', 'slow: takes more than 5 seconds of a processor; `make check` leaves it out')
+    config.addinivalue_line('markers', 'slow(seconds=8): takes more than 5 seconds of a processor, about so many; `make check` leaves it out')
 
 def pytest_collection_modifyitems(items):
-    "Files that take longest first; the others as they come"
-    items.sort(key=lambda item: -SECONDS.get(item.path.stem.removeprefix('test_'), 0))
+    "Files that take longest first: each worker takes a whole file, and at the end there should be short ones left to take"
+    seconds = Counter()
+    for item in items:
+        slow = item.get_closest_marker('slow')
+        if slow: seconds[item.path] += slow.kwargs.get('seconds', 8)
+    items.sort(key=lambda item: -seconds[item.path])
 
 def pytest_collection_finish():
     "What is imported stays: the collector, called at the end of each training, need not walk through a million objects"

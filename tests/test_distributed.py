@@ -85,7 +85,7 @@ def close(one, two, atol=5e-5):
     assert one.keys() == two.keys()
     for k in one: assert torch.allclose(one[k], two[k], atol=atol), (k, (one[k] - two[k]).abs().max())
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=50)
 def test_losses_and_weights_are_those_of_one_process(two, one):
     "One process = DDP = ZeRO-1 = ZeRO-2 = ZeRO-3; the finished folder is whole, whoever held which part"
     r,weights = one(FULL | dict(trainer={}))

@@ -26,7 +26,7 @@ def run(tmp_path_factory):
     assert r.returncode == 0, r.stderr[-3000:]
     return folder
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=300)
 def test_numbers(run):
     "Generalisation to held-out combinations, in every kind of question, and by looking"
     n = json.loads((run/'results.json').read_text())

@@ -12,7 +12,7 @@ from itertools import chain, repeat
 from pathlib import Path
 from tqdm.auto import tqdm
 from ..core import rank_and_world, read_json, to_json, versions, write_json, write_lines
-from .identity import asked_hash, fingerprint, identity, image_hash
+from .identity import asked_hash, identity, image_hash
 from .benchmarks import BENCHES, Item, answer_row, load_benchmark, score_items, scores
 from .records import read_jsonl
 from .shards import ANEW, Shard, claim, read_shards, set_aside

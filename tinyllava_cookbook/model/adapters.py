@@ -212,6 +212,10 @@ def save_adapters(
     return path
 
 # %% ../../nbs/28_model.adapters.ipynb #b7c1d2e3
+def _other_weights(name, path):
+    "The error of a checkpoint whose frozen weights are not those here"
+    return ValueError(f"{str(path)!r} was trained on other weights than {name} here; start from the same model")
+
 def _is_rounded(saved, here, name, path):
     "Is that a frozen weight in fewer bits than here? Then the one here stays, as it is the original"
     floats = saved.is_floating_point() and here.is_floating_point()
@@ -219,14 +223,13 @@ def _is_rounded(saved, here, name, path):
         return False
     if torch.equal(here.to(saved.dtype).cpu(), saved):
         return True
-    raise ValueError(f"{str(path)!r} was trained on other weights than {name} here; start from the same model")
+    raise _other_weights(name, path)
 
 # %% ../../nbs/28_model.adapters.ipynb #c8d2e3f4
 def _check_alike(saved, here, name, path):
     "An error where a tensor of a checkpoint does not fit the one here"
     if '.quant_state.' in name and not torch.equal(here.cpu(), saved):
-        raise ValueError(
-            f"{str(path)!r} was trained on other weights than {name} here; start from the same model")
+        raise _other_weights(name, path)
     if here.shape != saved.shape:
         raise ValueError(
             f"{str(path)!r}: {name} is {[*saved.shape]}, here {[*here.shape]}")

@@ -136,10 +136,10 @@ def hold_weights(
     half = getattr(torch, precision.compute)
     for parameter in model.parameters():
         if parameter.requires_grad: parameter.data = parameter.data.float()
-    held = {name: _original(tensor, half) for name,tensor in _to_round(model, precision).items()}
+    rounded = _to_round(model, precision)
+    held = {name: _original(tensor, half) for name,tensor in rounded.items()}
     if precision.rounded == 'frozen matrices':
-        for parameter in frozen_matrices(model).values():
-            parameter.data = parameter.data.to(half)
+        for parameter in rounded.values(): parameter.data = parameter.data.to(half)
     return held
 
 # %% ../../nbs/33_train.precision.ipynb #1149296c

@@ -17,7 +17,7 @@ def pytest_configure(config):
 @functools.cache
 def takes(path):
     "Seconds that a file takes by its own words, and whether it mostly waits; read and not imported, as the process that deals out the files imports none"
-    marks = [o.value for o in ast.parse(Path(path).read_text(encoding='utf-8')).body if isinstance(o, ast.Assign) and o.targets[0].id == 'pytestmark']
+    marks = [o.value for o in ast.parse(Path(path).read_text(encoding='utf-8')).body if isinstance(o, ast.Assign) and ast.unparse(o.targets[0]) == 'pytestmark']
     calls = [o for mark in marks for o in ast.walk(mark) if isinstance(o, ast.Call) and getattr(o.func, 'attr', '') == 'takes']
     if not calls: return 0, False
     seconds, = (o.value for o in calls[0].args)

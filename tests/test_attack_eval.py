@@ -11,6 +11,8 @@ from tinyllava_cookbook.eval.records import read_answers, read_jsonl
 from tinyllava_cookbook.eval.report import annotations, results_table
 from tinyllava_cookbook.microbench import write_benchmarks
 
+pytestmark = pytest.mark.takes(20)
+
 def run(capsys, *argv):
     code = cli.main([str(o) for o in argv])
     return code, *capsys.readouterr()

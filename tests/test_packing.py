@@ -12,6 +12,8 @@ from tinyllava_cookbook.model.packed_attention import PACKED
 from tinyllava_cookbook.data.batches import GroupedSampler, Lengths, PadCollator, fill_packs, plan_packs
 from tinyllava_cookbook.data.packing import PackCollator, PackSampler, block_mask
 
+pytestmark = pytest.mark.takes(18)
+
 # ---------------------------------------------------------------------------------------------------- plan
 
 IMAGE, LONGEST = 576, 2048

@@ -13,6 +13,8 @@ from tinyllava_cookbook.microworld import write_world
 from tinyllava_cookbook.train import stages
 from tinyllava_cookbook.train.recipes import batch_sizes, recipe, recipes
 
+pytestmark = pytest.mark.takes(14)
+
 def run(capsys, *argv):
     "Exit code, output, errors"
     try: code = cli.main([str(o) for o in argv])

@@ -24,7 +24,7 @@ from .activations import (ElementBytes, MicroBatch, adapter_size, annotate, each
                                                   micro_batch, n_direct,
                                                   n_trainable, segments, stack)
 from .recipes import PARTS, Stage
-from .stages import train_stage
+from .one_stage import train_stage
 from .parallel import PARALLEL
 from .precision import frozen_matrices
 

@@ -12,6 +12,8 @@ from tinyllava_cookbook.eval.records import read_answers, read_jsonl
 from tinyllava_cookbook.eval.report import annotations, results_table
 from tinyllava_cookbook.microbench import write_benchmarks
 
+pytestmark = pytest.mark.takes(20)
+
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
     "A tiny random model and twelve scenes in all ten formats"

@@ -14,6 +14,8 @@ from tinyllava_cookbook.train import activations as A, budget as B, memory as M,
 from tinyllava_cookbook.train.recipes import Recipe, Stage, Tune, recipe, recipe_names
 from tinyllava_cookbook.train.tuning import apply_tune
 
+pytestmark = pytest.mark.takes(40)
+
 ALL = dict(vision='full', connector='full', llm='full')
 
 @pytest.fixture(scope='module')

@@ -22,7 +22,7 @@ from tinyllava_cookbook.train.stages import train_stage
 from tinyllava_cookbook.train.tuning import apply_tune
 
 logging.disable_progress_bar()
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.takes(50, waits=True)]
 ZERO = ['zero1', 'zero2', 'zero3'] if importlib.util.find_spec('deepspeed') else []
 FULL = dict(name='ft', tune=dict(vision='full', connector='full', llm='full'), lr=1e-3, global_batch_size=4, warmup=0.,
             weight_decay=.1, trainer=dict(save_steps=2, eval_steps=2))
@@ -78,7 +78,7 @@ def close(one, two, atol=5e-5):
     assert one.keys() == two.keys()
     for k in one: assert torch.allclose(one[k], two[k], atol=atol), (k, (one[k] - two[k]).abs().max())
 
-@pytest.mark.slow(seconds=50)
+@pytest.mark.slow
 def test_losses_and_weights_are_those_of_one_process(two, one):
     "One process = DDP = ZeRO-1 = ZeRO-2 = ZeRO-3; the finished folder is whole, whoever held which part"
     r,weights = one(FULL | dict(trainer={}))

@@ -15,6 +15,8 @@ from tinyllava_cookbook.train.recipes import Recipe, Stage, recipe, to_dict
 from tinyllava_cookbook.train.stages import train_recipe, train_stage
 from tinyllava_cookbook.train.data import stage_dataset
 
+pytestmark = pytest.mark.takes(12)
+
 logging.disable_progress_bar()
 
 @pytest.fixture(scope='module')

@@ -14,6 +14,8 @@ from tinyllava_cookbook.microworld import write_world
 from tinyllava_cookbook.train import stages
 from tinyllava_cookbook.train.recipes import batch_sizes, recipe, recipes
 
+pytestmark = pytest.mark.takes(14)
+
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     "A small world, in a folder with a space and an umlaut"

@@ -8,10 +8,10 @@ BIN := .venv/bin
 export PYTHON
 export PYTHONNOUSERSITE = 1
 
-# Two workers, a test file each, the long files first (tests/conftest.py puts them there).
-TWO := -n 2 --dist loadfile --no-loadscope-reorder
+# Two workers that compute and one for files that mostly wait; a test file each, the long ones first (tests/conftest.py).
+LANES := -n 3 --dist loadfile --no-loadscope-reorder
 
-# Checks use no network, and one thread a process: two workers share two cores and results do not depend on the machine.
+# Checks use no network, and one thread a process: workers share two cores and results do not depend on the machine.
 test check docs browser: export HF_HUB_OFFLINE = 1
 test check docs browser: export HF_DATASETS_OFFLINE = 1
 test check docs browser: export TOKENIZERS_PARALLELISM = false
@@ -34,15 +34,15 @@ test: ## every check: pip, clean and exported tree, lint, notebooks, pytest
 	$(BIN)/python -m pip check
 	$(BIN)/python tools/tree.py
 	$(BIN)/python tools/nb_lint.py nbs
-	$(BIN)/nbdev_test --do_print --timing --n_workers 2
-	$(BIN)/python -m pytest -q $(TWO) tests
+	$(BIN)/python tools/notebooks.py --do_print --timing --n_workers 2
+	$(BIN)/python -m pytest -q $(LANES) tests
 
 check: ## the inner loop, under 3 minutes: tree, lint, changed notebooks, fast tests
 	@tools/env.sh dev
 	$(BIN)/python tools/tree.py
 	$(BIN)/python tools/nb_lint.py nbs
 	$(BIN)/python tools/changed.py
-	$(BIN)/python -m pytest -q $(TWO) -m 'not slow' tests
+	$(BIN)/python -m pytest -q $(LANES) -m 'not slow' tests
 
 docs: ## render the notebooks as a site into _docs/ (offline, no Quarto)
 	@tools/env.sh dev docs onnx

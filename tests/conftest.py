@@ -1,6 +1,5 @@
 "What every test starts from: no network, one thread, fixed seeds."
-import gc, os, random, shutil, sys
-from collections import Counter
+import ast, functools, gc, os, random, shutil, sys
 from pathlib import Path
 import pytest
 
@@ -10,16 +9,37 @@ for k,v in dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', TOKENIZERS_PARALLEL
                 OMP_NUM_THREADS='1', DS_ACCELERATOR='cpu').items(): os.environ.setdefault(k, v)
 
 def pytest_configure(config):
-    "Describe the marker of tests that take long"
-    config.addinivalue_line('markers', 'slow(seconds=8): takes more than 5 seconds of a processor, about so many; `make check` leaves it out')
+    "Describe the markers of tests that take long"
+    config.addinivalue_line('markers', 'slow: takes more than 5 seconds of a processor; `make check` leaves it out')
+    config.addinivalue_line('markers', 'takes(seconds, waits=False): what a file takes on a quiet machine, where that is 10 seconds and more, and whether it '
+                                       'mostly waits for others; a literal in the `pytestmark` of the file')
+
+@functools.cache
+def takes(path):
+    "Seconds that a file takes by its own words, and whether it mostly waits; read and not imported, as the process that deals out the files imports none"
+    marks = [o.value for o in ast.parse(Path(path).read_text(encoding='utf-8')).body if isinstance(o, ast.Assign) and ast.unparse(o.targets[0]) == 'pytestmark']
+    calls = [o for mark in marks for o in ast.walk(mark) if isinstance(o, ast.Call) and getattr(o.func, 'attr', '') == 'takes']
+    if not calls: return 0, False
+    seconds, = (o.value for o in calls[0].args)
+    return seconds, any(o.arg == 'waits' and o.value.value for o in calls[0].keywords)
 
 def pytest_collection_modifyitems(items):
     "Files that take longest first: each worker takes a whole file, and at the end there should be short ones left to take"
-    seconds = Counter()
-    for item in items:
-        slow = item.get_closest_marker('slow')
-        if slow: seconds[item.path] += slow.kwargs.get('seconds', 8)
-    items.sort(key=lambda item: -seconds[item.path])
+    items.sort(key=lambda item: -takes(item.path)[0])
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "Of three workers the last one takes the files that mostly wait, one after the other, while two compute; it never computes beside them"
+    if config.getvalue('dist') != 'loadfile' or config.getvalue('numprocesses') != 3: return
+    from xdist.scheduler import LoadFileScheduling
+    class Lanes(LoadFileScheduling):
+        def _assign_work_unit(self, node):
+            waits = node.gateway.id == 'gw2'
+            mine = [o for o in self.workqueue if takes(ROOT/o)[1] == waits]
+            if waits and not mine: return node.shutdown()
+            self.workqueue.move_to_end((mine or list(self.workqueue))[0], last=False)
+            super()._assign_work_unit(node)
+    return Lanes(config, log)
 
 def pytest_collection_finish():
     "What is imported stays: the collector, called at the end of each training, need not walk through a million objects"
@@ -44,6 +64,14 @@ def references():
 def reference():
     "Folder with `goldens`, wherever the project was cloned; what only the larger set has is for a test to skip"
     return references()
+
+@pytest.fixture(scope='module', autouse=True)
+def variables():
+    "Each file begins with the variables that the suite began with: libraries set some as they are imported or used"
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys(): del os.environ[name]
+    os.environ.update(before)
 
 @pytest.fixture(autouse=True)
 def seeds():

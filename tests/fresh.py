@@ -2,7 +2,8 @@
 
 `run` and `Popen` take what `subprocess.run` and `subprocess.Popen` take. What starts `sys.executable` with `-m`, `-c` or a script is forked from a
 python that has imported torch, transformers and others, and nothing of this package: its registries, plugins and random numbers are as in a fresh
-process. Anything else is a real process: another program, an option or a variable that the libraries read when they are imported, `preexec_fn` and such.
+process. Anything else is a real process: another program, an option, `preexec_fn` and such. Variables that the libraries read when they are imported have
+a python of their own to fork from where they are asked for twice.
 
 What differs from a real process: libraries are imported already, so what they print or cost as they are imported is not seen (tests of that take
 `subprocess`); the seed of hashes is that of the parent; each has a session of its own; a traceback has the lines of this file above it; one that ends by itself
@@ -39,11 +40,11 @@ def words_of(args):
 
 class Parent:
     "The python that forks, as a worker of the tests sees it: started when first needed, ended by the end of the worker"
-    def __init__(self):
-        self.lock, self.env = threading.Lock(), at_import(os.environ)
+    def __init__(self, env):
+        self.lock = threading.Lock()
         self.socket, there = socket.socketpair()
         self.process = subprocess.Popen([sys.executable, __file__, str(there.fileno())], pass_fds=[there.fileno()], stdin=DEVNULL, stdout=DEVNULL,
-                                        stderr=DEVNULL, start_new_session=True)
+                                        stderr=DEVNULL, start_new_session=True, env=env)
         there.close()
 
     def start(self, job, fds):
@@ -58,12 +59,16 @@ class Parent:
         if len(answer) < LENGTH.size: raise RuntimeError('the python that tests fork from has ended: run `python tests/fresh.py` to see why')
         return LENGTH.unpack(answer)[0], told
 
-parents = {}
+parents, seen = {}, set()
 
-def parent():
-    "The one of this process, which may itself be a fork"
-    if os.getpid() not in parents: parents[os.getpid()] = Parent()
-    return parents[os.getpid()]
+def parent(env):
+    "The one of this process, which may itself be a fork, whose libraries came up with these variables; None for other ones when they are new"
+    variables, mine = at_import(env), os.getpid()
+    key = mine, *sorted(variables.items())
+    if key not in parents:
+        if key not in seen and any(o[0] == mine for o in parents): return seen.add(key)
+        parents[key] = Parent({k:v for k,v in os.environ.items() if k not in at_import(os.environ)} | variables)
+    return parents[key]
 
 class Popen(subprocess.Popen):
     "`subprocess.Popen`, forked where that is the same"
@@ -73,13 +78,14 @@ class Popen(subprocess.Popen):
                        p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *session):
         environ = {os.fsdecode(k): os.fsdecode(v) for k,v in (os.environ if env is None else env).items()}
         words = None if executable or shell or preexec_fn or pass_fds or any(o not in (-1, None, False, True) for o in session) else words_of(args)
-        if not words or at_import(environ) != parent().env:
+        forks = parent(environ) if words else None
+        if not forks:
             return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
                                           p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *session)
         where = os.path.abspath(os.fsdecode(cwd or '.'))
         if not os.path.isdir(where): raise FileNotFoundError(2, os.strerror(2), where)
         fds = [mine if one == -1 else one for mine,one in enumerate((p2cread, c2pwrite, errwrite))]
-        self.pid, self.told = parent().start(dict(words=words, cwd=where, env=environ), fds)
+        self.pid, self.told = forks.start(dict(words=words, cwd=where, env=environ), fds)
         self._child_created = True
         self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
 

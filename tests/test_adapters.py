@@ -19,6 +19,8 @@ from tinyllava_cookbook.train.recipes import ADAPTERS, PARTS, Recipe, Stage, Tun
 from tinyllava_cookbook.train.stages import train_recipe, train_stage
 from tinyllava_cookbook.train.tuning import apply_tune, learnable
 
+pytestmark = pytest.mark.takes(23)
+
 logging.disable_progress_bar()
 WIDE = dict(hidden_size=64, intermediate_size=128)
 

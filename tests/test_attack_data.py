@@ -20,6 +20,8 @@ from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Stage
 from tinyllava_cookbook.train.stages import train_stage
 
+pytestmark = pytest.mark.takes(55)
+
 def turn(who, text): return {'from': who, 'value': text}
 
 def record(i, image='a.png', **more):

@@ -11,6 +11,8 @@ from tinyllava_cookbook.data.images import image_size, load_image, pad, prepare,
 from tinyllava_cookbook.data.faults import image_fault
 from tinyllava_cookbook.sources import fetch, is_public, open_regular
 
+pytestmark = pytest.mark.takes(14)
+
 READERS = load_image, image_size
 
 def png_header(width, height):

@@ -13,6 +13,8 @@ from tinyllava_cookbook.core import IGNORE
 from tinyllava_cookbook.data.templates import ChatTemplate, chat_template, read_messages
 from tinyllava_cookbook.ingredients import tiny_tokenizer, tiny_tokenizers
 
+pytestmark = pytest.mark.takes(13)
+
 SAY = lambda role, content: dict(role=role, content=content)
 
 @pytest.fixture(scope='module')

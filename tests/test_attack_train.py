@@ -19,6 +19,8 @@ from tinyllava_cookbook.train.recipes import Recipe, Stage, to_dict
 from tinyllava_cookbook.train.stages import train_recipe, train_stage
 from tinyllava_cookbook.train.run_log import keep_lines_before
 
+pytestmark = pytest.mark.takes(40)
+
 logging.disable_progress_bar()
 COLORS = 'red', 'green', 'blue', 'yellow'
 
@@ -196,7 +198,8 @@ def test_a_loss_that_was_bad_once_is_not_forgotten(job, tmp_path):
 # ---- 15, 21: signals
 
 RUN = '''
-import sys, time
+import fcntl, sys, termios, time
+if sys.argv[4] == 'terminal': fcntl.ioctl(2, termios.TIOCSCTTY, 0)    # the one of its session, as for a shell's command
 from transformers import TrainerCallback
 from transformers.utils import logging; logging.disable_progress_bar()
 from tinyllava_cookbook.train.recipes import recipe
@@ -205,9 +208,9 @@ class Tell(TrainerCallback):
     def on_step_end(self, args, state, control, **kw):
         print(args.output_dir.split('/')[-1], state.global_step, flush=True)
         if sys.argv[4] == 'hang' and state.global_step == 1: time.sleep(100)
-        if sys.argv[4] == 'slow': time.sleep(.3)
+        if sys.argv[4] in ('slow', 'terminal'): time.sleep(.3)
 data = dict(pretrain=sys.argv[3], finetune=sys.argv[3])
-train_recipe(recipe(sys.argv[1]), sys.argv[2], data, device='cpu', progress=sys.argv[4] == 'slow', resume='auto', callbacks=[Tell()])
+train_recipe(recipe(sys.argv[1]), sys.argv[2], data, device='cpu', progress=sys.argv[4] in ('slow', 'terminal'), resume='auto', callbacks=[Tell()])
 '''
 
 def start(job, out, how='slow', **kw):
@@ -233,7 +236,7 @@ def test_ctrl_c_and_a_closed_terminal_save(job, tmp_path, sig):
 def test_a_terminal_that_goes_away(job, tmp_path):
     "The terminal is closed under a progress bar that writes to it: the run is saved all the same"
     main,side = pty.openpty()
-    p = start(job, tmp_path/'run', stderr=side, start_new_session=True, preexec_fn=lambda: __import__('fcntl').ioctl(side, __import__('termios').TIOCSCTTY, 0))
+    p = start(job, tmp_path/'run', 'terminal', stderr=side, start_new_session=True)
     os.close(side)
     wait_for(p, 'finetune 1')
     os.close(main)   # the kernel sends SIGHUP

@@ -14,6 +14,8 @@ from tinyllava_cookbook.model.llms import load_llm, load_tokenizer
 from tinyllava_cookbook.model.vision import load_vision
 from tinyllava_cookbook.model.processor import compose
 
+pytestmark = pytest.mark.takes(14)
+
 logging.disable_progress_bar()
 MAP = {f'Auto{o}': f'evil.{o}' for o in ('Config', 'Model', 'ModelForCausalLM', 'ModelForImageTextToText', 'Processor',
     'ImageProcessor', 'FeatureExtractor', 'VideoProcessor')} | {'AutoTokenizer': ['evil.Slow', 'evil.Fast']}

@@ -10,6 +10,8 @@ from tinyllava_cookbook.data.datasets import Encoder
 from tinyllava_cookbook.data.packing import lengths, lengths_key
 from tinyllava_cookbook.data.records import read_sample
 
+pytestmark = pytest.mark.takes(11)
+
 def sample(rng, image=True):
     n = rng.randint(1, 20)
     ids = torch.tensor([rng.randint(0, 9) for _ in range(n)])

@@ -6,8 +6,8 @@ import fresh
 
 torch = pytest.importorskip('torch')
 from torch import nn
+from common import run
 import tinyllava_cookbook
-from tinyllava_cookbook import cli
 from tinyllava_cookbook.ingredients import tiny_checkpoint, tiny_llms
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.model.vlm import VLMConfig, VLMForConditionalGeneration
@@ -15,6 +15,8 @@ from tinyllava_cookbook.model.architecture import part_config
 from tinyllava_cookbook.train import activations as A, budget as B, memory as M, stage_trainer as S
 from tinyllava_cookbook.train.recipes import Recipe, Stage, Tune, recipe, recipe_names
 from tinyllava_cookbook.train.tuning import apply_tune
+
+pytestmark = pytest.mark.takes(40)
 
 ALL = dict(vision='full', connector='full', llm='full')
 
@@ -308,12 +310,6 @@ def test_bench_gpu_takes_each_optimisation_away(bench_gpu, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- command
 
-def run(capsys, *argv):
-    "Exit code, output, errors"
-    try: code = cli.main([str(o) for o in argv])
-    except SystemExit as e: code = e.code
-    return code, *capsys.readouterr()
-
 def test_command(capsys):
     code, out, err = run(capsys, 'budget', 'tinyllava_base', '--gpus', '4xA100-40G', '--parallel', 'zero2', '--json', '--price', 1)
     d = json.loads(out)
@@ -347,7 +343,7 @@ def imported(module):
 def test_a_forecast_imports_no_trainer_and_no_reader_of_data():
     found = imported('train.budget')
     assert 'train.memory' in found and 'model.vlm' in found
-    assert not {'train.metered_trainer', 'train.trainer', 'train.stages', 'train.data', 'data.records', 'data.batches'} & set(found)
+    assert not {'train.metered_trainer', 'train.trainer', 'train.one_stage', 'train.stages', 'train.data', 'data.records', 'data.batches'} & set(found)
     heavy = {'datasets', 'peft', 'bitsandbytes', 'accelerate', 'pandas', 'matplotlib'}
     for module,statements in found.items():
         for o in statements:

@@ -9,6 +9,8 @@ from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load, save
 from tinyllava_cookbook.model.processor import compose
 
+pytestmark = pytest.mark.takes(11)
+
 logging.disable_progress_bar()
 
 @pytest.fixture

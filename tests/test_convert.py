@@ -22,6 +22,8 @@ from tinyllava_cookbook.weights import load_strict, read_weights
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.model.vlm import causal_lm, flat_name
 
+pytestmark = pytest.mark.takes(23)
+
 logging.disable_progress_bar()
 PROMPT = 'USER: <image>\nWhat is it? ASSISTANT:'
 

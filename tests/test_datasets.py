@@ -17,6 +17,8 @@ from tinyllava_cookbook.data.records import (FORMATS, Sample, read_captions, rea
     read_sharegpt4v, read_train_llava)
 from tinyllava_cookbook.json_records import read_records
 
+pytestmark = pytest.mark.takes(13)
+
 def turn(who, text): return {'from': who, 'value': text}
 
 @pytest.fixture(scope='module')

@@ -18,6 +18,8 @@ from tinyllava_cookbook.train.recipes import Recipe, Stage
 from tinyllava_cookbook.train.stages import train_recipe, train_stage
 from tinyllava_cookbook.model.feature_store import FeatureError, FeatureStore, image_key
 
+pytestmark = pytest.mark.takes(25)
+
 logging.disable_progress_bar()
 FACTS = dict(weights='of a test')
 

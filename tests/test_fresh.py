@@ -4,6 +4,7 @@ import pytest
 import fresh
 
 torch = pytest.importorskip('torch')
+pytestmark = pytest.mark.takes(20)
 CLI = [sys.executable, '-m', 'tinyllava_cookbook.cli']
 STATE = '''
 import json, logging, os, random, sys, warnings

@@ -4,6 +4,8 @@ from collections import Counter
 from pathlib import Path
 import pytest
 
+pytestmark = pytest.mark.takes(20)
+
 pytest.importorskip('tinyllava_cookbook')
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location('fuzz', ROOT/'tools/fuzz.py')

@@ -17,6 +17,8 @@ from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.model.hub import LAYOUTS, fetch_model, hub_id, in_cache, models, name_of_recipe
 from tinyllava_cookbook.train.recipes import recipe
 
+pytestmark = pytest.mark.takes(10)
+
 SHA = 'a'*40
 
 def etag(path): return hashlib.sha1(path.read_bytes()).hexdigest()

@@ -10,6 +10,8 @@ from tinyllava_cookbook.model.checkpoints import save
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.viz.attention import answer_attention, show_attention
 
+pytestmark = pytest.mark.takes(15)
+
 FAMILIES = dict(llama='llama', phi='phi', qwen2='chatml')
 
 @pytest.fixture(scope='module')

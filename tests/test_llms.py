@@ -17,6 +17,8 @@ from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.model.loss import supervised_loss
 from tinyllava_cookbook.model.vlm import VLMForConditionalGeneration
 
+pytestmark = pytest.mark.takes(18)
+
 logging.disable_progress_bar()
 FAMILIES = [*tiny_llms, 'openelm']
 ATTENTION = {'gemma2': ['eager']}   # its scores are capped, which sdpa cannot

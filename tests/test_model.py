@@ -11,6 +11,8 @@ from tinyllava_cookbook.core import IGNORE
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.processor import compose
 
+pytestmark = pytest.mark.takes(18)
+
 logging.disable_progress_bar()
 VISIONS,LLMS = ('clip', 'siglip'), ('llama', 'phi', 'qwen2')
 

@@ -9,6 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'tests/slurm'))
 import cluster
 
+pytestmark = pytest.mark.takes(65, waits=True)
+
 BARE = {k:v for k,v in os.environ.items() if not k.startswith(('SLURM', 'SBATCH', 'TINYLLAVA_PLUGINS', 'DS_ACCELERATOR'))} | dict(PYTHONPATH=str(ROOT))
 
 def python(code, cwd, **env):

@@ -10,7 +10,7 @@ from tinyllava_cookbook.model.adapters import restore
 from tinyllava_cookbook.model.checkpoints import load
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train import precision as P
-from tinyllava_cookbook.train import stage_trainer, stages as S
+from tinyllava_cookbook.train import one_stage, stage_trainer, stages as S
 from tinyllava_cookbook.train.recipes import Recipe, Stage
 from tinyllava_cookbook.train.tuning import apply_tune, learnable
 from safetensors.torch import load_file
@@ -113,12 +113,12 @@ def test_the_model_returns_to_the_gpu_or_stays_on_the_host():
     model = torch.nn.Linear(2, 2)
     trainer = SimpleNamespace(model=model, args=SimpleNamespace(device=torch.device('meta')), optimizer=1, lr_scheduler=1, freed=0)
     trainer.accelerator = SimpleNamespace(free_memory=lambda: setattr(trainer, 'freed', trainer.optimizer is None))
-    S.to_device(trainer)
+    one_stage.to_device(trainer)
     assert trainer.freed and model.weight.device.type == 'meta'
     trainer.model, there = torch.nn.Linear(2, 2), []
     def to(place):
         there.append(str(place))
         if place != 'cpu': raise torch.OutOfMemoryError
     trainer.model.to = to
-    S.to_device(trainer)
+    one_stage.to_device(trainer)
     assert there == ['meta', 'cpu']

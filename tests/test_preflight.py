@@ -12,6 +12,8 @@ from tinyllava_cookbook.data.preflight import FAULTS, count, preflight, report_d
 from tinyllava_cookbook.ingredients import tiny_tokenizer
 from tinyllava_cookbook.microworld import write_world
 
+pytestmark = pytest.mark.takes(18)
+
 def turn(who, text): return {'from': who, 'value': text}
 
 @pytest.fixture(scope='module', autouse=True)

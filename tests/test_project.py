@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import fresh
 
+pytestmark = pytest.mark.takes(35)
+
 ROOT = Path(__file__).resolve().parents[1]
 LIB = 'tinyllava_cookbook'
 sys.path.insert(0, str(ROOT/'tools'))

@@ -6,7 +6,7 @@ import pytest
 import fresh
 from PIL import Image
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.takes(350)]
 
 def tinyllava(*words):
     "One run of the command line, on one core: the other one belongs to the other worker of the tests"
@@ -26,7 +26,7 @@ def run(tmp_path_factory):
     assert r.returncode == 0, r.stderr[-3000:]
     return folder
 
-@pytest.mark.slow(seconds=300)
+@pytest.mark.slow
 def test_numbers(run):
     "Generalisation to held-out combinations, in every kind of question, and by looking"
     n = json.loads((run/'results.json').read_text())

@@ -12,6 +12,8 @@ from tinyllava_cookbook.train.stages import start_model, train_recipe
 from tinyllava_cookbook.train.tuning import learnable
 from tinyllava_cookbook.train.twin import tiny_twin
 
+pytestmark = pytest.mark.takes(45)
+
 logging.disable_progress_bar()
 NAMES = [*recipe_names(), 'train_llava:variant=use_lora', 'train_llava:variant=freeze_vision']
 

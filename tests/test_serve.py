@@ -13,6 +13,8 @@ from tinyllava_cookbook.infer.service import Service
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.processor import compose
 
+pytestmark = pytest.mark.takes(20)
+
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
     "A random model that tells pictures and questions apart"

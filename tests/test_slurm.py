@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'tests/slurm'))
 import cluster
 
+pytestmark = pytest.mark.takes(170, waits=True)
+
 SCRIPTS = [*jobs.names(), 'pipeline']
 BARE = {k:v for k,v in os.environ.items() if not k.startswith(('SLURM', 'SBATCH'))}
 

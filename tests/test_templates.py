@@ -9,6 +9,8 @@ from tinyllava_cookbook.core import IGNORE
 from tinyllava_cookbook.data.masks import show_mask
 from tinyllava_cookbook.data.templates import chat_template, read_messages, templates
 
+pytestmark = pytest.mark.takes(45)
+
 IMAGE = -200
 OWN = [o for o in templates if o != 'hf']
 TOKENIZERS = ('bpe_phi bpe_qwen2_base bpe_qwen2_instruct bpe_stablelm real_gpt2_phi real_llama2_legacy real_llama2_nonlegacy '

@@ -18,6 +18,8 @@ from tinyllava_cookbook.train.data import stage_dataset
 from tinyllava_cookbook.train.trainer import training_args
 from tinyllava_cookbook.train.tuning import apply_tune, learnable, param_groups, reachable
 
+pytestmark = pytest.mark.takes(25)
+
 logging.disable_progress_bar()
 FAMILIES = 'clip', 'siglip', 'dinov2', 'llama', 'phi', 'qwen2'
 COLORS = 'red', 'green', 'blue', 'yellow'

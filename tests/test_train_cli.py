@@ -1,6 +1,7 @@
 "Training from a shell: every option reaches the trainer, a dry run tells the truth, DeepSpeed reads our configuration."
 import importlib.machinery, json, shlex, sys
 import pytest
+from common import run
 
 torch = pytest.importorskip('torch')
 from transformers import TrainerCallback
@@ -13,12 +14,7 @@ from tinyllava_cookbook.microworld import write_world
 from tinyllava_cookbook.train import stages
 from tinyllava_cookbook.train.recipes import batch_sizes, recipe, recipes
 
-def run(capsys, *argv):
-    "Exit code, output, errors"
-    try: code = cli.main([str(o) for o in argv])
-    except SystemExit as e: code = e.code
-    out = capsys.readouterr()
-    return code, out.out, out.err
+pytestmark = pytest.mark.takes(14)
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):

@@ -12,6 +12,8 @@ from tinyllava_cookbook.model.checkpoints import load, save
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.model.vlm import VLMConfig, VLMForConditionalGeneration
 
+pytestmark = pytest.mark.takes(45)
+
 logging.disable_progress_bar()
 SMALL = dict(resampler=dict(n_queries=3, depth=1), qformer=dict(n_queries=3, depth=2, d=24, heads=2, d_ff=48))
 

@@ -3,6 +3,8 @@ import json, random
 import pytest
 from tinyllava_cookbook.train import run_log as L
 
+pytestmark = pytest.mark.takes(13)
+
 def lines(*rows): return ''.join(map(L.json_line, rows))
 def begin(step, most=20, **more): return dict(step=step, event='begin', max_steps=most, **more)
 def steps(first, last, scale=1.): return [dict(step=i, loss=scale*i) for i in range(first, last+1)]

@@ -4,12 +4,14 @@
 Usage: python tools/bench.py [--only NAME ...] [--runs 3] [--growth 16000] [--out FILE] [--json] [--tiny]
 
 CPU seconds of one thread, so that other work on the machine matters little; ours and the baseline take turns. A row has
-the median of both, their ratio and its spread over the runs. Growth: CPU seconds at sizes that double twice, and the
-slope of their logarithms: 1 is a cost in proportion. The baseline pads batches in random order, computes the attention
+the median of both, the median of the ratios of neighbours and their spread over the runs; rows of less than a second
+are run more often. Training is measured as it goes on, not as it starts: a batch goes before the clock on both sides,
+and as in a stage, ours keeps the memory that a step frees; the baseline has the allocator as it comes. Growth: median CPU
+seconds at sizes that quadruple, and the slope of their logarithms: 1 is a cost in proportion. The baseline pads batches in random order, computes the attention
 and the logits of all positions and all layers of the vision tower, prepares samples as TinyLLaVA Factory does, and answers
 each question by itself. Machine: rates of one thread, and what single kernels reach; ledger: a step by its parts. `--tiny` runs the same code in seconds. With --json, one JSON object is all of standard output.
 """
-import argparse, json, math, os, statistics, subprocess, sys, tempfile, time
+import argparse, gc, json, math, os, statistics, subprocess, sys, tempfile, time
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -37,15 +39,21 @@ def cpu_seconds(work):
     work()
     return time.process_time() - start
 
-def compare(name, ours, plain, runs, least=None):
-    "A row: both in turns, and how many times faster ours is"
-    ours(), plain()   # what is built once is not counted
-    pairs = [(cpu_seconds(ours), cpu_seconds(plain)) for _ in range(runs)]
+def as_row(name, pairs, least=None):
+    "A row of pairs of seconds, ours and plain, each measured one after the other"
     ratios = [b/a for a,b in pairs]
     row = dict(name=name, ours=statistics.median(a for a,_ in pairs), plain=statistics.median(b for _,b in pairs),
                ratio=statistics.median(ratios), spread=[min(ratios), max(ratios)], least=least)
-    say(f"{name:42}{row['ours']:9.3f} s  {row['plain']:9.3f} s  {row['ratio']:6.2f}x  ({min(ratios):.2f} to {max(ratios):.2f})")
+    say(f"{name:46}{row['ours']:9.3f} s  {row['plain']:9.3f} s  {row['ratio']:6.2f}x  ({min(ratios):.2f} to {max(ratios):.2f})")
     return row
+
+def compare(name, ours, plain, runs, least=None, warm=None):
+    "A row: both in turns, and how many times faster ours is; quick ones run more often"
+    for work in warm or (ours, plain): work()   # what is built once is not counted
+    pairs, start = [], time.process_time()
+    while len(pairs) < runs or runs > 1 and len(pairs) < 5*runs and time.process_time() - start < 3:
+        pairs.append((cpu_seconds(ours), cpu_seconds(plain)))
+    return as_row(name, pairs, least)
 
 def say(text): print(text, file=sys.stderr, flush=True)
 
@@ -89,10 +97,9 @@ def padded_batches(samples, size=8):
 
 def train_ours(model, batches):
     "Forward and backward, as a stage does"
-    from tinyllava_cookbook.allocator import keep_freed_memory
     from tinyllava_cookbook.model.packed_attention import row_attention
     model.zero_grad(set_to_none=True)
-    with row_attention(model.language_model), keep_freed_memory():
+    with row_attention(model.language_model):
         for batch in batches: model(**batch).loss.backward()
 
 def train_plain(model, batches):
@@ -121,29 +128,42 @@ def set_trainable(model, parts):
     for name,p in model.named_parameters(): p.requires_grad_(any(name.startswith(names[o]) for o in parts))
     model.train()
 
+def training_seconds(model, packs, padded, in_half=None):
+    "CPU seconds of a pass over all samples, by the tokens of a row; a batch goes before the clock on both sides"
+    from tinyllava_cookbook.allocator import keep_freed_memory
+    with keep_freed_memory():
+        train_ours(model, packs[max(packs)][:1])
+        found = {b: cpu_seconds(partial(train_ours, model, rows)) for b,rows in packs.items()}
+        if in_half: found['bf16'] = cpu_seconds(lambda: in_bf16(partial(train_ours, model, packs[in_half])))
+    train_plain(model, padded[:1])
+    return found | dict(plain=cpu_seconds(partial(train_plain, model, padded)))
+
+def memory_row(stage, model, packs, padded):
+    "Most bytes that are alive beside the weights"
+    from tinyllava_cookbook.train.memory import LiveMemory
+    peaks = []
+    for work in (partial(train_ours, model, packs), partial(train_plain, model, padded)):
+        with LiveMemory(*model.parameters(), *model.buffers()) as live: work()
+        peaks.append(live.peak - sum(p.nbytes for p in model.parameters()))
+    row = dict(name=f'{stage}, bytes beside the weights, two batches', ours=peaks[0], plain=peaks[1], ratio=peaks[1]/peaks[0], spread=None, least=None)
+    say(f"{row['name']:46}{peaks[0]/2**20:8.0f} MB {peaks[1]/2**20:9.0f} MB  {row['ratio']:6.2f}x")
+    return row
+
 def bench_training(root, a):
     "Both stages at several row budgets, a long row against short ones, peak memory"
-    from tinyllava_cookbook.train.memory import LiveMemory
     model,_ = compose_model(root, a.tiny)
     samples, rows = mix(model, 12 if a.tiny else 72), []
     budgets = (2048, 4096) if a.tiny else (2048, 4096, 16384)
     packs, padded = {b: packed_batches(samples, b) for b in budgets}, padded_batches(samples)
     for stage,parts in dict(zip(('stage 1', 'stage 2'), (['connector'], ['connector', 'llm', 'head']))).items():
         set_trainable(model, parts)
-        for b in budgets:
-            work = partial(train_ours, model, packs[b]), partial(train_plain, model, padded)
-            rows.append(compare(f'{stage}, rows of {b}', *work, a.runs, 2.75))
+        runs = [training_seconds(model, packs, padded, 4096 if stage == 'stage 2' else None) for _ in range(a.runs)]
+        def row(name, ours, plain, least=None): rows.append(as_row(name, [(run[ours], run[plain]) for run in runs], least))
+        for b in budgets: row(f'{stage}, rows of {b}', b, 'plain', 2.75)
         if stage == 'stage 2':
-            work = partial(train_ours, model, packs[4096])
-            rows.append(compare('stage 2, rows of 4096: bf16 against float32', partial(in_bf16, work), work, a.runs))
-            long, short = partial(train_ours, model, packs[budgets[-1]]), partial(train_ours, model, packs[budgets[0]])
-            rows.append(compare(f'a long row: {budgets[-1]} against {budgets[0]}', long, short, a.runs, 1/1.1))
-        peaks = []
-        for work in (partial(train_ours, model, packs[2048][:2]), partial(train_plain, model, padded[:2])):
-            with LiveMemory(*model.parameters(), *model.buffers()) as live: work()
-            peaks.append(live.peak - sum(p.nbytes for p in model.parameters()))
-        rows.append(dict(name=f'{stage}, bytes beside the weights, two batches', ours=peaks[0], plain=peaks[1], ratio=peaks[1]/peaks[0], spread=None, least=None))
-        say(f"{rows[-1]['name']:42}{peaks[0]/2**20:7.0f} MB {peaks[1]/2**20:9.0f} MB  {rows[-1]['ratio']:6.2f}x")
+            row('stage 2, rows of 4096: bf16 against float32', 'bf16', 4096)
+            row(f'a long row: {budgets[-1]} against {budgets[0]}', budgets[-1], budgets[0], 1/1.1)
+        rows.append(memory_row(stage, model, packs[2048][:2], padded[:2]))
     return rows
 
 def bench_attention(root, a):
@@ -267,7 +287,7 @@ def bench_machine(root, a):
         seconds = best_seconds(work)
         limit = max(operations/flops, moved/rate)
         rows.append(dict(name=name, seconds=seconds, flops=operations, bytes=moved, reached=limit/seconds))
-        say(f"{name:42}{1000*seconds:9.3f} ms  {operations/seconds/1e9:7.1f} GFLOP/s  {limit/seconds:7.1%} of the limit")
+        say(f"{name:46}{1000*seconds:9.3f} ms  {operations/seconds/1e9:7.1f} GFLOP/s  {limit/seconds:7.1%} of the limit")
     return rows
 
 def ledger(model, batches, runs=2):
@@ -336,7 +356,8 @@ def bench_answers(root, a):
         ask = partial(answer_ids, model, processor, max_new_tokens=new)
         def together(): return ask(prompts, pictures)
         def one_by_one(): return [ask([p], [o]) for p,o in zip(prompts, pictures)]
-        return compare(f'answers of {new} tokens, batch 16 against 1', together, one_by_one, a.runs, 8)
+        warm = [lambda: ask(prompts[:2], pictures[:2], max_new_tokens=2)]*2   # a whole round would take as long as a run
+        return compare(f'answers of {new} tokens, batch 16 against 1', together, one_by_one, a.runs, 8, warm)
     # reading the prompts is bound by arithmetic, in a batch or not; writing the answers by memory
     rows = [row_of(new) for new in ((2, 4) if a.tiny else (16, 64))]
     ten = partial(answer_ids, model, processor, max_new_tokens=2)
@@ -387,14 +408,22 @@ def growth_works(root):
         return lambda: plan_packs(sizes, 4096, seed=n)
     return {'index': index, 'plan': plan, 'check --fix, 10 % faults': check, 'score': score, 'resume': resume}
 
+def steady_seconds(prepare, n, runs):
+    "Median CPU seconds at a size; each run has a size of its own, by one, as some results are kept"
+    works = [prepare(n + k) for k in range(runs)]
+    gc.collect()
+    gc.freeze()   # else a collection of all that the libraries hold falls on some sizes and not on others
+    try: return statistics.median(map(cpu_seconds, works))
+    finally: gc.unfreeze()
+
 def bench_growth(root, a):
     "CPU seconds by the number of samples"
     sizes, rows = [a.growth//16, a.growth//4, a.growth], []
     for name,prepare in growth_works(root).items():
         prepare(48)()   # what is built once is not counted
-        seconds = [cpu_seconds(prepare(n)) for n in sizes]
+        seconds = [steady_seconds(prepare, n, a.runs) for n in sizes]
         rows.append(dict(name=name, sizes=sizes, seconds=seconds, slope=slope(sizes, seconds)))
-        say(f"{name:42}" + ''.join(f'{n:>9,}: {s:.3f} s' for n,s in zip(sizes, seconds)) + f"   slope {rows[-1]['slope']:.2f}")
+        say(f"{name:46}" + ''.join(f'{n:>9,}: {s:.3f} s' for n,s in zip(sizes, seconds)) + f"   slope {rows[-1]['slope']:.2f}")
     return rows
 
 # ------------------------------------------------------------------------------------------------ all

@@ -10,6 +10,7 @@ CONF = '''
 ClusterName=cookbook
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
+FirstJobId={first}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -49,6 +50,13 @@ def free_ports(n):
     for o in held: o.close()
     return ports
 
+def claim_numbers():
+    "A socket and the first of 200 numbers for jobs: their ranks meet at port 10000 + number, so two clusters must not count alike"
+    for first in range(0, 20_000, 200):
+        try: return socket.create_server(('127.0.0.1', 10_000 + first)), first + 1
+        except OSError: pass   # of another cluster, or taken
+    raise RuntimeError('no 200 ports in a row from 10000 to 30000 are free')
+
 class Cluster:
     "Two nodes of 64 pretended cores and 8 pretended GPUs each"
     def __init__(self):
@@ -56,7 +64,7 @@ class Cluster:
         self.home.chmod(0o755)
         self.env = {k:v for k,v in os.environ.items() if not k.startswith(('SLURM', 'SBATCH'))}
         self.env |= dict(SLURM_CONF=str(self.home/'slurm.conf'), PATH=PATH)
-        self.daemons = []
+        self.daemons, self.claim = [], None
 
     def __enter__(self):
         try:
@@ -72,7 +80,8 @@ class Cluster:
         (self.home/'munge/key').write_bytes(os.urandom(128))
         (self.home/'munge/key').chmod(0o600)
         host = socket.gethostname().split('.')[0]
-        conf = CONF.format(home=self.home, host=host, nodes=NODES, user=getpass.getuser(), ports=free_ports(3))
+        self.claim, first = claim_numbers()
+        conf = CONF.format(home=self.home, host=host, first=first, nodes=NODES, user=getpass.getuser(), ports=free_ports(3))
         (self.home/'slurm.conf').write_text(conf)
         for i in range(8): (self.home/f'gpu{i}').touch()
         (self.home/'gres.conf').write_text(f'Name=gpu File={self.home}/gpu[0-7]\n')
@@ -129,4 +138,5 @@ class Cluster:
         for o in reversed(self.daemons):
             try: o.wait(10)
             except subprocess.TimeoutExpired: o.kill()
+        if self.claim: self.claim.close()
         shutil.rmtree(self.home, ignore_errors=True)

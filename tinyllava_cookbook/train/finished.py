@@ -22,7 +22,7 @@ from .data import replaced_samples
 from .identity import data_identity
 from .plan import check_same_plan, run_plan
 from .precision import give_back, unrounded_state
-from .recipes import Recipe
+from .recipes import Recipe, Stage
 from .run_log import log_row
 from .start import start_identity
 from .trainer import DONE, StopSignal
@@ -172,16 +172,16 @@ def finished_result(
     out:Path,       # Folder of the run
     number:int,     # Of the stage, from 0
     start,          # Folder of a model that it is to start from instead; `None`: as the recipe says
+    stage:Stage,    # Complete, as `Recipe.stage` gives it
     rows,           # What it is to be trained on, from `stage_rows`
     accept=(),      # What may differ: some of `ACCEPT`
 ) -> StageResult|None: # `None` for a stage that is not over
     "The result of a stage that is over; an error where another run left it"
-    name = recipe.stages[number].name
-    found = _read_record(out/name)
+    found = _read_record(out/stage.name)
     if found is None: return None
     was,result = found
     more = data_identity(rows) | dict(seed=recipe.seed)
     origin = start_identity(recipe, out, number, start)
     if origin: more['start'] = origin
-    check_same_plan(was, run_plan(recipe.stage(name), **more), out/name, accept)
+    check_same_plan(was, run_plan(stage, **more), out/stage.name, accept)
     return result

@@ -286,7 +286,7 @@ def measured_peak(
     **kwargs,            # For `train_stage`, e.g. `parallel`
 ) -> dict:               # 'bytes', 'reserved' by the allocator, 'batches' (a `MicroBatch` each), 'result'
     "The most memory that training really held, and the shapes of its micro-batches"
-    from tinyllava_cookbook.train.stages import train_stage
+    from tinyllava_cookbook.train.one_stage import train_stage
     batches,watch = [], _peak_watch()
     def note(module, args, kwargs):
         by_sample = module.language_model.config._attn_implementation == PACKED

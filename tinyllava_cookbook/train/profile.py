@@ -22,7 +22,7 @@ from ..core import pick_device, write_json
 from ..model import features, vlm
 from .recipes import Recipe
 from .recipes import recipe as find_recipe
-from .stages import train_stage
+from .one_stage import train_stage
 from .start import start_model
 
 # %% ../../nbs/37_train.profile.ipynb #b3da560d

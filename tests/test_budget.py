@@ -5,7 +5,7 @@ import fresh
 
 torch = pytest.importorskip('torch')
 from torch import nn
-from tinyllava_cookbook import cli
+from common import run
 from tinyllava_cookbook.ingredients import tiny_checkpoint, tiny_llms
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.model.vlm import VLMConfig, VLMForConditionalGeneration
@@ -307,12 +307,6 @@ def test_bench_gpu_takes_each_optimisation_away(bench_gpu, tmp_path):
     assert {o for _, _, o in bench_gpu.TRAINING.values()} == {'', 'held', 'chunks', 'bytes', 'cache', 'zero2'}
 
 # ---------------------------------------------------------------------------------------------------- command
-
-def run(capsys, *argv):
-    "Exit code, output, errors"
-    try: code = cli.main([str(o) for o in argv])
-    except SystemExit as e: code = e.code
-    return code, *capsys.readouterr()
 
 def test_command(capsys):
     code, out, err = run(capsys, 'budget', 'tinyllava_base', '--gpus', '4xA100-40G', '--parallel', 'zero2', '--json', '--price', 1)

@@ -114,7 +114,7 @@ def test_answer_and_score_keeps_order_and_answers(world, monkeypatch):
     "With a stand-in for the model: what is asked, what is kept, and that blind asks the same"
     from tinyllava_cookbook.eval import run as R
     asked = []
-    def answer_batch(model, processor, items, max_new_tokens, blind):
+    def answer_batch(model, processor, items, max_new_tokens, blind, slots):
         asked.append(([o.prompt for o in items], [o.images for o in items], blind))
         said = dict(q0='Red.', q1='3', q2='red')
         return [said[o.id] if not blind else 'no idea' for o in items]

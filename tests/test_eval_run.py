@@ -5,6 +5,7 @@ import pytest
 import fresh
 from tinyllava_cookbook.eval import run as R
 from tinyllava_cookbook.eval.benchmarks import BENCHES, Item, load_benchmark
+from tinyllava_cookbook.infer.decoding import SlotDecoder
 from tinyllava_cookbook.microbench import write_benchmarks
 
 @pytest.fixture(scope='module')
@@ -52,7 +53,7 @@ def test_killed_in_the_middle(world, ask, tmp_path):
     "SIGKILL, twice, once more with a torn line; the files are those of a run that nobody killed"
     ask('whole', ('gqa', 'mme'), batch_size=2)
     out, shard = tmp_path/'killed', tmp_path/'killed'/'gqa'/'rank-0.jsonl'
-    for upto in (3, 8):
+    for upto in (3, 12):
         p = start(world, out, .1)
         while len(lines(shard)) < upto and p.poll() is None: time.sleep(.01)
         p.send_signal(signal.SIGKILL)
@@ -92,6 +93,25 @@ def test_batch_sixteen_equals_batch_one(ask, tmp_path, name):
     many, one = ask('many', (name,), batch_size=16, max_new_tokens=5), ask('one', (name,), batch_size=1, max_new_tokens=5)
     assert lines(tmp_path/'many'/name/'answers.jsonl') == lines(tmp_path/'one'/name/'answers.jsonl')
     assert type(many[name]) is type(one[name])
+
+def test_rounds_fill_the_slots_that_finished_answers_leave(world, tmp_path, monkeypatch):
+    "Answers of 1 to 9 tokens: those of one at a time, in fewer steps than batch by batch"
+    root, model, processor = world
+    items, steps, step, run = load_benchmark('gqa', root/'data'), [], SlotDecoder.step, SlotDecoder.run
+    def until(row, feed):
+        left = iter(range(sum(row.ids) % 9, -1, -1))
+        return lambda token: feed(token) or not next(left)
+    def short(decoder, rows):
+        for row in rows: row.feed = until(row, row.feed)
+        run(decoder, rows)
+    monkeypatch.setattr(SlotDecoder, 'run', short)
+    monkeypatch.setattr(SlotDecoder, 'step', lambda decoder: (steps.append(1), step(decoder)))
+    def ask(size, most):
+        monkeypatch.setattr(R, 'ROUND', most)
+        path = R.answer_items(model, processor, items, tmp_path/f'{size} {most}', batch_size=size, max_new_tokens=9, progress=False)
+        return path.read_bytes(), len(steps), steps.clear()
+    alone, by_batch, by_round = ask(1, 1), ask(3, 1), ask(3, 4)
+    assert alone[0] == by_batch[0] == by_round[0] and by_round[1] < .9*by_batch[1] < by_batch[1] < alone[1]
 
 def test_all_ten_and_their_files(ask, tmp_path, world):
     results = ask('all', BENCHES.names(), max_new_tokens=2)

@@ -21,6 +21,7 @@ from ..model.adapters import (adapted, add_adapters, is_quantized,
     n_weights, need_bitsandbytes, plain_name, quantize)
 from ..model.features import blank_image, image_features
 from .recipes import ADAPTERS, PARTS, Stage, Table, Tune
+from ..weights import settings_of
 
 # %% ../../nbs/31_train.tuning.ipynb #122f0ee2
 PART_MODULES = dict(   # Part to the names of its modules, the one with the layers first
@@ -78,14 +79,11 @@ def _unreached(model):
     return {f'model.{name}' for name,grad in zip(names, grads) if grad is None}
 
 # %% ../../nbs/31_train.tuning.ipynb #b15a47e5
-# Of a configuration, what says nothing of the layers
-_ASIDE = {'_name_or_path', 'architectures', 'dtype', 'use_cache'}
-
 def _structure(config):
     "A configuration as text, the same wherever the model is from"
     if not isinstance(config, dict): return str(config)
-    kept = sorted(config.keys() - _ASIDE, key=str)
-    return str([(name, _structure(config[name])) for name in kept])
+    kept = settings_of(config, 'dtype', 'use_cache')   # which say nothing of the layers
+    return str([(name, _structure(kept[name])) for name in sorted(kept, key=str)])
 
 _reached = {}   # By structure and names: many ask, and the answer takes a second
 

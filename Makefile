@@ -34,7 +34,7 @@ test: ## every check: pip, clean and exported tree, lint, notebooks, pytest
 	$(BIN)/python -m pip check
 	$(BIN)/python tools/tree.py
 	$(BIN)/python tools/nb_lint.py nbs
-	$(BIN)/nbdev_test --do_print --timing --n_workers 2
+	$(BIN)/python tools/notebooks.py --do_print --timing --n_workers 2
 	$(BIN)/python -m pytest -q $(LANES) tests
 
 check: ## the inner loop, under 3 minutes: tree, lint, changed notebooks, fast tests

@@ -7,6 +7,7 @@ __all__ = ['SIDE', 'SHAPES', 'COLORS', 'SIZES', 'PLACES', 'WORDS', 'SPLITS', 'Ob
            'sample_scene', 'draw', 'at', 'an', 'phrase', 'caption', 'describe', 'scene_text', 'scene_nats']
 
 # %% ../nbs/01_microscene.ipynb #b62b18de
+import functools
 import math
 import random
 from dataclasses import dataclass
@@ -130,12 +131,14 @@ def _paint_object(d:ImageDraw.ImageDraw, o:Obj, rng:random.Random, scale:int) ->
         d.rectangle([x-.34*r, y-r, x+.34*r, y+r], fill=fill)
 
 # %% ../nbs/01_microscene.ipynb #e3330aae
+# Reading the font takes longer than writing the word
+_font = functools.cache(ImageFont.load_default)
+
 def _paint_word(d:ImageDraw.ImageDraw, scene:Scene, rng:random.Random, scale:int) -> None:
     "Write the scene's word"
     row, col = divmod(PLACES.index(scene.word_place), 3)
     x, y = ((index+.5)*SIDE/3*scale + rng.uniform(-1,1) for index in (col, row))
-    font = ImageFont.load_default(size=10*scale)
-    d.text((x, y), scene.word, fill=(20,20,20), font=font, anchor='mm')
+    d.text((x, y), scene.word, fill=(20,20,20), font=_font(10*scale), anchor='mm')
 
 # %% ../nbs/01_microscene.ipynb #1c82d52f
 def _paint_stroke(d:ImageDraw.ImageDraw, rng:random.Random, scale:int) -> None:

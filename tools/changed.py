@@ -34,7 +34,6 @@ def main(argv=None):
     print('changed notebooks:', ' '.join(o.name for o in found) or 'none')
     if a.list or not found: return 0
     names = '|'.join(re.escape(o.name) for o in found)
-    test = Path(sys.executable).parent/'nbdev_test'
-    return subprocess.run([test, '--do_print', '--timing', '--n_workers', '2', '--file_re', f'^({names})$'], cwd=ROOT).returncode
+    return subprocess.run([sys.executable, 'tools/notebooks.py', '--do_print', '--timing', '--n_workers', '2', '--file_re', f'^({names})$'], cwd=ROOT).returncode
 
 if __name__ == '__main__': sys.exit(main())

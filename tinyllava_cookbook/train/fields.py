@@ -6,7 +6,7 @@
 __all__ = ['check', 'check_names', 'field_kinds', 'check_types', 'check_folder_name', 'from_fields']
 
 # %% ../../nbs/29_train.fields.ipynb #24610844
-import copy, dataclasses, difflib, os, types, typing
+import copy, dataclasses, difflib, functools, os, types, typing
 
 # %% ../../nbs/29_train.fields.ipynb #62392694
 def check(
@@ -24,10 +24,11 @@ def check_names(
 ):
     "Refuse a name that is not among those allowed; the message lists them and the nearest"
     for name in given:
+        if name in allowed: continue
         near = difflib.get_close_matches(str(name), allowed, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ''
-        check(name in allowed,
-              f"no {what} {name!r}; choose from {sorted(allowed)}{hint}")
+        raise ValueError(
+            f"no {what} {name!r}; choose from {sorted(allowed)}{hint}")
 
 # %% ../../nbs/29_train.fields.ipynb #514beb80
 _MOST = 10**9   # Largest whole number that a field takes: more than there are samples, and small enough to count with
@@ -53,12 +54,14 @@ def field_kinds(
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 # %% ../../nbs/29_train.fields.ipynb #bdc37f52
+_hints_of = functools.cache(typing.get_type_hints)
+
 def check_types(
     instance,  # Of a dataclass
     what:str,  # What it is, for the message
 ):
     "Refuse values of another type than their field says"
-    for name,hint in typing.get_type_hints(type(instance)).items():
+    for name,hint in _hints_of(type(instance)).items():
         kinds = field_kinds(hint)
         if any(map(typing.get_origin, kinds)):
             continue   # lists of names are looked at by whoever takes them

@@ -62,6 +62,15 @@ def _runs(rows, first):
         yield row, slice(first, last)
         first = last
 
+def _put(span, buffer_bhtd, new_bhtd):
+    "Write the tokens of a pass"
+    if span.even:
+        buffer_bhtd[span.rows, :, span.before[0]:span.width] = new_bhtd
+        return
+    # a model may be spread over devices
+    rows_b1, columns_bt = (o.to(new_bhtd.device) for o in span.places)
+    buffer_bhtd[rows_b1, :, columns_bt] = new_bhtd.transpose(1, 2)
+
 # %% ../../nbs/39_infer.decoding.ipynb #b25e721c
 GROWTH = 1.5   # A full buffer becomes so many times as long
 
@@ -84,19 +93,9 @@ class SlotLayer(CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized: self.lazy_initialization(key_states, value_states)
         span = self.cache.span
-        self.put(self.keys, key_states)
-        self.put(self.values, value_states)
+        _put(span, self.keys, key_states)
+        _put(span, self.values, value_states)
         return self.keys[span.rows, :, :span.width], self.values[span.rows, :, :span.width]
-
-    def put(self, buffer_bhtd, new_bhtd):
-        "Write the tokens of a pass"
-        span = self.cache.span
-        if span.even:
-            buffer_bhtd[span.rows, :, span.before[0]:span.width] = new_bhtd
-            return
-        # a model may be spread over devices
-        rows_b1, columns_bt = (o.to(new_bhtd.device) for o in span.places)
-        buffer_bhtd[rows_b1, :, columns_bt] = new_bhtd.transpose(1, 2)
 
     def copy(self, source, rows, first, length):
         "The beginnings of a layer's rows, into those from `first` on"

@@ -99,7 +99,7 @@ def _pixels(encoder, sources) -> dict:
     images = [load_image(o, max_aspect=sample_aspect()) for o in sources]
     how = prepare_bytes if encoder.as_bytes else prepare
     tiles = [how(o, encoder.image_processor, encoder.image_mode)[0] for o in images]
-    out = dict(pixel_values=torch.cat(tiles))
+    out = dict(pixel_values=tiles[0] if len(tiles) == 1 else torch.cat(tiles))
     if encoder.patch_grid:
         out['image_sizes'] = torch.tensor([o.size[::-1] for o in images])
     return out

@@ -239,7 +239,8 @@ def _tiles(image, processor, mode) -> tuple:
     if not isinstance(image, Image.Image):
         raise TypeError(
             f"prepare needs a PIL image, not {type(image).__name__}; call load_image first")
-    seen = IMAGE_MODES[mode](image.convert('RGB'), processor)
+    if image.mode != 'RGB': image = image.convert('RGB')   # which would copy
+    seen = IMAGE_MODES[mode](image, processor)
     return ([seen], (1, 1)) if isinstance(seen, Image.Image) else seen
 
 # %% ../../nbs/10_data.images.ipynb #46c1d06e

@@ -1,5 +1,6 @@
 "Any conversation, any template, any tokenizer: what is learned, the same in Jinja, words that look like control tokens."
 import copy, pickle, unicodedata, warnings
+from functools import wraps
 from itertools import groupby
 import pytest
 
@@ -80,24 +81,23 @@ def conversations(draw, opening=True):
     return out[:-1] if draw(st.integers(0, 9)) == 9 else out
 
 _drawn = {}
-def drawn(n, strategies):
-    "`n` examples, the same ones each time; drawn once for all tokenizers, as to draw them takes as long as to check them"
-    key = n, *((name, repr(o)) for name,o in strategies.items())
-    if key not in _drawn:
-        found = _drawn[key] = []
+def drawn(n, strategies, check):
+    "`n` examples, chosen by the words of the check; drawn once for all tokenizers, as to draw them takes as long as to check them"
+    if check.__code__ not in _drawn:
+        found = _drawn[check.__code__] = []
         quiet = settings(max_examples=n, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-        quiet(given(**strategies)(lambda **example: found.append(example)))()
+        quiet(given(**strategies)(wraps(check)(lambda **example: found.append(example))))()
         assert len(found) >= n
-    return _drawn[key]
+    return _drawn[check.__code__]
 
 def any_of(n, **strategies):
-    "A check of `n` examples; what fails says of which"
+    "A check of `n` examples, the same ones each time; what fails says of which"
     def of(check):
         def each():
-            for example in drawn(n, strategies):
+            for example in drawn(n, strategies, check):
                 try: check(**copy.deepcopy(example))
-                except BaseException as e:
-                    e.add_note(f'with {example}') if hasattr(e, 'add_note') else print('with', example)
+                except BaseException:
+                    print('with', example)
                     raise
         return each
     return of

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BATCH', 'STEPS', 'MOST', 'RATES', 'WIDTH', 'LAYERS', 'SCENES', 'TEST_SCENES', 'PROXIES', 'published_steps',
            'proxy_steps', 'trained_kind', 'rate_factor', 'Size', 'published_size', 'proxy_tune', 'proxy_data',
-           'kept_world', 'stage_file', 'square_mode', 'proxy_stage', 'proxy', 'stage_share', 'with_world']
+           'kept_data', 'stage_file', 'square_mode', 'proxy_stage', 'proxy', 'stage_share', 'with_world']
 
 # %% ../../nbs/69_recipes.proxy.ipynb #b46723f2
 import dataclasses
@@ -137,14 +137,14 @@ def _drawing_code():
     return xxh3_64(code + libraries.encode()).hexdigest()
 
 # %% ../../nbs/69_recipes.proxy.ipynb #82cac759
-def kept_world(
+def kept_data(
     seed:int,           # Of the training scenes
     scenes:int=SCENES,  # How many of them
-) -> Path:              # A training world; others read it, too
-    "The training world of `proxy_data` in the cache folder, drawn once by the same code"
+) -> tuple[Path,Path]:  # Folders of training and test; others read them, too
+    "The worlds of `proxy_data` in the cache folder, drawn once by the same code"
     code = _drawing_code()
     with cache_lock(f'world-{code}-{seed}-{scenes}'):
-        return proxy_data(cache_dir('worlds', code), seed, scenes)[0]
+        return proxy_data(cache_dir('worlds', code), seed, scenes)
 
 # %% ../../nbs/69_recipes.proxy.ipynb #605130da
 def stage_file(

@@ -29,7 +29,7 @@ from ..eval.benchmarks import load_pope, load_questions
 from ..eval.run import answer_and_score
 from ..microworld import ASK
 from .measure import summary, test_micro, yes_probabilities
-from .proxy import PROXIES, SCENES, TEST_SCENES, kept_world, proxy, proxy_data, with_world
+from .proxy import PROXIES, SCENES, TEST_SCENES, kept_data, proxy, proxy_data, with_world
 from .results import LOOKED
 from .variants import shipped_parts, with_parts
 from ..train.recipes import Recipe, from_dict, to_dict
@@ -283,7 +283,7 @@ def first_steps(
     "Begin the first run of a setting once more"
     run = results['settings'][setting][0]
     r = with_parts(from_dict(run['recipe']), Path(folder)/'parts')
-    train = kept_world(run['seed'], scenes)
+    train,_ = kept_data(run['seed'], scenes)
     name = r.stages[0].name
     short = [StopAfter(steps)]
     _,_,found = train_recipe(with_world(r, train), Path(folder)/'first', stages=[name],

@@ -2,6 +2,7 @@
 import json, random, re, shutil
 from pathlib import Path
 import pytest
+from common import random_model, run
 from PIL import Image
 from tinyllava_cookbook import cli
 from tinyllava_cookbook.core import read_json, write_json, write_lines
@@ -13,18 +14,11 @@ from tinyllava_cookbook.microbench import write_benchmarks
 
 pytestmark = pytest.mark.takes(20)
 
-def run(capsys, *argv):
-    code = cli.main([str(o) for o in argv])
-    return code, *capsys.readouterr()
-
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
     "A tiny random model and twelve scenes in all ten formats"
-    from tinyllava_cookbook.ingredients import tiny_checkpoint
-    from tinyllava_cookbook.model.checkpoints import save
-    from tinyllava_cookbook.model.processor import compose
     root = tmp_path_factory.mktemp('attack')/'a möðel & more'
-    save(*compose(*(tiny_checkpoint(o, root/o) for o in ('siglip', 'llama'))), root/'model')
+    random_model(root, root/'model')
     write_benchmarks(root/'data', 12)
     return root
 

@@ -1,26 +1,17 @@
 "The command line as a user meets it."
 import json, os, resource, subprocess, sys, types
 import pytest
+from common import random_model, run
 from tinyllava_cookbook import cli
 from tinyllava_cookbook.commands.evaluation import question_items
-
-def run(capsys, *argv):
-    "Exit code, output, errors"
-    try: code = cli.main([str(o) for o in argv])
-    except SystemExit as e: code = e.code
-    out = capsys.readouterr()
-    return code, out.out, out.err
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
     "A tiny world and a random model, in a folder with spaces and accents"
-    from tinyllava_cookbook.ingredients import tiny_checkpoint
     from tinyllava_cookbook.microworld import write_world
-    from tinyllava_cookbook.model.checkpoints import save
-    from tinyllava_cookbook.model.processor import compose
     root = tmp_path_factory.mktemp('größe 1')
     write_world(root/'world', 3, split='test')
-    save(*compose(*(tiny_checkpoint(o, root/o) for o in ('siglip', 'llama'))), root/'my model')
+    random_model(root, root/'my model')
     return root
 
 def cpu_seconds(*argv):

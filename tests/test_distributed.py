@@ -3,9 +3,9 @@ import importlib.util, json, os, sys
 from pathlib import Path
 import pytest
 import fresh
+from common import color_data
 
 torch = pytest.importorskip('torch')
-from PIL import Image
 from safetensors.torch import load_file
 from transformers.utils import logging
 from tinyllava_cookbook.data.batches import EpochBatches
@@ -23,7 +23,6 @@ from tinyllava_cookbook.train.tuning import apply_tune
 
 logging.disable_progress_bar()
 pytestmark = [pytest.mark.slow, pytest.mark.takes(50, waits=True)]
-COLORS = 'red', 'green', 'blue', 'yellow'
 ZERO = ['zero1', 'zero2', 'zero3'] if importlib.util.find_spec('deepspeed') else []
 FULL = dict(name='ft', tune=dict(vision='full', connector='full', llm='full'), lr=1e-3, global_batch_size=4, warmup=0.,
             weight_decay=.1, trainer=dict(save_steps=2, eval_steps=2))
@@ -35,14 +34,8 @@ MIXED = FULL | dict(global_batch_size=2, epochs=2., trainer={})
 def base(tmp_path_factory):
     "Parts and 16 samples, answers of different lengths, every fourth without an image"
     d = tmp_path_factory.mktemp('two')
-    rows = []
-    for i in range(16):
-        Image.new('RGB', (40, 32), COLORS[i%4]).save(d/f'{i}.png')
-        ask,img = ('What color?', {}) if i%4 == 3 else ('<image>\nWhat color?', dict(image=f'{i}.png'))
-        said = ' and '.join([COLORS[i%4]]*(1 + i%3))
-        rows.append(dict(id=str(i), conversations=[{'from':'human', 'value':ask}, {'from':'gpt', 'value':said}], **img))
     return dict(vision=str(tiny_checkpoint('siglip', d/'siglip')), llm=str(tiny_checkpoint('llama', d/'llama')),
-                data=str(write_json(d/'data.json', rows))), d
+                data=color_data(d)), d
 
 @pytest.fixture(scope='module')
 def two(base):

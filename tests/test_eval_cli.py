@@ -1,23 +1,16 @@
 "The evaluation commands: eval with options, score, judge, submission."
 import http.server, json, re, threading
 import pytest
-from tinyllava_cookbook import cli
+from common import random_model, run
 from tinyllava_cookbook.core import read_json, write_json, write_lines
 from tinyllava_cookbook.eval.benchmarks import load_benchmark
-
-def run(capsys, *argv):
-    code = cli.main([str(o) for o in argv])
-    return code, *capsys.readouterr()
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
     "A tiny random model and four scenes in all ten formats"
-    from tinyllava_cookbook.ingredients import tiny_checkpoint
     from tinyllava_cookbook.microbench import write_benchmarks
-    from tinyllava_cookbook.model.checkpoints import save
-    from tinyllava_cookbook.model.processor import compose
     root = tmp_path_factory.mktemp('cli')/'a möðel & more'
-    save(*compose(*(tiny_checkpoint(o, root/o) for o in ('siglip', 'llama'))), root/'model')
+    random_model(root, root/'model')
     write_benchmarks(root/'data', 4)
     return root
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import pytest
 import torch
+from common import random_model
 from tinyllava_cookbook import microworld as mw
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -13,12 +14,8 @@ NAME = 'tinyllava_cookbook.eval.lmms'
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
     "A tiny random model in a folder"
-    from tinyllava_cookbook.ingredients import tiny_checkpoint
-    from tinyllava_cookbook.model.checkpoints import save
-    from tinyllava_cookbook.model.processor import compose
     root = tmp_path_factory.mktemp('lmms')
-    save(*compose(*(tiny_checkpoint(o, root/o) for o in ('siglip', 'llama'))), root/'model')
-    return root/'model'
+    return random_model(root, root/'model')
 
 @pytest.fixture(scope='module')
 def docs():

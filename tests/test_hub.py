@@ -7,6 +7,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from PIL import Image
+from transformers.utils import hub
 from test_convert import bench
 from tinyllava_cookbook import cli
 from tinyllava_cookbook.ingredients import tiny_checkpoint
@@ -16,8 +17,6 @@ from tinyllava_cookbook.model.foreign import readers
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.model.hub import LAYOUTS, fetch_model, hub_id, in_cache, models, name_of_recipe
 from tinyllava_cookbook.train.recipes import recipe
-
-pytestmark = pytest.mark.takes(10)
 
 SHA = 'a'*40
 
@@ -41,6 +40,8 @@ class Mirror(BaseHTTPRequestHandler):
             if path in (f'/api/models/{repo}', f'/api/models/{repo}/revision/main'):
                 facts = dict(id=repo, sha=SHA, siblings=[dict(rfilename=name) for name in names])
                 return self.reply(200, json.dumps(facts).encode(), Content_Type='application/json')
+            if path.startswith(f'/api/models/{repo}/tree/') and path.endswith('/additional_chat_templates'):
+                return self.reply(404, b'{}', X_Error_Code='EntryNotFound')
             if path.startswith(f'/api/models/{repo}/tree/'):
                 tree = [dict(type='file', path=name, size=o.stat().st_size, oid=etag(o)) for name,o in names.items()]
                 return self.reply(200, json.dumps(tree).encode(), Content_Type='application/json')
@@ -57,6 +58,7 @@ def mirror(monkeypatch, tmp_path):
     server = ThreadingHTTPServer(('127.0.0.1', 0), Mirror)
     server.repos, server.asked = {}, []
     monkeypatch.setattr(constants, 'ENDPOINT', f'http://127.0.0.1:{server.server_port}')
+    monkeypatch.setattr(hub, '_hf_api', None)     # the one of transformers keeps its address: it would ask a mirror that is gone, for 45 seconds
     monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', constants.ENDPOINT + '/{repo_id}/resolve/{revision}/{filename}')
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path/'cache'))
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)

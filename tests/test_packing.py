@@ -341,20 +341,34 @@ def test_packed_attention_with_padding_and_a_cache(make, family):
     close(same[keep], logits[keep])
     assert torch.equal(ids, again)
 
-def test_pairs_that_are_computed(monkeypatch):
-    "Twice the samples, twice the pairs; not four times"
-    seen, plain = [], torch.nn.functional.scaled_dot_product_attention
-    def counted(q, k, v, **kw):
-        seen.append(q.shape[2]*k.shape[2])
-        return plain(q, k, v, **kw)
-    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention', counted)
+def test_pairs_that_are_computed():
+    "Twice the samples, twice the pairs; not four times: counted where the kernels are called"
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class Counted(TorchDispatchMode):
+        pairs = 0
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if '_scaled_dot_product' in func.name(): self.pairs += len(args[0])*args[0].shape[2]*args[1].shape[2]
+            return func(*args, **(kwargs or {}))
     def pairs(n, **kw):
-        seen.clear()
         x = torch.randn(1, 2, 64*n, 8)
-        packed_attention.packed_attention(None, x, x, x, packed_attention.Blocks((64,)*n, **kw))
-        return sum(seen)
+        with Counted() as seen: packed_attention.packed_attention(None, x, x, x, packed_attention.Blocks((64,)*n, **kw))
+        return seen.pairs
     assert pairs(16) == 2*pairs(8) == 16*64*64
     assert pairs(16, window=8) == 2*pairs(8, window=8) <= 16*64*2*8
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
+def test_a_row_in_one_step_of_autograd_has_the_bits_of_each_sample(dtype):
+    "Runs of one length, single samples, a sample of one token: outputs and gradients to the last bit"
+    for lengths in ((33,)*4, (20, 20, 7, 300, 300, 20, 1, 1), (5,)):
+        x = torch.randn(3, 1, sum(lengths), 2, 16, dtype=dtype, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        q, k, v = x.transpose(2, 3)
+        assert packed_attention.takes_flash(q, k, v, packed_attention.Blocks(lengths))
+        row, _ = packed_attention.packed_attention(None, q, k, v, packed_attention.Blocks(lengths))
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        each = torch.cat([sdpa(*o, is_causal=True).transpose(1, 2) for o in zip(*(o.split(lengths, 2) for o in (q, k, v)))], 1)
+        assert torch.equal(row, each)
+        grads = [torch.autograd.grad(o.float().sin().sum(), x, retain_graph=True)[0] for o in (row, each)]
+        assert torch.equal(*grads) and bool(grads[0].abs().sum() > 0)
 
 def test_a_stage_chooses_its_attention(make, tmp_path, monkeypatch, capsys):
     "Packed rows by themselves, and as before afterwards; overridden; losses are the same"

@@ -2,9 +2,9 @@
 import os, random, shutil, signal, sys, time
 import pytest
 import fresh
+from common import color_data
 
 torch = pytest.importorskip('torch')
-from PIL import Image
 from safetensors.torch import load_file
 from transformers.utils import logging
 from tinyllava_cookbook.core import read_json, write_json
@@ -18,7 +18,6 @@ from tinyllava_cookbook.train.data import stage_dataset
 pytestmark = pytest.mark.takes(12)
 
 logging.disable_progress_bar()
-COLORS = 'red', 'green', 'blue', 'yellow'
 
 @pytest.fixture(scope='module')
 def job(tmp_path_factory):
@@ -27,14 +26,7 @@ def job(tmp_path_factory):
     parts = {o: str(tiny_checkpoint(o, d/o)) for o in ('siglip', 'llama')}
     dropout = read_json(d/'llama/config.json') | dict(attention_dropout=.2)   # so that random states matter
     write_json(d/'llama/config.json', dropout)
-    rows = []
-    for i in range(16):
-        Image.new('RGB', (40, 32), COLORS[i%4]).save(d/f'{i}.png')
-        ask,img = ('What color?', {}) if i%4 == 3 else ('<image>\nWhat color?', dict(image=f'{i}.png'))
-        said = ' and '.join([COLORS[i%4]]*(1 + i%3))
-        rows.append(dict(id=str(i), conversations=[{'from':'human', 'value':ask}, {'from':'gpt', 'value':said}], **img))
-    data = str(write_json(d/'data.json', rows))
-    common = dict(data=data, lr=1e-3, warmup=.1, max_length=256)
+    common = dict(data=color_data(d), lr=1e-3, warmup=.1, max_length=256)
     r = Recipe('job', parts['siglip'], parts['llama'], template='llama', stages=[
         Stage('pretrain', tune=dict(connector='full'), global_batch_size=8, max_steps=3, **common),
         Stage('finetune', tune=dict(vision='full', connector='full', llm='full'), global_batch_size=4, max_steps=9,

@@ -1,6 +1,7 @@
 "Training from a shell: every option reaches the trainer, a dry run tells the truth, DeepSpeed reads our configuration."
 import importlib.machinery, json, shlex, sys
 import pytest
+from common import run
 
 torch = pytest.importorskip('torch')
 from transformers import TrainerCallback
@@ -14,13 +15,6 @@ from tinyllava_cookbook.train import stages
 from tinyllava_cookbook.train.recipes import batch_sizes, recipe, recipes
 
 pytestmark = pytest.mark.takes(14)
-
-def run(capsys, *argv):
-    "Exit code, output, errors"
-    try: code = cli.main([str(o) for o in argv])
-    except SystemExit as e: code = e.code
-    out = capsys.readouterr()
-    return code, out.out, out.err
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):

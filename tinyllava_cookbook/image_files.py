@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_FORMATS', 'MAX_ASPECT', 'SAMPLE_ASPECT', 'to_rgb', 'sample_aspect', 'check_size', 'open_image', 'decode_image',
-           'load_image', 'image_size']
+           'load_image', 'image_size', 'pixels_hash']
 
 # %% ../nbs/09_image_files.ipynb #a77e68c3
 import io, math, os, re, warnings
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
+from xxhash import xxh3_128
 from .sources import is_remote, open_regular, read_remote, short
 
 # %% ../nbs/09_image_files.ipynb #f270e1aa
@@ -185,3 +186,12 @@ def image_size(
         return load_image(src, max_aspect=max_aspect).size[::-1]
     return _read(src, lambda file, name: _size(file, name, max_aspect), timeout,
                  remote)
+
+# %% ../nbs/09_image_files.ipynb #9b08230a
+def pixels_hash(
+    im:Image.Image,  # An open image
+) -> xxh3_128:       # Has `digest()` and `hexdigest()`
+    "The hash of an image in memory"
+    found = xxh3_128(f'{im.mode} {im.size}'.encode())
+    found.update(im.tobytes())
+    return found

@@ -61,11 +61,14 @@ say "installing the project${extras:+ with $extras} into .venv: 1 to 3 minutes t
 rm -f "$stamp"
 export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 unset PYTHONPATH PYTHONHOME || true
+# A module is compiled when it is first imported: of 19,000 files a quarter ever is. Where Python is told to keep no compiled files, pip compiles all.
+later=--no-compile
+[ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || later=--compile
 {
   # Editable installs from pyproject.toml need pip 21.3.
   "$py" -c 'import pip, sys; sys.exit(tuple(map(int, pip.__version__.split(".")[:2])) < (21, 3))' \
     || "$py" -m pip install -U 'pip>=22' || exit 1
-  "$py" -m pip install --progress-bar off -c constraints.txt -e ".${extras:+[$extras]}" || exit 1
+  "$py" -m pip install --progress-bar off "$later" -c constraints.txt -e ".${extras:+[$extras]}" || exit 1
 } > "$log" 2>&1 || { tail -n 25 "$log" >&2; die "the installation failed: the end of $log is above"; }
 printf '%s base %s\n%s\n' "$key" "$(printf '%s' "$extras" | tr ',' ' ')" "$PWD" > "$stamp"
 say "installed"

@@ -12,19 +12,20 @@ from pathlib import Path
 from xxhash import xxh3_128
 from ..core import read_json, to_json, versions
 from ..data.templates import chat_template
-from ..weights import fingerprint
+from ..durable import checksum
+from ..image_files import pixels_hash
+from ..weights import fingerprint, settings_of
 
 # %% ../../nbs/47_eval.identity.ipynb #5900cbcc
-_CHANGES_NOTHING = '_name_or_path', 'name_or_path', 'transformers_version', 'architectures', 'is_local', \
-    'local_files_only'
+_OF_LOADING = 'name_or_path', 'is_local', 'local_files_only'   # Change nothing either
 
 # %% ../../nbs/47_eval.identity.ipynb #c6a32c11
 def _settled(found):
     "A configuration as JSON holds it, without what says only where it came from, and without what is not set"
     if isinstance(found, dict):
+        kept = settings_of(found, *_OF_LOADING)
         rest = {str(key): _settled(value)
-                for key,value in found.items()
-                if key not in _CHANGES_NOTHING}
+                for key,value in kept.items()}
         return {key: value
                 for key,value in rest.items() if value is not None}
     if isinstance(found, (list, tuple)):
@@ -83,7 +84,7 @@ def file_hash(
     time:int,  # When it was last written, in nanoseconds
 ) -> str:      # Of its content, read once while size and time stay
     "A hash of a file, remembered"
-    return xxh3_128(Path(path).read_bytes()).hexdigest()
+    return checksum(path)
 
 # %% ../../nbs/47_eval.identity.ipynb #31e0459d
 def image_hash(
@@ -93,8 +94,7 @@ def image_hash(
     if isinstance(image, bytes):
         return xxh3_128(image).hexdigest()
     if hasattr(image, 'tobytes'):
-        return xxh3_128(f'{image.mode} {image.size}'.encode()
-                        + image.tobytes()).hexdigest()
+        return pixels_hash(image).hexdigest()
     path = Path(image)
     if not path.is_file():
         return xxh3_128(str(image).encode()).hexdigest()

@@ -20,22 +20,16 @@ from torch import Tensor
 from xxhash import xxh3_64_intdigest, xxh3_128
 
 from ..cached_files import write_cached
+from ..image_files import pixels_hash
 from ..sources import is_remote, open_regular, read_remote
-from ..weights import fingerprint
-
-# %% ../../nbs/28_model.feature_store.ipynb #d1897c44
-def _pixels_key(image):
-    "Of an image that is open already"
-    digest = xxh3_128(f'{image.mode} {image.size}'.encode())
-    digest.update(image.tobytes())
-    return digest.digest()
+from ..weights import fingerprint, settings_of
 
 # %% ../../nbs/28_model.feature_store.ipynb #e7360ce8
 def image_key(
     source,    # Path, URL, bytes or PIL image
 ) -> bytes:    # 16 of them
     "The hash of an image's content, wherever it lies"
-    if isinstance(source, Image.Image): return _pixels_key(source)
+    if isinstance(source, Image.Image): return pixels_hash(source).digest()
     if isinstance(source, (bytes, bytearray, memoryview)):
         return xxh3_128(source).digest()
     if is_remote(source):
@@ -44,14 +38,9 @@ def image_key(
         return xxh3_128(file.read()).digest()
 
 # %% ../../nbs/28_model.feature_store.ipynb #54a965e7
-_NO_MATTER = (   # Where a configuration is from, and how it was loaded
-    '_name_or_path', 'transformers_version', 'dtype', '_attn_implementation',
-    'architectures', 'processor_class')
-
 def _settings(config):
-    "What a configuration says of the features"
-    said = config.to_dict().items()
-    return {name: value for name,value in said if name not in _NO_MATTER}
+    "What a configuration says of the features, not how it was loaded"
+    return settings_of(config.to_dict(), 'dtype', '_attn_implementation', 'processor_class')
 
 # %% ../../nbs/28_model.feature_store.ipynb #c44c03a5
 def tower_facts(

@@ -21,6 +21,7 @@ from ..model.adapters import (adapted, add_adapters, is_quantized,
     n_weights, need_bitsandbytes, plain_name, quantize)
 from ..model.features import blank_image, image_features
 from .recipes import ADAPTERS, PARTS, Stage, Table, Tune
+from ..weights import settings_of
 
 # %% ../../nbs/31_train.tuning.ipynb #122f0ee2
 PART_MODULES = dict(   # Part to the names of its modules, the one with the layers first
@@ -64,6 +65,16 @@ def _unquantized(module, stack):
         stack.enter_context(patch.object(layer, 'forward', forward))
 
 # %% ../../nbs/31_train.tuning.ipynb #5a33f2d9
+def _leaves(node):
+    "The ids of the tensors that the graph of a result ends in"
+    seen,waiting = {None}, [node]
+    while waiting:
+        node = waiting.pop()
+        if node in seen: continue
+        seen.add(node)
+        waiting += [before for before,_ in node.next_functions]
+    return {id(getattr(node, 'variable', None)) for node in seen}
+
 def _unreached(model):
     "Parameters of tower and connector that image features do not depend on"
     probe = _Images(model)
@@ -74,18 +85,15 @@ def _unreached(model):
     with torch.enable_grad(), ExitStack() as stack:
         _unquantized(probe, stack)
         out = functional_call(probe, fake, blank_image(model))
-        grads = torch.autograd.grad(out.sum(), inputs, allow_unused=True)
-    return {f'model.{name}' for name,grad in zip(names, grads) if grad is None}
+    used = _leaves(out.grad_fn)
+    return {f'model.{name}' for name,leaf in zip(names, inputs) if id(leaf) not in used}
 
 # %% ../../nbs/31_train.tuning.ipynb #b15a47e5
-# Of a configuration, what says nothing of the layers
-_ASIDE = {'_name_or_path', 'architectures', 'dtype', 'use_cache'}
-
 def _structure(config):
     "A configuration as text, the same wherever the model is from"
     if not isinstance(config, dict): return str(config)
-    kept = sorted(config.keys() - _ASIDE, key=str)
-    return str([(name, _structure(config[name])) for name in kept])
+    kept = settings_of(config, 'dtype', 'use_cache')   # which say nothing of the layers
+    return str([(name, _structure(kept[name])) for name in sorted(kept, key=str)])
 
 _reached = {}   # By structure and names: many ask, and the answer takes a second
 
@@ -207,8 +215,7 @@ def learnable(
     if tune.mode == 'frozen': return set()
     reached = reachable(model)
     if tune.mode in ADAPTERS:
-        return {f'{name}.weight' for name in linear_names(
-            model, part, tune.targets, reached)}
+        return {f'{name}.weight' for name in linear_names(model, part, tune.targets, reached)}
     if tune.mode == 'full':
         return set(part_parameters(model, part)) & reached
     return set(_from_layer(model, part, tune.from_layer, reached)) & reached

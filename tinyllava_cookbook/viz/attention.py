@@ -81,13 +81,6 @@ def answer_inputs(
     asked = conversation_inputs(model, processor, turns, [image], new)
     return replace(asked, question=question)
 
-# %% ../../nbs/61_viz.attention.ipynb #61f6525b
-METHODS = dict(
-    attention='weights of each layer and head',
-    gradient="weights times the gradient of the token's log-probability, of each layer and head",
-    rollout='attention through all layers',
-    relevance='positive gradient times attention, through all layers')
-
 # %% ../../nbs/61_viz.attention.ipynb #1c1fd84c
 @dataclass
 class TokenWeights:
@@ -204,8 +197,12 @@ def _relevant(model, asked, layers):
     return torch.cat(found)[None, None], ['relevance']
 
 # %% ../../nbs/61_viz.attention.ipynb #048c9a03
-_METHODS = dict(attention=_of_rows, gradient=_times_gradient, rollout=_rolled_out,
-                relevance=_relevant)
+_EXPLAIN = dict(   # Method -> what it gives, and how
+    attention=('weights of each layer and head', _of_rows),
+    gradient=("weights times the gradient of the token's log-probability, of each layer and head", _times_gradient),
+    rollout=('attention through all layers', _rolled_out),
+    relevance=('positive gradient times attention, through all layers', _relevant))
+METHODS = {method: what for method,(what,_) in _EXPLAIN.items()}
 
 @torch.no_grad()
 def _asked_patches(model, pixel_values):
@@ -228,7 +225,8 @@ def explain_answer(
         raise ValueError(f"{method!r} goes through all layers; leave out layers={layers}")
     was = model.training
     try:
-        weights, numbers = _METHODS[method](model.eval(), asked, layers)
+        _,explain = _EXPLAIN[method]
+        weights,numbers = explain(model.eval(), asked, layers)
     finally:
         model.train(was)
     places = (asked.inputs['input_ids'][0] == processor.image_token_id).nonzero()[:, 0].cpu()

@@ -15,13 +15,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..model.architecture import meta_vlm
+from ..model.architecture import inner_modules, inner_parameters, meta_vlm
 from ..model.lean_layers import lean_layers
 from ..model.packed_attention import PACKED
 from ..model.vision import input_size, n_patches
 from ..model.loss import LOGITS_AT_ONCE
 from .activations import (ElementBytes, MicroBatch, adapter_size, annotate, each_tower,
-                                                  inner_modules, inner_parameters,
                                                   micro_batch, n_direct,
                                                   n_trainable, segments, stack)
 from .recipes import PARTS, Stage

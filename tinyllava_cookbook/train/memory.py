@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..model.architecture import meta_vlm
+from ..model.lean_layers import lean_layers
 from ..model.packed_attention import PACKED
 from ..model.vision import input_size, n_patches
 from ..model.loss import LOGITS_AT_ONCE
@@ -306,10 +307,12 @@ def forecast_peak(
     batches,              # A `MicroBatch` each
     each=ElementBytes(),  # Bytes per element
     accumulate=1,         # Gradient accumulation steps
+    device:str='cpu',     # Of the measurement: on a CPU, layers save less
 ) -> Memory:              # At the worst micro-batch
     "The forecast for the same micro-batches"
     model = annotate(meta_vlm(config), stage).float()
-    forecasts = [memory(model, stage, batch, each, accumulate) for batch in batches]
+    with lean_layers(model.language_model, device == 'cpu'):
+        forecasts = [memory(model, stage, batch, each, accumulate) for batch in batches]
     return max(forecasts, key=lambda forecast: forecast.total)
 
 # %% ../../nbs/38_train.memory.ipynb #081f46c0

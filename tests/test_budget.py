@@ -1,11 +1,13 @@
 "Forecasts: parameters, bytes and operations against what PyTorch, peft, DeepSpeed and published files say."
-import copy, dataclasses, importlib.util, json, sys
+import ast, copy, dataclasses, importlib.util, json, sys
+from pathlib import Path
 import pytest
 import fresh
 
 torch = pytest.importorskip('torch')
 from torch import nn
 from common import run
+import tinyllava_cookbook
 from tinyllava_cookbook.ingredients import tiny_checkpoint, tiny_llms
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.model.vlm import VLMConfig, VLMForConditionalGeneration
@@ -324,3 +326,28 @@ def test_command_errors(capsys):
                         'cannot be shared equally by 3')):
         code, out, err = run(capsys, 'budget', *argv)
         assert code and out == '' and err.count('\n') <= 2 and text in err, (argv, err)
+
+
+def imported(module):
+    "What the package's modules import at their start, from `module` on"
+    found,waiting = {}, [module]
+    while waiting:
+        module = waiting.pop()
+        if module in found: continue
+        path = Path(tinyllava_cookbook.__file__).parent/f"{module.replace('.', '/')}.py"
+        found[module] = [o for o in ast.parse(path.read_text()).body if isinstance(o, (ast.Import, ast.ImportFrom))]
+        for o in found[module]:
+            if getattr(o, 'level', 0): waiting.append('.'.join([*module.split('.')[:-o.level], o.module]))
+    return found
+
+def test_a_forecast_imports_no_trainer_and_no_reader_of_data():
+    found = imported('train.budget')
+    assert 'train.memory' in found and 'model.vlm' in found
+    assert not {'train.metered_trainer', 'train.trainer', 'train.one_stage', 'train.stages', 'train.data', 'data.records', 'data.batches'} & set(found)
+    heavy = {'datasets', 'peft', 'bitsandbytes', 'accelerate', 'pandas', 'matplotlib'}
+    for module,statements in found.items():
+        for o in statements:
+            names = [a.name for a in o.names]
+            packages = {o.module} if isinstance(o, ast.ImportFrom) and not o.level else set(names) if isinstance(o, ast.Import) else set()
+            assert not packages & heavy, (module, packages)
+            assert o.__dict__.get('module') != 'transformers' or not [n for n in names if n.startswith('Trainer')], module

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['commands', 'Command', 'Usage', 'command', 'positive', 'pairs', 'json_value', 'trust_argument', 'recipe_arguments',
-           'opening_arguments', 'model_arguments', 'hide_progress', 'load_model', 'endpoint_arguments', 'endpoint_of',
-           'import_argument', 'import_named', 'parser', 'one_line', 'passive_waiting', 'main', 'command_calls',
-           'show_commands']
+           'opening_arguments', 'model_arguments', 'importing', 'hide_progress', 'load_model', 'endpoint_arguments',
+           'endpoint_of', 'import_argument', 'import_named', 'parser', 'one_line', 'passive_waiting', 'main',
+           'command_calls', 'show_commands']
 
 # %% ../nbs/90_cli.ipynb #02acc75e
-import argparse, ast, inspect, json, os, sys, textwrap
+import argparse, ast, gc, inspect, json, os, sys, textwrap
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 import tinyllava_cookbook
 from .core import Registry, UnknownName
@@ -116,10 +117,19 @@ def model_arguments(
                    'or owner/name of the Hub')
     opening_arguments(p)
 
+# %% ../nbs/90_cli.ipynb #c0117ec8
+@contextmanager
+def importing():
+    "The garbage collector looks seldom, while modules are imported"
+    usual = gc.get_threshold()
+    gc.set_threshold(20_000, 20, 20)
+    try: yield
+    finally: gc.set_threshold(*usual)
+
 # %% ../nbs/90_cli.ipynb #91084a4b
 def hide_progress():
     "Progress bars of loading and saving say nothing from here on"
-    from transformers.utils import logging
+    with importing(): from transformers.utils import logging
     logging.disable_progress_bar()
 
 # %% ../nbs/90_cli.ipynb #b82d1146
@@ -128,7 +138,8 @@ def load_model(
 ) -> tuple:                # Model and processor
     "The model that a command was given"
     from tinyllava_cookbook.core import pick_device, pick_dtype
-    from tinyllava_cookbook.model.checkpoints import load, with_template
+    with importing():
+        from tinyllava_cookbook.model.checkpoints import load, with_template
     hide_progress()
     device = pick_device(a.device)
     opened = load(a.model, device=device, dtype=pick_dtype(device, a.dtype), quantization=a.quantization,

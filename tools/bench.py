@@ -97,9 +97,10 @@ def padded_batches(samples, size=8):
 
 def train_ours(model, batches):
     "Forward and backward, as a stage does"
+    from tinyllava_cookbook.model.lean_layers import lean_layers
     from tinyllava_cookbook.model.packed_attention import row_attention
     model.zero_grad(set_to_none=True)
-    with row_attention(model.language_model):
+    with row_attention(model.language_model), lean_layers(model.language_model):
         for batch in batches: model(**batch).loss.backward()
 
 def train_plain(model, batches):
@@ -296,6 +297,7 @@ def ledger(model, batches, runs=2):
     from unittest.mock import patch
     from tinyllava_cookbook.allocator import keep_freed_memory
     from tinyllava_cookbook.model import features
+    from tinyllava_cookbook.model.lean_layers import lean_layers
     from tinyllava_cookbook.model.packed_attention import row_attention
     seconds = dict.fromkeys(('vision tower', 'connector', 'language model', 'output layer, loss', 'backward pass', 'optimizer'), 0.)
     def timed(name, work):
@@ -315,7 +317,7 @@ def ledger(model, batches, runs=2):
         timed('backward pass', loss.backward)()
         timed('optimizer', optimizer.step)()
         model.zero_grad(set_to_none=True)
-    with row_attention(model.language_model), keep_freed_memory(), ExitStack() as changed:
+    with row_attention(model.language_model), lean_layers(model.language_model), keep_freed_memory(), ExitStack() as changed:
         for place, name, part in places: changed.enter_context(patch.object(place, name, timed(part, getattr(place, name))))
         for run in range(runs + 1):
             for batch in batches: step(batch)

@@ -131,7 +131,7 @@ def bench_training(name, root, data, a):
     with changed(what, root) as more:
         got = M.measured_peak(model, processor, stage, samples, Path(tempfile.mkdtemp(dir=root))/'run', a.device, **more)
     each = B.element_bytes(family) if cuda else A.ElementBytes()
-    said = M.forecast_peak(config, stage, got['batches'], each, max(1, len(got['batches'])//a.steps))
+    said = M.forecast_peak(config, stage, got['batches'], each, max(1, len(got['batches'])//a.steps), a.device)
     log = got['result'].log[min(2, a.steps - 1):]   # the first steps warm up
     row = dict(measured=got['bytes'], forecast=said.total, error=said.total/got['bytes'] - 1, parts=said.parts)
     for key in ('tflops', 'mfu', 'samples_s', 'tokens_s', 'data_wait', 'padding'):

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/95_commands.data.ipynb #93ebb31a
 import json, sys
 from pathlib import Path
-from ..cli import Usage, command, hide_progress, positive, trust_argument
+from ..cli import Usage, command, hide_progress, importing, positive, trust_argument
 
 # %% ../../nbs/95_commands.data.ipynb #4143d55b
 def _check_args(p):
@@ -38,12 +38,14 @@ def _check_args(p):
 def _encoder_of(a):
     "What turns a sample into tokens, as the recipe's stage would"
     if not a.recipe: return None
-    from tinyllava_cookbook.model.checkpoints import load_processor
+    with importing():
+        from tinyllava_cookbook.model.checkpoints import load_processor
     if (Path(a.recipe)/'processor_config.json').exists():
         return load_processor(a.recipe).encoder()
     from tinyllava_cookbook.train.recipes import recipe
-    from tinyllava_cookbook.train.start import start_model
-    from tinyllava_cookbook.train.data import stage_encoder
+    with importing():
+        from tinyllava_cookbook.train.start import start_model
+        from tinyllava_cookbook.train.data import stage_encoder
     r = recipe(a.recipe)
     _,processor = start_model(r, '', trust_remote_code=a.trust_remote_code)
     return stage_encoder(processor, r.stage(a.stage) if a.stage else r.stages[-1])
@@ -52,7 +54,8 @@ def _encoder_of(a):
 @command('check', 'look at every sample of a data set before training does',
          _check_args)
 def _check(a):
-    from tinyllava_cookbook.data.preflight import preflight, report_dict
+    with importing():
+        from tinyllava_cookbook.data.preflight import preflight, report_dict
     hide_progress()
     r = preflight(a.data, a.images, _encoder_of(a), a.allow, format=a.format, without=a.without,
                   workers=a.workers, progress=sys.stderr.isatty(),

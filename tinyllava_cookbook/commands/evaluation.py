@@ -8,7 +8,7 @@ __all__ = ['JUDGES', 'question_items']
 # %% ../../nbs/93_commands.evaluation.ipynb #cf1464cf
 import argparse, json, sys
 from pathlib import Path
-from ..cli import (Usage, command, endpoint_arguments, endpoint_of, json_value, load_model,
+from ..cli import (Usage, command, endpoint_arguments, endpoint_of, importing, json_value, load_model,
     model_arguments, pairs, positive)
 from ..core import write_lines
 
@@ -76,7 +76,8 @@ def question_items(
 def _eval_questions(a, model, processor, items):
     "Scores with the images and, with --blind, without; answers are written as they come"
     import shutil
-    from tinyllava_cookbook.eval.run import answer_and_score
+    with importing():
+        from tinyllava_cookbook.eval.run import answer_and_score
     folder = Path(a.out) if a.out else Path(f'{a.answers}.run') if a.answers else None
     how = dict(batch_size=a.batch_size, score='pope' if a.pope else 'exact', progress=sys.stderr.isatty(),
                model_id=Path(a.model).name, anew=a.anew)
@@ -90,7 +91,8 @@ def _eval_questions(a, model, processor, items):
 
 # %% ../../nbs/93_commands.evaluation.ipynb #25f72f79
 def _eval_benches(a):
-    from tinyllava_cookbook.eval.run import load_all, results_table, run_eval
+    with importing():
+        from tinyllava_cookbook.eval.run import load_all, results_table, run_eval
     if not a.data or not a.out:
         raise Usage("--bench needs --data DIR, the benchmarks' files, and --out DIR")
     splits, graded = pairs(a.splits, '--split'), pairs(

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/94_commands.models.ipynb #f0fb9224
 import json
-from ..cli import (Usage, command, hide_progress, json_value, load_model, model_arguments, one_line,
+from ..cli import (Usage, command, hide_progress, importing, json_value, load_model, model_arguments, one_line,
                                     pairs, positive, trust_argument)
 
 # %% ../../nbs/94_commands.models.ipynb #d50a4eb4
@@ -73,8 +73,9 @@ def _chat_args(p):
 # %% ../../nbs/94_commands.models.ipynb #fbf10dc8
 @command('chat', 'ask a trained model about an image', _chat_args)
 def _chat(a):
-    from tinyllava_cookbook.data.images import load_image
-    from tinyllava_cookbook.infer.generate import ChatSession
+    with importing():
+        from tinyllava_cookbook.data.images import load_image
+        from tinyllava_cookbook.infer.generate import ChatSession
     # a wrong path is found before the weights are loaded
     images = [load_image(o, remote=True) for o in a.image]
     session = ChatSession(*load_model(a), image=images,

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/96_commands.serving.ipynb #9663ed19
 import argparse
 
-from ..cli import Usage, command, load_model, opening_arguments, positive
+from ..cli import Usage, command, importing, load_model, opening_arguments, positive
 
 # %% ../../nbs/96_commands.serving.ipynb #1e250453
 def _port(text):
@@ -62,8 +62,9 @@ def _serve_args(p):
 def _service(a, **limits):
     "The model of a command, ready to answer"
     from pathlib import Path
-    from tinyllava_cookbook.infer.requests import Policy
-    from tinyllava_cookbook.infer.service import Service
+    with importing():
+        from tinyllava_cookbook.infer.requests import Policy
+        from tinyllava_cookbook.infer.service import Service
     policy = Policy(new_tokens=a.max_new_tokens, **limits)
     name = a.name or Path(a.model).resolve().name
     return Service(*load_model(a), name, policy, a.batch_size)

@@ -10,7 +10,7 @@ import json, os, shlex, sys
 from importlib.util import find_spec
 from pathlib import Path
 from ..core import rank_and_world
-from ..cli import Usage, command, hide_progress, pairs, positive, recipe_arguments, trust_argument
+from ..cli import Usage, command, hide_progress, importing, pairs, positive, recipe_arguments, trust_argument
 
 # %% ../../nbs/92_commands.training.ipynb #7786b820
 def _quickstart_args(p):
@@ -26,7 +26,8 @@ def _quickstart_args(p):
          'train, evaluate and look into a small model, on the CPU, in minutes',
          _quickstart_args)
 def _quickstart(a):
-    from tinyllava_cookbook.recipes.quickstart import quickstart
+    with importing():
+        from tinyllava_cookbook.recipes.quickstart import quickstart
     hide_progress()
     n = quickstart(out=a.out, seed=a.seed, bake=a.bake)
     acc, out = n['accuracy'], shlex.quote(str(Path(a.out)))
@@ -179,16 +180,18 @@ def _with_data(r, data, images):
 def _run_recipe(a, r, todo, out, data):
     "Train; a stop that was asked for says where it saved"
     from tinyllava_cookbook.durable import Stopped
-    from tinyllava_cookbook.train.stages import train_recipe
-    from tinyllava_cookbook.viz.run_page import leaving_page
+    with importing():
+        from tinyllava_cookbook.train.stages import train_recipe
+        from tinyllava_cookbook.viz.run_page import leaving_page
     hide_progress()
     given = {k: getattr(a, k) for k in _ASKED}
     if a.accept: given['accept'] = a.accept
     if a.trust_remote_code: given['trust_remote_code'] = True
     if a.feature_cache != 'off':
         given.update(feature_cache=a.feature_cache, feature_dtype=a.feature_dtype)
+    described = _with_data(r, data, a.images)
     try:
-        with leaving_page(out, _with_data(r, data, a.images), a.parallel):
+        with leaving_page(out, described, a.parallel):
             train_recipe(r, out, data=data, stages=todo, **given)
     except Stopped as e:
         print(f'tinyllava train: {e}', file=sys.stderr)
@@ -365,8 +368,9 @@ def _infer_budget(a):
     "Print what answering with the model of a recipe takes on a card"
     from tinyllava_cookbook.train.recipes import override, recipe
     r = override(recipe(a.recipe), a.changes)
-    from tinyllava_cookbook.infer.memory import inference_budget
-    from tinyllava_cookbook.train.activations import recipe_model
+    with importing():
+        from tinyllava_cookbook.infer.memory import inference_budget
+        from tinyllava_cookbook.train.activations import recipe_model
     b = inference_budget(recipe_model(r), r.name, a.gpus, prompt=a.prompt_tokens,
                          answer=a.answer_tokens)
     print(json.dumps(b.to_dict()) if a.json else b)
@@ -384,9 +388,10 @@ def _budget(a):
     r = override(recipe(a.recipe), a.changes)
     for o in a.stages or []:
         r.stage(o)   # a wrong name is found before torch is loaded
-    from tinyllava_cookbook.train.budget import budget
-    b = budget(r, a.gpus, a.stages, a.parallel, samples=a.samples, mfu=a.mfu,
-               price=a.price)
+    with importing():   # transformers imports more when a model is built
+        from tinyllava_cookbook.train.budget import budget
+        b = budget(r, a.gpus, a.stages, a.parallel, samples=a.samples, mfu=a.mfu,
+                   price=a.price)
     print(json.dumps(b.to_dict()) if a.json else b)
 
 # %% ../../nbs/92_commands.training.ipynb #2e9cdb5a

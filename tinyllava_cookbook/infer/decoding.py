@@ -10,6 +10,8 @@ __all__ = ['GROWTH', 'ROOT', 'Span', 'SlotLayer', 'SlotCache', 'right_padded', '
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ class Span:
     first:int = 0            # Row of the first one
     before:list = field(default_factory=list)  # Tokens that each row has already
     tokens:int = 0           # New ones of each row, padding included
+    device:str = 'cpu'       # Of the tensors that say so
 
     @property
     def width(self) -> int: return max(self.before) + self.tokens
@@ -39,10 +42,34 @@ class Span:
         "Are all rows equally long?"
         return min(self.before) == max(self.before)
 
-    def columns(self, device) -> Tensor:
+    @cached_property   # every layer asks
+    def columns(self) -> Tensor:
         "(b, t) columns of the new tokens, which are their positions, too"
-        before_b = torch.tensor(self.before, device=device)
-        return before_b[:, None] + torch.arange(self.tokens, device=device)
+        before_b = torch.tensor(self.before, device=self.device)
+        return before_b[:, None] + torch.arange(self.tokens, device=self.device)
+
+    @cached_property
+    def places(self) -> tuple:
+        "(b, 1) rows and (b, t) columns of the new tokens"
+        rows_b = torch.arange(self.rows.start, self.rows.stop, device=self.device)
+        return rows_b[:, None], self.columns
+
+# %% ../../nbs/39_infer.decoding.ipynb #a7c0ffe2
+def _runs(rows, first):
+    "Equal neighbours: which, and their places from `first` on"
+    for row,same in groupby(rows):
+        last = first + len(list(same))
+        yield row, slice(first, last)
+        first = last
+
+def _put(span, buffer_bhtd, new_bhtd):
+    "Write the tokens of a pass"
+    if span.even:
+        buffer_bhtd[span.rows, :, span.before[0]:span.width] = new_bhtd
+        return
+    # a model may be spread over devices
+    rows_b1, columns_bt = (o.to(new_bhtd.device) for o in span.places)
+    buffer_bhtd[rows_b1, :, columns_bt] = new_bhtd.transpose(1, 2)
 
 # %% ../../nbs/39_infer.decoding.ipynb #b25e721c
 GROWTH = 1.5   # A full buffer becomes so many times as long
@@ -66,19 +93,16 @@ class SlotLayer(CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized: self.lazy_initialization(key_states, value_states)
         span = self.cache.span
-        self.put(self.keys, key_states)
-        self.put(self.values, value_states)
+        _put(span, self.keys, key_states)
+        _put(span, self.values, value_states)
         return self.keys[span.rows, :, :span.width], self.values[span.rows, :, :span.width]
 
-    def put(self, buffer_bhtd, new_bhtd):
-        "Write the tokens of a pass"
-        span = self.cache.span
-        if span.even:
-            buffer_bhtd[span.rows, :, span.before[0]:span.width] = new_bhtd
-            return
-        rows = torch.arange(span.rows.start, span.rows.stop, device=new_bhtd.device)
-        columns_bt = span.columns(new_bhtd.device)
-        buffer_bhtd[rows[:, None], :, columns_bt] = new_bhtd.transpose(1, 2)
+    def copy(self, source, rows, first, length):
+        "The beginnings of a layer's rows, into those from `first` on"
+        if not self.is_initialized: self.lazy_initialization(source.keys, source.values)
+        for row,places in _runs(rows, first):
+            self.keys[places, :, :length] = source.keys[row, :, :length]
+            self.values[places, :, :length] = source.values[row, :, :length]
 
     def each(self, change):
         "Replace both buffers"
@@ -122,28 +146,23 @@ class SlotCache(Cache):
     def move(self, source:list[int], target:list[int], length:int):
         "Copy the beginnings of rows onto others"
         for layer in self.layers:
-            layer.keys[target, :, :length] = layer.keys[source, :, :length]
-            layer.values[target, :, :length] = layer.values[source, :, :length]
+            for row,to in zip(source, target):
+                layer.copy(layer, [row], to, length)
 
     def take(self, other, rows:list[int], first:int, length:int):
         "Copy the beginnings of another cache's rows, from row `first` on"
         if length > self.room: self.begin(Span(first, [0], length))
         for mine,theirs in zip(self.layers, other.layers):
-            if not mine.is_initialized:
-                mine.lazy_initialization(theirs.keys, theirs.values)
-            at = slice(first, first + len(rows))
-            mine.keys[at, :, :length] = theirs.keys[rows, :, :length]
-            mine.values[at, :, :length] = theirs.values[rows, :, :length]
+            mine.copy(theirs, rows, first, length)
 
 # %% ../../nbs/39_infer.decoding.ipynb #778ae51d
-def _mask(span, dtype, device):
+def _mask(span, dtype):
     "What is added to the scores, (b, 1, t, width); `None` where causal attention is all"
     if span.even and (span.tokens == 1 or not span.before[0]): return None
-    columns_bt = span.columns(device)
-    if span.even: columns_bt = columns_bt[:1]
-    seen_btw = torch.arange(span.width, device=device) <= columns_bt[..., None]
-    lowest = torch.finfo(dtype).min
-    hidden = torch.zeros(seen_btw.shape, dtype=dtype, device=device).masked_fill(~seen_btw, lowest)
+    columns_bt = span.columns[:1] if span.even else span.columns
+    seen_btw = torch.arange(span.width, device=span.device) <= columns_bt[..., None]
+    hidden = torch.zeros(seen_btw.shape, dtype=dtype, device=span.device)
+    hidden.masked_fill_(~seen_btw, torch.finfo(dtype).min)
     return hidden[:, None]
 
 def right_padded(
@@ -166,10 +185,10 @@ def extend(
 ) -> Tensor:                 # (b, v) logits after the last id of each row
     "Read ids into rows of the cache"
     ids = right_padded(rows, device=model.device)
-    span = Span(first, before, ids.shape[1])
+    span = Span(first, before, ids.shape[1], model.device)
     cache.begin(span)
-    out = model.model(input_ids=ids, position_ids=span.columns(model.device),
-                      attention_mask=_mask(span, model.dtype, model.device),
+    out = model.model(input_ids=ids, position_ids=span.columns,
+                      attention_mask=_mask(span, model.dtype),
                       past_key_values=cache, use_cache=True, **(pixels or {}))
     last_b = torch.tensor([len(o) - 1 for o in rows], device=model.device)
     h_bd = out.last_hidden_state[torch.arange(len(rows), device=model.device), last_b]

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..model.architecture import meta_model
+from ..model.architecture import inner_modules, inner_parameters, meta_model
 from ..model.vision import n_layers, n_patches
 from ..model.config import VLMConfig
+from ..model.lean_layers import is_lean
 from .recipes import ADAPTERS, PARTS, Recipe, Stage
 from .tuning import layer_list, learnable, linear_names, reachable, tower_names
 
@@ -44,7 +45,7 @@ def adapter_size(
     layer:nn.Module,  # With an `Adapter` at `.adapter`, or none
 ) -> int:             # Trainable parameters
     "How many parameters the adapter of a layer has"
-    adapter = getattr(layer, 'adapter', None)
+    adapter = vars(layer).get('adapter')
     if adapter is None: return 0
     low_rank = adapter.r*(layer.in_features + layer.out_features)
     return low_rank + adapter.dora*layer.out_features
@@ -94,8 +95,8 @@ def n_trainable(
     module:nn.Module,  # After `annotate`
 ) -> int:              # Trainable parameters, those of adapters included
     "How many parameters of a module are trainable"
-    return n_direct(module.parameters()) + sum(map(
-        adapter_size, module.modules()))
+    inner = inner_modules(module)
+    return n_direct(inner_parameters(inner)) + sum(map(adapter_size, inner))
 
 # %% ../../nbs/37_train.activations.ipynb #35be429d
 def with_mode(
@@ -182,13 +183,17 @@ def is_trainable(
     return hasattr(module, 'adapter') or any(p.requires_grad for p in own)
 
 # %% ../../nbs/37_train.activations.ipynb #9d60c3a4
+def _leaner(module, each):
+    "Within `lean_layers`, which takes single precision alone"
+    return each.compute == 4 and is_lean(module)
+
 def _norm_bytes(norm, each):
     "Saved by a norm, per position: its statistics are floats"
     width = norm.weight.numel()
     if 'rms' not in type(norm).__name__.lower():
         return each.stream*width + 8
-    copies = 2 if is_trainable(norm) else 1
-    return each.stream*width*copies + 4
+    again = is_trainable(norm) and not _leaner(norm, each)
+    return each.stream*width*(1 + again) + 4
 
 # %% ../../nbs/37_train.activations.ipynb #611d3c83
 def _input_bytes(linears, width, each):
@@ -218,7 +223,8 @@ def _attention_bytes(block, config, linears, each, mask, length):
     for name,module in block.named_modules():
         if re.search(r'[qk]_norm$', name):
             width = query if name.endswith('q_norm') else key
-            saved += width*(4 + each.compute*is_trainable(module))
+            again = is_trainable(module) and not _leaner(module, each)
+            saved += width*(4 + each.compute*again)
     if config._attn_implementation == 'eager':
         saved += _eager_bytes(config, length, each)
     return saved
@@ -226,13 +232,14 @@ def _attention_bytes(block, config, linears, each, mask, length):
 # %% ../../nbs/37_train.activations.ipynb #cda64125
 _ACTIVATION_TENSORS = {'quick_gelu':1, 'gelu_new':3, 'gelu_fast':3}   # Saved by an activation besides its input
 
-def _mlp_bytes(config, linears, each):
+def _mlp_bytes(block, config, linears, each):
     "Saved between the way up and the way down"
     width = sum(o.in_features for o in linears.down)
     name = getattr(config, 'hidden_act', None) or getattr(
         config, 'hidden_activation', None)
     gated = sum(o.out_features for o in linears.up) == 2*width
-    tensors = 3 if gated else 1
+    leaner = any(_leaner(o, each) for o in block.modules() if hasattr(o, 'gate_proj'))
+    tensors = 3 - leaner if gated else 1
     tensors += _ACTIVATION_TENSORS.get(name, 0)
     tensors += any(map(is_trainable, linears.down))
     return each.compute*width*tensors
@@ -280,7 +287,7 @@ def block_bytes(
     saved = sum(_norm_bytes(o, each) for o in norms)
     saved += sum(_input_bytes(o, hidden, each) for o in readers)
     saved += _attention_bytes(block, config, linears, each, mask, length)
-    saved += _mlp_bytes(config, linears, each) + _adapter_bytes(linears, each) + _dropout_bytes(linears, each)
+    saved += _mlp_bytes(block, config, linears, each) + _adapter_bytes(linears, each) + _dropout_bytes(linears, each)
     query = sum(o.in_features for o in linears.write)
     width = sum(o.in_features for o in linears.down)
     return saved, max(2*each.compute*width, 5*each.compute*query) + 2*each.stream*hidden

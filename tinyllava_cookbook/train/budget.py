@@ -10,12 +10,12 @@ __all__ = ['corpora', 'CHARACTERS', 'TILES', 'CONTEXT', 'SLACK', 'MFU', 'OFFLOAD
 # %% ../../nbs/39_train.budget.ipynb #bb1a9178
 import dataclasses, html, math
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from torch import nn
 
 from ..core import Registry, Table
-from ..data.records import read_sample
 from ..model.packed_attention import PACKED, choose_attention
 from .activations import (ElementBytes, MicroBatch, adapter_size, annotate, recipe_model,
                                                   with_mode)
@@ -26,7 +26,6 @@ from .recipes import recipe as find_recipe
 from .feature_plan import FeaturePlan, feature_bytes, plan_line, views_per_run
 from .meter import flop_rates, tower_flops
 from .parallel import PARALLEL
-from .data import stage_rows
 
 # %% ../../nbs/39_train.budget.ipynb #59caef1b
 @dataclass
@@ -63,6 +62,8 @@ def _tokens(sample, roles):
 # %% ../../nbs/39_train.budget.ipynb #bcffc788
 def _own_data(stage):
     "The corpus of a stage whose files are here, from 256 of its samples"
+    from tinyllava_cookbook.data.records import read_sample
+    from tinyllava_cookbook.train.data import stage_rows
     rows = stage_rows(stage)
     every = max(1, len(rows)//256)
     samples = [read_sample(rows[i], i) for i in range(0, len(rows), every)]
@@ -218,6 +219,12 @@ def feature_plan(
                        feature_bytes(model.config, tiles), tiles*tower_flops(model)/speed)
 
 # %% ../../nbs/39_train.budget.ipynb #c6a59698
+def _shape_and_memory(model, stage, data, count, parallel):
+    "Micro-batch and gradient accumulation steps of each of `count` GPUs, and the forecast of its memory"
+    batch,accumulate = step_shape(model, stage, data, count)
+    return batch, accumulate, memory(
+        model, stage, batch, element_bytes(parallel), accumulate, parallel, count)
+
 def stage_budget(
     recipe:Recipe,            # Gives the model
     stage:Stage,              # Complete, as `recipe.stage` gives it
@@ -229,11 +236,9 @@ def stage_budget(
 ) -> StageBudget:             # Memory, steps, hours, cost
     "Forecast one stage"
     count,_,gpu = parse_gpus(gpus)
-    model = annotate(recipe_model(recipe), stage)
-    data = corpus(recipe, stage, samples)
-    batch,accumulate = step_shape(model, stage, data, count)
-    forecast = memory(model, stage, batch, element_bytes(parallel), accumulate,
-                      parallel, count)
+    model,data = annotate(recipe_model(recipe), stage), corpus(recipe, stage, samples)
+    batch,accumulate,forecast = _shape_and_memory(
+        model, stage, data, count, parallel)
     steps = n_steps(stage, data)
     flops = sample_flops(model, stage, data)*stage.global_batch_size
     # not a number for a card that has no name
@@ -279,9 +284,8 @@ def _remarks(budget):
 
 def _as_html(budget):
     "A table between paragraphs"
-    def paragraph(text): return f'<p>{html.escape(text)}</p>'
-    below = ''.join(map(paragraph, _remarks(budget)))
-    return paragraph(_heading(budget)) + budget.table()._repr_html_() + below
+    first,*below = [f'<p>{html.escape(text)}</p>' for text in (_heading(budget), *_remarks(budget))]
+    return first + budget.table()._repr_html_() + ''.join(below)
 
 # %% ../../nbs/39_train.budget.ipynb #00d62253
 def _as_dict(budget):
@@ -309,17 +313,23 @@ def _ways(stage):
     return ways
 
 # %% ../../nbs/39_train.budget.ipynb #e56dae25
-def _advice(recipe, stage, gpus):
-    "Ways to train a stage on these GPUs"
-    found = []
+def _fitting(recipe, stage, gpus):
+    "Options with which a stage fits on these GPUs, and the memory that it takes then"
+    count,_,gpu = parse_gpus(gpus)
+    model,data = recipe_model(recipe), corpus(recipe, stage)
     for parallel,mode in _ways(stage):
         changed = with_mode(stage, mode) if mode else stage
-        forecast = stage_budget(recipe, changed, gpus, parallel)
-        if not forecast.fits: continue
+        annotate(model, changed)
+        needed = _bytes_on(model, changed, data, count, parallel)
+        if needed > gpu.gib*2**30: continue
         option = f" --set {stage.name}.tune.llm={mode}" if mode else ''
-        found.append(f"--parallel {parallel}{option} ({need(forecast.memory)/2**30:.0f} GiB)")
+        yield f"--parallel {parallel}{option} ({needed/2**30:.0f} GiB)"
+
+def _advice(recipe, stage, gpus):
+    "Ways to train a stage on these GPUs"
+    found = list(islice(_fitting(recipe, stage, gpus), 3))
     if found:
-        return f"{stage.name} does not fit; it would with {'; '.join(found[:3])}"
+        return f"{stage.name} does not fit; it would with {'; '.join(found)}"
     return (f"{stage.name} does not fit; nor does any way known here: take more or larger GPUs, "
             f"fewer tokens (pack, max_length) or a smaller model")
 
@@ -384,9 +394,7 @@ def _in_mode(stage, mode):
 # %% ../../nbs/39_train.budget.ipynb #8eb9e9b4
 def _bytes_on(model, stage, data, count, parallel):
     "Bytes that each of `count` GPUs must have for a stage"
-    batch,accumulate = step_shape(model, stage, data, count)
-    return need(memory(model, stage, batch, element_bytes(parallel), accumulate,
-                       parallel, count))
+    return need(_shape_and_memory(model, stage, data, count, parallel)[-1])
 
 # %% ../../nbs/39_train.budget.ipynb #95b4bbf7
 def gpus_needed(
@@ -418,8 +426,7 @@ def _draw_needs(ax, row, name, kinds):
         for column,count in enumerate(needed.values()):
             left = column + .31*i
             ax.add_patch(plt.Rectangle((left, row), .3, .86, color=_FIT[count]))
-            ax.text(left + .15, row + .45, count or '-', ha='center', va='center',
-                    fontsize=6)
+            ax.text(left + .15, row + .45, count or '-', ha='center', va='center', fontsize=6)
 
 # %% ../../nbs/39_train.budget.ipynb #709ff1f5
 def show_fit(
@@ -436,11 +443,8 @@ def show_fit(
     for row,name in enumerate(names):
         _draw_needs(ax, row, name, kinds)
     ax.set(xlim=(0, len(kinds)), ylim=(len(names), 0))
-    ax.set_xticks([column + .46 for column in range(len(kinds))], kinds, fontsize=6,
-                  rotation=30, ha='left')
-    ax.set_yticks([row + .43 for row in range(len(names))], names, fontsize=7,
-                  parse_math=False)
-    ax.tick_params(length=0, top=True, labeltop=True, bottom=False,
-                   labelbottom=False)
+    ax.set_xticks([i + .46 for i in range(len(kinds))], kinds, fontsize=6, rotation=30, ha='left')
+    ax.set_yticks([i + .43 for i in range(len(names))], names, fontsize=7, parse_math=False)
+    ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     ax.spines[:].set_visible(False)
     return ax

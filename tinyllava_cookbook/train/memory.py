@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import TrainerCallback
 
-from ..model.architecture import meta_vlm
+from ..model.architecture import inner_modules, inner_parameters, meta_vlm
+from ..model.lean_layers import lean_layers
 from ..model.packed_attention import PACKED
 from ..model.vision import input_size, n_patches
 from ..model.loss import LOGITS_AT_ONCE
@@ -24,7 +24,6 @@ from .activations import (ElementBytes, MicroBatch, adapter_size, annotate, each
                                                   micro_batch, n_direct,
                                                   n_trainable, segments, stack)
 from .recipes import PARTS, Stage
-from .one_stage import train_stage
 from .parallel import PARALLEL
 from .precision import frozen_matrices
 
@@ -49,15 +48,15 @@ def _optimizer_bytes(model, stage, trainable):
 # %% ../../nbs/38_train.memory.ipynb #88940917
 def _weight_bytes(model, half, mixed=False):
     "Weights, some of them in 4 bits, and adapters; `half`: all in 16 bits, `mixed`: frozen matrices"
-    four_bit = {id(m.weight) for m in model.modules() if getattr(
-        m, 'four_bit', False)}
+    inner = inner_modules(model)
+    four_bit = {id(m.weight) for m in inner if vars(m).get('four_bit')}
     held = frozen_matrices(model).values() if mixed else ()
     halved = set(map(id, held))
     total = 0
-    for parameter in {id(p):p for p in model.parameters()}.values():
+    for parameter in inner_parameters(inner):
         each = 2 if half or id(parameter) in halved else parameter.element_size()
         total += parameter.numel()*(NF4 if id(parameter) in four_bit else each)
-    return total + (2 if half else 4)*sum(map(adapter_size, model.modules()))
+    return total + (2 if half else 4)*sum(map(adapter_size, inner))
 
 # %% ../../nbs/38_train.memory.ipynb #89593bab
 _SHARDED = dict(zero1=('optimizer',), zero2=('optimizer', 'gradients'), zero3=('optimizer', 'gradients', 'weights'),
@@ -255,14 +254,17 @@ class LiveMemory(TorchDispatchMode):
         return out
 
 # %% ../../nbs/38_train.memory.ipynb #4be0f83d
-class _Peak(TrainerCallback):
-    "The most that PyTorch held of a GPU when the last step was over: later frozen weights are float32 again"
-    def __init__(self): self.bytes,self.reserved = 0, 0
-
-    def on_train_end(self, args, state, control, **kw):
-        if args.device.type != 'cuda': return
-        self.bytes = torch.cuda.max_memory_allocated()
-        self.reserved = torch.cuda.max_memory_reserved()
+def _peak_watch():
+    "A callback: the most that PyTorch held of a GPU at the end of the last step (later frozen weights are float32)"
+    # a forecast needs no trainer, whose import takes seconds
+    from transformers import TrainerCallback
+    class Peak(TrainerCallback):
+        bytes = reserved = 0
+        def on_train_end(self, args, state, control, **kw):
+            if args.device.type != 'cuda': return
+            self.bytes = torch.cuda.max_memory_allocated()
+            self.reserved = torch.cuda.max_memory_reserved()
+    return Peak()
 
 def _run_measured(run, model, device, watch):
     "What `run()` returns, and the bytes it held at most"
@@ -285,7 +287,8 @@ def measured_peak(
     **kwargs,            # For `train_stage`, e.g. `parallel`
 ) -> dict:               # 'bytes', 'reserved' by the allocator, 'batches' (a `MicroBatch` each), 'result'
     "The most memory that training really held, and the shapes of its micro-batches"
-    batches,watch = [], _Peak()
+    from tinyllava_cookbook.train.one_stage import train_stage
+    batches,watch = [], _peak_watch()
     def note(module, args, kwargs):
         by_sample = module.language_model.config._attn_implementation == PACKED
         batches.append(micro_batch(kwargs, by_sample))
@@ -304,10 +307,12 @@ def forecast_peak(
     batches,              # A `MicroBatch` each
     each=ElementBytes(),  # Bytes per element
     accumulate=1,         # Gradient accumulation steps
+    device:str='cpu',     # Of the measurement: on a CPU, layers save less
 ) -> Memory:              # At the worst micro-batch
     "The forecast for the same micro-batches"
     model = annotate(meta_vlm(config), stage).float()
-    forecasts = [memory(model, stage, batch, each, accumulate) for batch in batches]
+    with lean_layers(model.language_model, device == 'cpu'):
+        forecasts = [memory(model, stage, batch, each, accumulate) for batch in batches]
     return max(forecasts, key=lambda forecast: forecast.total)
 
 # %% ../../nbs/38_train.memory.ipynb #081f46c0

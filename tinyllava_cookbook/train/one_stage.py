@@ -17,6 +17,7 @@ import torch
 
 from ..core import rank_and_world
 from ..durable import stop_on_signal
+from ..model.lean_layers import lean_layers
 from ..model.packed_attention import row_attention
 from .precision import give_back
 from .ranks import run_lock
@@ -27,7 +28,9 @@ from .stage_trainer import stage_trainer
 def _timed(trainer, resume, table):
     "Train, and what the log says of it"
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume)
+    on_cpu = trainer.args.device.type == 'cpu'
+    with lean_layers(trainer.model.language_model, on_cpu):
+        trainer.train(resume_from_checkpoint=resume)
     return stage_result(trainer, time.perf_counter() - start, table)
 
 def _rows_of(model, stage, progress):

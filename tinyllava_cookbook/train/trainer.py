@@ -27,7 +27,8 @@ from ..data.packing import PackCollator
 from ..pixels import normalize_pixels
 from ..durable import (asked_to_stop, find_checkpoint, mark_complete, numbered_checkpoints,
     publish, read_marker, remove, shield_worker, stop_on_signal)
-from .meter import MeteredTrainer, flop_rates
+from .meter import flop_rates
+from .metered_trainer import MeteredTrainer
 from .parallel import parallel_args
 from .plan import check_same_plan, run_plan
 from .precision import local_precision

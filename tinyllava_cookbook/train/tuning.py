@@ -65,6 +65,16 @@ def _unquantized(module, stack):
         stack.enter_context(patch.object(layer, 'forward', forward))
 
 # %% ../../nbs/31_train.tuning.ipynb #5a33f2d9
+def _leaves(node):
+    "The ids of the tensors that the graph of a result ends in"
+    seen,waiting = {None}, [node]
+    while waiting:
+        node = waiting.pop()
+        if node in seen: continue
+        seen.add(node)
+        waiting += [before for before,_ in node.next_functions]
+    return {id(getattr(node, 'variable', None)) for node in seen}
+
 def _unreached(model):
     "Parameters of tower and connector that image features do not depend on"
     probe = _Images(model)
@@ -75,8 +85,8 @@ def _unreached(model):
     with torch.enable_grad(), ExitStack() as stack:
         _unquantized(probe, stack)
         out = functional_call(probe, fake, blank_image(model))
-        grads = torch.autograd.grad(out.sum(), inputs, allow_unused=True)
-    return {f'model.{name}' for name,grad in zip(names, grads) if grad is None}
+    used = _leaves(out.grad_fn)
+    return {f'model.{name}' for name,leaf in zip(names, inputs) if id(leaf) not in used}
 
 # %% ../../nbs/31_train.tuning.ipynb #b15a47e5
 def _structure(config):
@@ -205,8 +215,7 @@ def learnable(
     if tune.mode == 'frozen': return set()
     reached = reachable(model)
     if tune.mode in ADAPTERS:
-        return {f'{name}.weight' for name in linear_names(
-            model, part, tune.targets, reached)}
+        return {f'{name}.weight' for name in linear_names(model, part, tune.targets, reached)}
     if tune.mode == 'full':
         return set(part_parameters(model, part)) & reached
     return set(_from_layer(model, part, tune.from_layer, reached)) & reached

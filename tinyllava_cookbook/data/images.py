@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_MODES', 'MOST_PIXELS', 'GRIDS', 'shrink', 'pad', 'narrow', 'crop', 'squash', 'untouched', 'canvases',
            'pinpoints', 'best_canvas', 'fit_size', 'anyres', 'unpad', 'anyres_n_tokens', 'join_tiles', 'prepare_bytes',
-           'prepare']
+           'prepare', 'image_counts', 'image_tensors']
 
 # %% ../../nbs/10_data.images.ipynb #17b3fd48
 import math
@@ -271,3 +271,31 @@ def prepare(
         return normalize_pixels(x_nchw, processor), grid
     found = processor(images=tiles, return_tensors='pt')
     return found['pixel_values'].float().contiguous(), grid
+
+# %% ../../nbs/10_data.images.ipynb #aba5dddb
+def image_counts(
+    images:list,  # As in a `Sample`
+    encoder,      # An `Encoder`: knows the image mode
+) -> list[int]:   # Image tokens of each
+    "How many tokens each image takes; only 'anyres' has to ask for their sizes"
+    if encoder.patch_grid is None:
+        return [encoder.image_seq_length] * len(images)
+    processor = encoder.image_processor
+    tile = target_size(processor)
+    sizes = [image_size(image, max_aspect=sample_aspect()) for image in images]
+    return [anyres_n_tokens(size, encoder.patch_grid, pinpoints(processor), tile) for size in sizes]
+
+# %% ../../nbs/10_data.images.ipynb #be0f7482
+def image_tensors(
+    images:list,  # As in a `Sample`
+    encoder,      # An `Encoder`: knows the image mode
+) -> dict:        # `pixel_values` of all tiles; for 'anyres' also `image_sizes`, (h, w) of each image
+    "What the images of a sample are to the model"
+    if not images: return {}
+    loaded = [load_image(image, max_aspect=sample_aspect()) for image in images]
+    how = prepare_bytes if encoder.as_bytes else prepare
+    tiles = [how(image, encoder.image_processor, encoder.image_mode)[0] for image in loaded]
+    found = dict(pixel_values=tiles[0] if len(tiles) == 1 else torch.cat(tiles))
+    if encoder.patch_grid:
+        found['image_sizes'] = torch.tensor([image.size[::-1] for image in loaded])
+    return found

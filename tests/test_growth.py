@@ -153,3 +153,25 @@ def test_answers_while_training_from_a_list_of_samples(tmp_path):
     stage = Stage('s', tune=dict(connector='full'), global_batch_size=1, max_steps=1)
     train_stage(model, processor, stage, tmp_path/'run', data=[Sample('a', said)], device='cpu', ask_every=1, progress=False)
     assert {json.loads(o)['id'] for o in (tmp_path/'run/samples.jsonl').read_text().splitlines()} == {'a'}
+
+def test_bytes_of_a_score(tmp_path):
+    "At most 2,300 for each answer to VQAv2, of which the annotation's text takes 780; 5,200 where all of it is held"
+    from tinyllava_cookbook.eval.scoring import score_file
+    words = 'yes', 'no', 'red', 'blue', 'a dog', '2', 'table'
+    def files(n):
+        folder = tmp_path/str(n)
+        folder.mkdir()
+        people = [[dict(answer=words[(i + k) % 7], answer_confidence='maybe', answer_id=k + 1) for k in range(10)] for i in range(n)]
+        entries = [dict(question_id=i, image_id=i//3, question_type='what color', answer_type='other', multiple_choice_answer='red', answers=people[i])
+                   for i in range(n)]
+        (folder/'annotations.json').write_text(json.dumps(dict(annotations=entries)))
+        rows = [dict(question_id=i, prompt=f'What color is thing number {i}?', text=words[i % 7], answer_id=str(i), model_id='m', metadata={}) for i in range(n)]
+        (folder/'answers.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+        return folder
+    def each(n):
+        folder = files(n)
+        with peak_bytes() as found: score_file('vqav2', folder, folder/'answers.jsonl')
+        return found['peak']/n
+    each(10)   # imports, and tables of the normaliser
+    small, large = each(300), each(1200)
+    assert large < 2300 and large < 1.1*small

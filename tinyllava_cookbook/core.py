@@ -269,7 +269,8 @@ def replacing(
 
 # %% ../nbs/00_core.ipynb #15fdf212
 def read_json(
-    path,   # A JSON file in UTF-8
+    path,           # A JSON file in UTF-8
+    keep=None,      # From each object, innermost first, to what is held in its place; `None`: all of it
 ) -> Any:   # What it holds
     "Read a JSON file; errors name the file, line and column"
     path = Path(path)
@@ -277,7 +278,7 @@ def read_json(
         raise ValueError(f"{str(path)!r} is no regular file")
     if not path.exists():
         raise FileNotFoundError(f"no file {str(path)!r}")
-    try: return json.loads(path.read_text(encoding='utf-8-sig'))
+    try: return json.loads(path.read_text(encoding='utf-8-sig'), object_hook=keep)
     except json.JSONDecodeError as e:
         raise ValueError(
             f"{str(path)!r} is not JSON: {e.msg} at line {e.lineno}, column {e.colno}") from None

@@ -36,6 +36,18 @@ def exact_match(
     golds = [gold] if isinstance(gold, str) else gold
     return normalize(pred) in {normalize(g) for g in golds}
 
+# %% ../../nbs/53_eval.scoring.ipynb #1c405366
+_AT_ONCE = 2**16   # Values drawn in one go
+
+def _resampled_means(values, n, rng):
+    "Means of `n` resamples, many rows at a time; the same numbers as one after the other"
+    import numpy as np
+    size = len(values)
+    rows = max(1, _AT_ONCE//size)
+    counts = [min(rows, n - start) for start in range(0, n, rows)]
+    drawn = (values[rng.integers(0, size, (count, size))] for count in counts)
+    return np.concatenate([rows_rn.mean(axis=1) for rows_rn in drawn])
+
 # %% ../../nbs/53_eval.scoring.ipynb #1deab6b2
 def bootstrap_ci(
     values,             # One value (or one row of values) per question
@@ -47,11 +59,13 @@ def bootstrap_ci(
     "Percentile bootstrap interval of `stat(values)`"
     import numpy as np
     values = np.asarray(values)
-    stat = stat or np.mean
     if not len(values):
         raise ValueError("no values to resample; score at least one "
                          "answer first")
     rng = np.random.default_rng(seed)
+    if stat is None and values.ndim == 1:
+        return percentile_interval(_resampled_means(values, n, rng), level)
+    stat = stat or np.mean
     size = len(values)
     stats = [stat(values[rng.integers(0, size, size)])
              for _ in range(n)]

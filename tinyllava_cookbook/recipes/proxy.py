@@ -5,13 +5,19 @@
 # %% auto #0
 __all__ = ['BATCH', 'STEPS', 'MOST', 'RATES', 'WIDTH', 'LAYERS', 'SCENES', 'TEST_SCENES', 'PROXIES', 'published_steps',
            'proxy_steps', 'trained_kind', 'rate_factor', 'Size', 'published_size', 'proxy_tune', 'proxy_data',
-           'stage_file', 'square_mode', 'proxy_stage', 'proxy', 'stage_share', 'with_world']
+           'kept_data', 'stage_file', 'square_mode', 'proxy_stage', 'proxy', 'stage_share', 'with_world']
 
 # %% ../../nbs/69_recipes.proxy.ipynb #b46723f2
 import dataclasses
 from pathlib import Path
 
-from ..core import IMAGE_TOKEN, read_json, write_json
+import numpy
+import PIL
+from xxhash import xxh3_64
+
+import tinyllava_cookbook
+from ..cached_files import cache_lock
+from ..core import IMAGE_TOKEN, cache_dir, read_json, write_json
 from ..microworld import describe, image_name, write_world
 from ..model.architecture import part_config
 from .variants import MIX, mixed_file
@@ -119,6 +125,26 @@ def proxy_data(
         write_json(train/'details.json', details)
         write_json(train/'done.json', dict(scenes=scenes))
     return train, test
+
+# %% ../../nbs/69_recipes.proxy.ipynb #b0bb2b84
+_DRAWN_BY = 'microscene.py', 'microworld.py', 'recipes/proxy.py'
+
+def _drawing_code():
+    "Of the code and the libraries that decide each pixel and each word of a world"
+    package = Path(tinyllava_cookbook.__file__).parent
+    code = b''.join((package/name).read_bytes() for name in _DRAWN_BY)
+    libraries = f'{PIL.__version__} {numpy.__version__}'
+    return xxh3_64(code + libraries.encode()).hexdigest()
+
+# %% ../../nbs/69_recipes.proxy.ipynb #82cac759
+def kept_data(
+    seed:int,           # Of the training scenes
+    scenes:int=SCENES,  # How many of them
+) -> tuple[Path,Path]:  # Folders of training and test; others read them, too
+    "The worlds of `proxy_data` in the cache folder, drawn once by the same code"
+    code = _drawing_code()
+    with cache_lock(f'world-{code}-{seed}-{scenes}'):
+        return proxy_data(cache_dir('worlds', code), seed, scenes)
 
 # %% ../../nbs/69_recipes.proxy.ipynb #605130da
 def stage_file(

@@ -29,7 +29,7 @@ from ..eval.benchmarks import load_pope, load_questions
 from ..eval.run import answer_and_score
 from ..microworld import ASK
 from .measure import summary, test_micro, yes_probabilities
-from .proxy import PROXIES, SCENES, TEST_SCENES, proxy, proxy_data, with_world
+from .proxy import PROXIES, SCENES, TEST_SCENES, kept_data, proxy, proxy_data, with_world
 from .results import LOOKED
 from .variants import shipped_parts, with_parts
 from ..train.fields import check_names
@@ -279,14 +279,14 @@ class StopAfter(TrainerCallback):
 def first_steps(
     results:dict,        # From `collect`
     setting:str,         # One of its settings
-    folder:str|Path,     # For the world and the weights
+    folder:str|Path,     # For the parts and the weights
     steps:int=12,        # How many
     scenes:int=SCENES,   # Of the training world
 ) -> list[dict]:         # The log of these steps
     "Begin the first run of a setting once more"
     run = results['settings'][setting][0]
     r = with_parts(from_dict(run['recipe']), Path(folder)/'parts')
-    train,_ = proxy_data(Path(folder)/'data', run['seed'], scenes)
+    train,_ = kept_data(run['seed'], scenes)
     name = r.stages[0].name
     short = [StopAfter(steps)]
     _,_,found = train_recipe(with_world(r, train), Path(folder)/'first', stages=[name],

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..model.architecture import meta_model
+from ..model.architecture import inner_modules, inner_parameters, meta_model
 from ..model.vision import n_layers, n_patches
 from ..model.config import VLMConfig
 from ..model.lean_layers import is_lean
@@ -45,7 +45,7 @@ def adapter_size(
     layer:nn.Module,  # With an `Adapter` at `.adapter`, or none
 ) -> int:             # Trainable parameters
     "How many parameters the adapter of a layer has"
-    adapter = getattr(layer, 'adapter', None)
+    adapter = vars(layer).get('adapter')
     if adapter is None: return 0
     low_rank = adapter.r*(layer.in_features + layer.out_features)
     return low_rank + adapter.dora*layer.out_features
@@ -95,8 +95,8 @@ def n_trainable(
     module:nn.Module,  # After `annotate`
 ) -> int:              # Trainable parameters, those of adapters included
     "How many parameters of a module are trainable"
-    return n_direct(module.parameters()) + sum(map(
-        adapter_size, module.modules()))
+    inner = inner_modules(module)
+    return n_direct(inner_parameters(inner)) + sum(map(adapter_size, inner))
 
 # %% ../../nbs/37_train.activations.ipynb #35be429d
 def with_mode(

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..model.architecture import meta_vlm
+from ..model.architecture import inner_modules, inner_parameters, meta_vlm
 from ..model.lean_layers import lean_layers
 from ..model.packed_attention import PACKED
 from ..model.vision import input_size, n_patches
@@ -48,15 +48,15 @@ def _optimizer_bytes(model, stage, trainable):
 # %% ../../nbs/38_train.memory.ipynb #88940917
 def _weight_bytes(model, half, mixed=False):
     "Weights, some of them in 4 bits, and adapters; `half`: all in 16 bits, `mixed`: frozen matrices"
-    four_bit = {id(m.weight) for m in model.modules() if getattr(
-        m, 'four_bit', False)}
+    inner = inner_modules(model)
+    four_bit = {id(m.weight) for m in inner if vars(m).get('four_bit')}
     held = frozen_matrices(model).values() if mixed else ()
     halved = set(map(id, held))
     total = 0
-    for parameter in {id(p):p for p in model.parameters()}.values():
+    for parameter in inner_parameters(inner):
         each = 2 if half or id(parameter) in halved else parameter.element_size()
         total += parameter.numel()*(NF4 if id(parameter) in four_bit else each)
-    return total + (2 if half else 4)*sum(map(adapter_size, model.modules()))
+    return total + (2 if half else 4)*sum(map(adapter_size, inner))
 
 # %% ../../nbs/38_train.memory.ipynb #89593bab
 _SHARDED = dict(zero1=('optimizer',), zero2=('optimizer', 'gradients'), zero3=('optimizer', 'gradients', 'weights'),

@@ -140,6 +140,15 @@ def test_a_finished_row_is_computed_no_more(many):
     hook.remove()
     assert sum(counted) == len(ids)*len(limits) + sum(limits) - len(limits)
 
+def test_a_batch_keeps_freed_memory(models, monkeypatch):
+    "Answers of several prompts reuse the pages of large tensors; one prompt has none that are large"
+    model, processor = models['llama']
+    wanted, keep = [], G.keep_freed_memory
+    monkeypatch.setattr(G, 'keep_freed_memory', lambda many: (wanted.append(many), keep(many))[1])
+    prompt = G.prompt_ids(processor, [G.user_turn('what?', 0)])
+    for n in (1, 2): assert len(G.answer_ids(model, processor, [prompt]*n, max_new_tokens=1)) == n
+    assert wanted == [False, True]
+
 def test_blind_is_a_picture_of_zeros(models, monkeypatch):
     model, processor = models['llama']
     img, prompt = picture(1), G.prompt_ids(processor, [G.user_turn('what?', 1)])

@@ -1,7 +1,8 @@
 "Every command that a recipe page prints can be typed: a dry run of each training, and words that exist for the others."
-import ast, json, re, shlex, subprocess, sys
+import ast, json, re, shlex, sys
 from pathlib import Path
 import pytest
+import fresh
 from tinyllava_cookbook import cli
 from tinyllava_cookbook.data.paths import data_sources
 
@@ -91,5 +92,5 @@ def test_pages_with_parts_of_ones_own(tmp_path):
         if words[0] == 'train': put_inputs(shlex.join(['tinyllava', *words]), tmp_path)
     dry = [o if o[0] == 'recipes' else [*o, '--dry-run'] for o in lines if o[0] in ('train', 'recipes')]
     assert sum(o[0] == 'train' for o in dry) >= 3 and all('--import' in o for o in dry)
-    done = subprocess.run([sys.executable, '-c', ALL.format(dry)], cwd=tmp_path, capture_output=True, text=True)
+    done = fresh.run([sys.executable, '-c', ALL.format(dry)], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.count('rc 0\n') == len(dry) and done.stdout.count('rc ') == len(dry), done.stderr

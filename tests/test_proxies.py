@@ -2,6 +2,7 @@
 import dataclasses, subprocess, sys
 import numpy as np
 import pytest
+import fresh
 
 torch = pytest.importorskip('torch')
 from tinyllava_cookbook.recipes.proxy import PROXIES, RATES, proxy, proxy_data, trained_kind, with_world
@@ -87,7 +88,8 @@ def test_a_variant_of_a_part_or_a_mix_is_another_run(tmp_path):
     assert made[0].name == made[1].name and (made[0]/'model.safetensors').read_bytes() == (made[1]/'model.safetensors').read_bytes()
 
 @pytest.mark.slow
-def test_a_run_that_fails_says_which_and_why_and_leaves_no_numbers(tmp_path):
+def test_a_run_that_fails_says_which_and_why_and_leaves_no_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr('tinyllava_cookbook.recipes.sweep.subprocess', fresh)
     small = proxy('llava_v15')
     for s in small.stages: s.max_steps = 1
     broken = Cell('broken', dataclasses.replace(small, connector='mpl2x'), 3, 12, 4)

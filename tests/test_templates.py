@@ -1,5 +1,6 @@
 "Any conversation, any template, any tokenizer: what is learned, the same in Jinja, words that look like control tokens."
-import pickle, unicodedata, warnings
+import copy, pickle, unicodedata, warnings
+from functools import wraps
 from itertools import groupby
 import pytest
 
@@ -9,7 +10,7 @@ from tinyllava_cookbook.core import IGNORE
 from tinyllava_cookbook.data.masks import show_mask
 from tinyllava_cookbook.data.templates import chat_template, read_messages, templates
 
-pytestmark = pytest.mark.takes(45)
+pytestmark = pytest.mark.takes(30)
 
 IMAGE = -200
 OWN = [o for o in templates if o != 'hf']
@@ -79,10 +80,27 @@ def conversations(draw, opening=True):
     for _ in range(draw(st.integers(1, 3))): out += turn('user', asks) + turn('assistant')
     return out[:-1] if draw(st.integers(0, 9)) == 9 else out
 
+_drawn = {}
+def drawn(n, strategies, check):
+    "`n` examples, chosen by the words of the check; drawn once for all tokenizers, as to draw them takes as long as to check them"
+    if check.__code__ not in _drawn:
+        found = _drawn[check.__code__] = []
+        quiet = settings(max_examples=n, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+        quiet(given(**strategies)(wraps(check)(lambda **example: found.append(example))))()
+        assert len(found) >= n
+    return _drawn[check.__code__]
+
 def any_of(n, **strategies):
-    "`n` examples, the same ones each time"
-    quiet = settings(max_examples=n, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-    return lambda f: quiet(given(**strategies)(f))
+    "A check of `n` examples, the same ones each time; what fails says of which"
+    def of(check):
+        def each():
+            for example in drawn(n, strategies, check):
+                try: check(**copy.deepcopy(example))
+                except BaseException:
+                    print('with', example)
+                    raise
+        return each
+    return of
 
 def joined(got, want, before, after):
     "Is `got` what was wanted, or that and what a token at its ends shares with the text around it?"

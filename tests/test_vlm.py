@@ -12,7 +12,7 @@ from tinyllava_cookbook.model.checkpoints import load, save
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.model.vlm import VLMConfig, VLMForConditionalGeneration
 
-pytestmark = pytest.mark.takes(45)
+pytestmark = pytest.mark.takes(30)
 
 logging.disable_progress_bar()
 SMALL = dict(resampler=dict(n_queries=3, depth=1), qformer=dict(n_queries=3, depth=2, d=24, heads=2, d_ff=48))
@@ -39,7 +39,8 @@ def test_compiles_to_one_graph(parts, vision, llm, connector):
     fast = torch.compile(model, fullgraph=True, backend='aot_eager')      # fullgraph: a break is an error
     with torch.no_grad():
         torch.testing.assert_close(fast(**batch, use_cache=False).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
-        bad = {**batch, 'pixel_values': batch.pixel_values[:2]}
+        more = batch.input_ids.index_put((torch.tensor(1), torch.tensor(-1)), torch.tensor(proc.image_token_id))   # of the same shape: the same graph
+        bad = {**batch, 'input_ids': more}
         with pytest.raises(RuntimeError, match='image tokens and image features are not equally many'): fast(**bad, use_cache=False)
 
 def test_compiled_training_step(parts):

@@ -189,8 +189,9 @@ def _run_recipe(a, r, todo, out, data):
     if a.trust_remote_code: given['trust_remote_code'] = True
     if a.feature_cache != 'off':
         given.update(feature_cache=a.feature_cache, feature_dtype=a.feature_dtype)
+    described = _with_data(r, data, a.images)
     try:
-        with leaving_page(out, _with_data(r, data, a.images), a.parallel):
+        with leaving_page(out, described, a.parallel):
             train_recipe(r, out, data=data, stages=todo, **given)
     except Stopped as e:
         print(f'tinyllava train: {e}', file=sys.stderr)

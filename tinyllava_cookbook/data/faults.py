@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core import IGNORE, IMAGE_TOKEN
-from .datasets import BAD, Encoder, image_counts
-from .images import image_size, load_image, sample_aspect
+from .datasets import BAD, Encoder
+from .images import image_counts, image_size, load_image, sample_aspect
 from .records import Sample, read_sample, record_name
 
 # %% ../../nbs/15_data.faults.ipynb #85e27f7d

@@ -42,7 +42,7 @@ def _files_of(processor) -> dict:
         for path in sorted(o for o in Path(folder).rglob('*')
                            if o.is_file()):
             config = path.suffix=='.json' and path.stat().st_size<20_000
-            content = _settled(read_json(path)) if config else xxh3_128(path.read_bytes()).hexdigest()
+            content = _settled(read_json(path)) if config else checksum(path)
             found[path.relative_to(folder).as_posix()] = content
     return found
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (LogitsProcessor, StoppingCriteria, StoppingCriteriaList,
     TextIteratorStreamer)
+from ..allocator import keep_freed_memory
 from ..core import IGNORE, IMAGE_TOKEN, pick_device, pick_dtype
 from ..data.images import image_size, load_image
 from ..data.templates import chat_template
@@ -240,13 +241,16 @@ def answer_ids(
 ) -> list[list[int]]:       # Ids of each answer, without its stop
     "Answer prompts"
     if not prompts: return []
-    how = max_new_tokens, blind
+    asked = model, processor, prompts, images, max_new_tokens, blind
     was = model.training
     model.eval()
+    # the tensors of one prompt are too small to cost page faults
+    many = len(prompts) > 1 and model.device.type == 'cpu'
     try:
-        if not temperature and not kwargs and decodes_in_slots(model):
-            return _decoded(model, processor, prompts, images, *how, slots, done)
-        return _by_generate(model, processor, prompts, images, *how, temperature, slots, done, **kwargs)
+        with keep_freed_memory(many):
+            if not temperature and not kwargs and decodes_in_slots(model):
+                return _decoded(*asked, slots, done)
+            return _by_generate(*asked, temperature, slots, done, **kwargs)
     finally: model.train(was)
 
 # %% ../../nbs/40_infer.generate.ipynb #9744172e

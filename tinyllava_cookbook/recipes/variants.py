@@ -87,12 +87,15 @@ for _name,_pixels in _RESIZED.items():
     part_variants.register(_name, _maker(resize_tower, _pixels))
 
 # %% ../../nbs/68_recipes.variants.ipynb #707f368d
+def _shipped(name):
+    "The part that a variant is made from"
+    return name.partition(', ')[0]
+
 def tower_size(
     name:str,    # The shipped vision tower, or a variant of it
 ) -> tuple:      # Pixels of a side of its images, and of a patch
     "The sizes of a vision tower, without making it"
-    shipped,_,_ = name.partition(', ')
-    config = read_json(ingredient(shipped)/'config.json')['vision_config']
+    config = read_json(ingredient(_shipped(name))/'config.json')['vision_config']
     return _RESIZED.get(name, config['image_size']), config['patch_size']
 
 # %% ../../nbs/68_recipes.variants.ipynb #cfab59f7
@@ -113,26 +116,24 @@ def part_folder(
     return publish(mark_complete(staging), final)
 
 # %% ../../nbs/68_recipes.variants.ipynb #b567c01f
-_HALVES = 'vision', 'llm'
+def _replaced(recipe, make):
+    "The recipe with something else in the place of each variant"
+    parts = dict(vision=recipe.vision, llm=recipe.llm)
+    changed = {half: make(name) for half,name in parts.items() if name in part_variants}
+    return dataclasses.replace(recipe, **changed)
 
 def shipped_parts(
     recipe:Recipe,  # Perhaps with variants
 ) -> Recipe:        # With the parts that they are made from
     "The recipe before its parts were changed"
-    parts = {half: getattr(recipe, half) for half in _HALVES}
-    shipped = {half: name.partition(', ')[0]
-               for half,name in parts.items() if name in part_variants}
-    return dataclasses.replace(recipe, **shipped)
+    return _replaced(recipe, _shipped)
 
 def with_parts(
     recipe:Recipe,    # Perhaps with variants
     folder:str|Path,  # For those that are made
 ) -> Recipe:          # With folders in their place
     "The recipe with its variants made"
-    parts = {half: getattr(recipe, half) for half in _HALVES}
-    made = {half: str(part_folder(name, folder))
-            for half,name in parts.items() if name in part_variants}
-    return dataclasses.replace(recipe, **made)
+    return _replaced(recipe, lambda name: str(part_folder(name, folder)))
 
 # %% ../../nbs/68_recipes.variants.ipynb #836f75c4
 mixes = Registry('mix', 'mixes')

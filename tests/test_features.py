@@ -1,5 +1,6 @@
 """Vision features on disk: what two processes write at once, how a store grows, what damage does, and training from features."""
-import sys
+import os, shutil, sys
+from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import pytest, torch
@@ -10,6 +11,8 @@ from tinyllava_cookbook.cached_files import cached_files
 from tinyllava_cookbook.core import write_json
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.processor import compose
+from tinyllava_cookbook.model import image_keys
+from tinyllava_cookbook.model.image_keys import ImageKeys
 from tinyllava_cookbook.train import feature_cache
 from tinyllava_cookbook.train.data import stage_dataset
 from tinyllava_cookbook.train.feature_cache import fill_store, tower_on
@@ -166,3 +169,48 @@ def test_auto_uses_a_cache_where_it_pays_and_says_so(parts, tmp_path, monkeypatc
         said = capsys.readouterr().err
         assert ('computed now; the vision tower does not run' in said, said.splitlines()[0].endswith(': not used')) == (pays, not pays)
         assert sum(o.kind == 'features' for o in cached_files()) == pays   # `tinyllava cache` lists the shard
+
+
+def test_a_second_start_reads_no_image_that_stayed_as_it_is(parts, tmp_path, monkeypatch, caplog):
+    own = tmp_path/'data'
+    own.mkdir()
+    paths = [own/f'{i}.png' for i in range(8) if i%4 != 3]
+    for o in (*paths, own/'data.json'): shutil.copyfile(parts['images']/o.name, o)
+    model, processor = compose(parts['siglip'], parts['llama'], image_mode='squash')
+    dataset, hashed, plain = stage_dataset(processor, stage(), own/'data.json'), [], image_keys.image_key
+    monkeypatch.setattr(image_keys, 'image_key', lambda source: hashed.append(Path(source).stat().st_size) or plain(source))
+    def start():
+        "Bytes of images that are hashed, and their keys"
+        hashed.clear()
+        keys = set(feature_cache.dataset_images(dataset, keys=ImageKeys(tmp_path/'keys')))
+        return sum(hashed), keys
+    total, keys = sum(o.stat().st_size for o in paths), {plain(o) for o in paths}
+    assert start() == start() == (total, keys)                       # younger than two seconds: not to be trusted
+    for o in paths: os.utime(o, (1e9, 1e9))
+    assert [start(), start()] == [(total, keys), (0, keys)]
+    Image.new('RGB', (40, 40), 'teal').save(paths[0])                # another content
+    young = paths[0].stat().st_size
+    assert [start(), start()] == 2*[(young, {plain(o) for o in paths})]
+    for note in (tmp_path/'keys').glob('*.keys'): note.write_bytes(b'x' + note.read_bytes()[1:])
+    keys = {plain(o) for o in paths}
+    assert start() == (sum(o.stat().st_size for o in paths), keys) and len([o for o in caplog.records if 'are damaged' in o.message]) == 1
+    assert start() == (young, keys) and len(list((tmp_path/'keys').iterdir())) == 1
+    monkeypatch.setenv('TINYLLAVA_CACHE', str(tmp_path/'cache'))
+    assert feature_cache.store_keys(FeatureStore(feature_cache.cache_dir('features'), FACTS)).folder == feature_cache.cache_dir('image-keys')
+    encoder = feature_cache.FeatureEncoder(dataset.encoder, FeatureStore(tmp_path/'store', FACTS))
+    with pytest.raises(FeatureError, match='has changed since'): encoder._features(str(paths[1]))
+
+def test_ranks_remember_for_each_other_and_half_a_note_is_never_there(tmp_path):
+    for name in ('a', 'b'):
+        (tmp_path/name).write_bytes(name.encode())
+        os.utime(tmp_path/name, (1e9, 1e9))
+    ranks = [ImageKeys(tmp_path/'keys') for _ in range(2)]
+    for rank, name in zip(ranks, 'ab'):
+        key, note = rank.look(tmp_path/name)
+        rank.remember({note: key})
+    for rank in ranks:
+        rank.refresh()
+        assert [rank.look(tmp_path/name)[1] for name in 'ab'] == [None, None] and len(rank.notes) == 2
+    assert not list((tmp_path/'keys').glob('*.tmp'))
+    os.utime(tmp_path/'a', (9e9, 9e9))                               # of a clock that is ahead
+    assert ranks[0].look(tmp_path/'a')[1] is None and ranks[0](tmp_path/'a') == image_key(tmp_path/'a')

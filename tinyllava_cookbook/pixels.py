@@ -34,7 +34,8 @@ def center(
     width:int,          # To keep
     height:int,         # To keep
 ) -> Image.Image:       # Of this size
-    "The middle of an image"
+    "The middle of an image; itself, if it has this size"
+    if image.size == (width, height): return image
     left = (image.width - width) // 2
     top = (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))

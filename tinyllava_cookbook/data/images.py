@@ -239,7 +239,8 @@ def _tiles(image, processor, mode) -> tuple:
     if not isinstance(image, Image.Image):
         raise TypeError(
             f"prepare needs a PIL image, not {type(image).__name__}; call load_image first")
-    seen = IMAGE_MODES[mode](image.convert('RGB'), processor)
+    if image.mode != 'RGB': image = image.convert('RGB')   # which would copy
+    seen = IMAGE_MODES[mode](image, processor)
     return ([seen], (1, 1)) if isinstance(seen, Image.Image) else seen
 
 # %% ../../nbs/10_data.images.ipynb #46c1d06e
@@ -294,7 +295,7 @@ def image_tensors(
     loaded = [load_image(image, max_aspect=sample_aspect()) for image in images]
     how = prepare_bytes if encoder.as_bytes else prepare
     tiles = [how(image, encoder.image_processor, encoder.image_mode)[0] for image in loaded]
-    found = dict(pixel_values=torch.cat(tiles))
+    found = dict(pixel_values=tiles[0] if len(tiles) == 1 else torch.cat(tiles))
     if encoder.patch_grid:
         found['image_sizes'] = torch.tensor([image.size[::-1] for image in loaded])
     return found

@@ -312,6 +312,11 @@ def _ways(stage):
         return [(parallel, mode) for parallel,mode in ways if parallel == 'ddp']
     return ways
 
+# %% ../../nbs/39_train.budget.ipynb #8eb9e9b4
+def _bytes_on(model, stage, data, count, parallel):
+    "Bytes that each of `count` GPUs must have for a stage"
+    return need(_shape_and_memory(model, stage, data, count, parallel)[-1])
+
 # %% ../../nbs/39_train.budget.ipynb #e56dae25
 def _fitting(recipe, stage, gpus):
     "Options with which a stage fits on these GPUs, and the memory that it takes then"
@@ -390,11 +395,6 @@ def _in_mode(stage, mode):
     "A stage with its LLM trained this way, where it is trained directly; 'full': as it is"
     direct = stage.tune['llm'].mode in ('full', 'partial')
     return with_mode(stage, mode) if mode != 'full' and direct else stage
-
-# %% ../../nbs/39_train.budget.ipynb #8eb9e9b4
-def _bytes_on(model, stage, data, count, parallel):
-    "Bytes that each of `count` GPUs must have for a stage"
-    return need(_shape_and_memory(model, stage, data, count, parallel)[-1])
 
 # %% ../../nbs/39_train.budget.ipynb #95b4bbf7
 def gpus_needed(

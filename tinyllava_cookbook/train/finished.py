@@ -13,6 +13,7 @@ import dataclasses, shutil, sys
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from ..core import read_json, write_json
@@ -82,11 +83,27 @@ def _write_finished(trainer, staging, state, recipe):
         save(model, trainer.processor, staging, recipe=recipe)
 
 # %% ../../nbs/35_train.finished.ipynb #d934987a
+def _masters(trainer) -> dict:
+    "Name → float32 weight of what ZeRO-1 or ZeRO-2 trains in 16 bits, for the first process"
+    found = {}
+    if not trainer.is_deepspeed_enabled: return found
+    from deepspeed.utils import safe_get_full_fp32_param
+    for name,parameter in trainer.model.named_parameters():
+        half = parameter.dtype != torch.float32
+        if not half or not hasattr(parameter, '_hp_mapping'): continue
+        # all processes add up their parts of one parameter
+        master = safe_get_full_fp32_param(parameter)
+        if trainer.args.should_save and master is not None:
+            found[name] = master.detach().cpu().reshape(parameter.shape)
+    return found
+
 def _consolidated(trainer):
     "Weights of all processes, tied ones once; `None` where they are not sharded"
     if not _sharded(trainer): return None
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    masters = _masters(trainer)
     if not state: return state
+    state = state | masters
     state = unrounded_state(state, trainer.held)
     tied = trainer.model.all_tied_weights_keys   # copies by now
     return {name: tensor for name,tensor in state.items() if name not in tied}

@@ -6,6 +6,7 @@
 __all__ = ['stage_weights', 'start_model', 'start_identity']
 
 # %% ../../nbs/34_train.start.ipynb #cc56ac6e
+import functools
 import json
 from pathlib import Path
 
@@ -60,9 +61,15 @@ def start_model(
                    trust_remote_code=trust_remote_code, **more)
 
 # %% ../../nbs/34_train.start.ipynb #f52c7c7f
+@functools.cache
+def _shipped_id(name):
+    "The identity of a component that ships with the package, whose files stay as they are"
+    return folder_identity(ingredient(name))['id']
+
 def _part_id(name):
     "The identity of one component"
-    place = str(_checkpoint(name))
+    place = _checkpoint(name)
+    if place != name: return _shipped_id(name)
     found = folder_identity(place) or dict(id=place)
     return found['id']
 

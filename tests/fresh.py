@@ -20,6 +20,7 @@ LIBRARIES = ('torch', 'torch._dynamo', 'transformers.trainer', 'transformers.mod
 AT_IMPORT = ('HF_', 'HUGGING', 'TRANSFORMERS_', 'TORCH_', 'PYTORCH', 'ACCELERATE', 'BNB_', 'BITSANDBYTES', 'MPL', 'MKL', 'OPENBLAS',
              'OMP_WAIT', 'KMP', 'NUMEXPR', 'CUDA', 'LD_', 'PYTHON', 'HOME', 'XDG_', 'TOKENIZERS_', 'USE_', 'LANG', 'LC_', 'ARROW', 'DISABLE_')
 LATE = 'PYTHONPATH', 'PYTHONWARNINGS'   # these we follow ourselves
+HEARD = signal.SIGINT, signal.SIGHUP    # A process that is started ignores of these what its parent ignores
 LENGTH = struct.Struct('!Q')
 
 # ---- the side of the tests
@@ -59,6 +60,10 @@ class Parent:
         if len(answer) < LENGTH.size: raise RuntimeError('the python that tests fork from has ended: run `python tests/fresh.py` to see why')
         return LENGTH.unpack(answer)[0], told
 
+def ignored():
+    "Which of these signals a process would not hear"
+    return [o for o in HEARD if signal.getsignal(o) == signal.SIG_IGN]
+
 parents, seen = {}, set()
 
 def parent(env):
@@ -85,7 +90,7 @@ class Popen(subprocess.Popen):
         where = os.path.abspath(os.fsdecode(cwd or '.'))
         if not os.path.isdir(where): raise FileNotFoundError(2, os.strerror(2), where)
         fds = [mine if one == -1 else one for mine,one in enumerate((p2cread, c2pwrite, errwrite))]
-        self.pid, self.told = forks.start(dict(words=words, cwd=where, env=environ), fds)
+        self.pid, self.told = forks.start(dict(words=words, cwd=where, env=environ, deaf=ignored()), fds)
         self._child_created = True
         self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
 
@@ -194,8 +199,10 @@ def serve(server):
         server.sendall(LENGTH.pack(pid))
 
 def become(job, fds, set_by_libraries):
-    "Files, session, folder, variables, threads and random numbers of a process of its own"
+    "Files, session, folder, variables, signals, threads and random numbers of a process of its own"
     os.setsid()
+    for number,usual in zip(HEARD, (signal.default_int_handler, signal.SIG_DFL)):
+        signal.signal(number, signal.SIG_IGN if number in job['deaf'] else usual)
     for to,fd in enumerate(fds): os.dup2(fd, to)
     for fd in fds: os.close(fd)
     os.chdir(job['cwd'])

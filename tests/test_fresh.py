@@ -52,6 +52,18 @@ def test_it_ends_as_a_process_ends():
         fork,real = both([sys.executable, '-c', code])
         assert fork[:2] == real[:2] and fork[0] == want and fork[2].splitlines()[-1:] == real[2].splitlines()[-1:], code
 
+def test_ignored_signals_are_those_of_who_starts_it():
+    "As in the foreground, and as in a suite that runs in the background"
+    code = 'import signal; print([signal.getsignal(o) for o in (signal.SIGINT, signal.SIGHUP)])'
+    before = [signal.getsignal(o) for o in fresh.HEARD]
+    try:
+        for how in ((signal.default_int_handler, signal.SIG_DFL), (signal.SIG_IGN, signal.SIG_IGN), (signal.SIG_IGN, signal.SIG_DFL)):
+            for number,handler in zip(fresh.HEARD, how): signal.signal(number, handler)
+            fork,real = both([sys.executable, '-c', code])
+            assert [o.partition(' at ')[0] for o in fork[1].split(',')] == [o.partition(' at ')[0] for o in real[1].split(',')]
+    finally:
+        for number,handler in zip(fresh.HEARD, before): signal.signal(number, handler)
+
 def test_signals_time_and_several_at_once():
     code = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nprint('on', flush=True)\ntime.sleep(60)"
     ps = [fresh.Popen([sys.executable, '-c', code], stdout=fresh.PIPE, text=True) for _ in range(3)]

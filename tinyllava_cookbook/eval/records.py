@@ -141,11 +141,15 @@ def _list_records(path, skip):
     rows = (_record(f'{path}, record {i}', record) for i,record in found)
     return [_without(row, skip) for row in rows]
 
+def _begins(path):
+    "The first character that is not blank; none in an empty file"
+    return next((line.lstrip()[0] for _,line in _text_lines(path)), '')
+
 def _json_records(path, skip):
     "Records of a JSON file: a list, an object, or lines whatever its name says"
-    _,first = next(_text_lines(path), (0, ''))
-    if first.lstrip()[:1]=='[': return _list_records(path, skip)
-    if path.suffix!='.json' or not first: return _records(path, skip)
+    begins = _begins(path)   # a list may be one line: the line itself is not kept
+    if begins=='[': return _list_records(path, skip)
+    if path.suffix!='.json' or not begins: return _records(path, skip)
     try:
         found = json.loads(_read(path))
     except (ValueError, RecursionError):

@@ -7,9 +7,11 @@ CPU seconds of one thread, so that other work on the machine matters little; our
 the median of both, the median of the ratios of neighbours and their spread over the runs; rows of less than a second
 are run more often. Training is measured as it goes on, not as it starts: a batch goes before the clock on both sides,
 and as in a stage, ours keeps the memory that a step frees; the baseline has the allocator as it comes. Growth: median CPU
-seconds at sizes that quadruple, and the slope of their logarithms: 1 is a cost in proportion. The baseline pads batches in random order, computes the attention
-and the logits of all positions and all layers of the vision tower, prepares samples as TinyLLaVA Factory does, and answers
-each question by itself. Machine: rates of one thread, and what single kernels reach; ledger: a step by its parts. `--tiny` runs the same code in seconds. With --json, one JSON object is all of standard output.
+seconds at sizes that quadruple, and the slope of their logarithms: 1 is a cost in proportion. The baseline pads batches
+in random order, computes the attention and the logits of all positions and all layers of the vision tower, prepares
+samples as TinyLLaVA Factory does, and answers each question by itself. Machine: rates of one thread, and what single
+kernels reach; ledger: a step by its parts. `--tiny` runs the same code in seconds. With --json, one JSON object is all
+of standard output.
 """
 import argparse, gc, json, math, os, statistics, subprocess, sys, tempfile, time
 from contextlib import redirect_stdout

@@ -10,7 +10,7 @@ for k,v in dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', TOKENIZERS_PARALLEL
 
 def pytest_configure(config):
     "Describe the markers of tests that take long"
-    config.addinivalue_line('markers', 'slow: takes more than 5 seconds of a processor; `make check` leaves it out')
+    config.addinivalue_line('markers', 'slow: takes more than 5 seconds of a processor; `make check` leaves it out, and files that take 15 seconds')
     config.addinivalue_line('markers', 'takes(seconds, waits=False): what a file takes on a quiet machine, where that is 10 seconds and more, and whether it '
                                        'mostly waits for others; a literal in the `pytestmark` of the file')
 
@@ -23,8 +23,13 @@ def takes(path):
     seconds, = (o.value for o in calls[0].args)
     return seconds, any(o.arg == 'waits' and o.value.value for o in calls[0].keywords)
 
+LONG = 15   # Seconds of a file that `make check` leaves out
+
+@pytest.hookimpl(tryfirst=True)   # before `-m` chooses
 def pytest_collection_modifyitems(items):
     "Files that take longest first: each worker takes a whole file, and at the end there should be short ones left to take"
+    for item in items:
+        if takes(item.path)[0] >= LONG: item.add_marker('slow')
     items.sort(key=lambda item: -takes(item.path)[0])
 
 @pytest.hookimpl(optionalhook=True)

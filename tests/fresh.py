@@ -242,6 +242,15 @@ def end(said):
     except (OSError, ValueError): return
     os._exit(code & 255)
 
+def interrupted():
+    "End as Python does after Ctrl-C: with the traceback, and by the signal"
+    sys.excepthook(*sys.exc_info())
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stderr.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
+
 def preload():
     "Import the libraries, and nothing of ours; what follows PYTHONPATH on `sys.path`, and the variables they set"
     import importlib
@@ -263,6 +272,7 @@ if __name__ == '__main__':
         become(job, fds, set_by_libraries)
         try: execute(*job['words'], base)
         except SystemExit as e: said = e
+        except KeyboardInterrupt: interrupted()
         else: said = SystemExit()
         end(said)
         raise said

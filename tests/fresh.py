@@ -230,24 +230,26 @@ def execute(options, kind, args, base):
     main = sys.modules['__main__'] = types.ModuleType('__main__')
     exec(compile(code, '<string>', 'exec'), main.__dict__)
 
-def end(said):
-    "End with the code of a `SystemExit`; returns where there is more to say: a text, or output that cannot be written"
-    code = 0 if said.code is None else said.code
-    if not isinstance(code, int): return
+def wind_down():
+    "Wait for threads, call what `atexit` has, write what was said; false where it cannot be written"
     threading._shutdown()
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except (OSError, ValueError): return
-    os._exit(code & 255)
+    except (OSError, ValueError): return False
+    return True
+
+def end(said):
+    "End with the code of a `SystemExit`; returns where there is more to say: a text, or output that cannot be written"
+    code = 0 if said.code is None else said.code
+    if not isinstance(code, int): return
+    if wind_down(): os._exit(code & 255)
 
 def interrupted():
     "End as Python does after Ctrl-C: with the traceback, and by the signal"
     sys.excepthook(*sys.exc_info())
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    sys.stderr.flush()
+    wind_down()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)
 

@@ -22,7 +22,7 @@ from tinyllava_cookbook.train.stages import train_stage
 from tinyllava_cookbook.train.tuning import apply_tune
 
 logging.disable_progress_bar()
-pytestmark = [pytest.mark.slow, pytest.mark.takes(50, waits=True)]
+pytestmark = pytest.mark.takes(50, waits=True)
 ZERO = ['zero1', 'zero2', 'zero3'] if importlib.util.find_spec('deepspeed') else []
 FULL = dict(name='ft', tune=dict(vision='full', connector='full', llm='full'), lr=1e-3, global_batch_size=4, warmup=0.,
             weight_decay=.1, trainer=dict(save_steps=2, eval_steps=2))

@@ -44,7 +44,7 @@ def test_random_numbers_differ_from_process_to_process():
     assert len(a) == 3 and not set(a) & set(b)
 
 ENDS = {'raise SystemExit(3)': 3, 'raise SystemExit': 0, 'raise SystemExit("a")': 1, '1/0': 1, 'import os; os.kill(os.getpid(), 9)': -9,
-        'import atexit; atexit.register(print, "end")': 0, 'import os; os._exit(7)': 7, 'raise KeyboardInterrupt': -signal.SIGINT,
+        'import atexit; atexit.register(print, "end")': 0, 'import os; os._exit(7)': 7, 'print("said"); raise KeyboardInterrupt': -signal.SIGINT,
         'import threading, time; threading.Thread(target=lambda: (time.sleep(.1), print("late"))).start()': 0}
 
 def test_it_ends_as_a_process_ends():

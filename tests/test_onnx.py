@@ -13,7 +13,7 @@ from tinyllava_cookbook.model.onnx import decoder_names, to_transformers_js, why
 from tinyllava_cookbook.viz.micro import micro_vlm
 
 GRAPHS = 'vision_encoder', 'embed_tokens', 'decoder_model_merged'
-pytestmark = [pytest.mark.slow, pytest.mark.takes(22)]
+pytestmark = pytest.mark.takes(22)
 
 @pytest.fixture(scope='module')
 def micro(): return micro_vlm()

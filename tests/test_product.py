@@ -15,7 +15,7 @@ from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.model.vlm import VLMForConditionalGeneration
 
 logging.disable_progress_bar()
-pytestmark = [pytest.mark.slow, pytest.mark.takes(105)]
+pytestmark = pytest.mark.takes(105)
 LLMS = [*tiny_llms, 'openelm']
 VISIONS = [*(o for o in tiny_visions if o != 'siglip2'), 'clip + dinov2']    # siglip2 is a siglip; vit is in no table
 KW = dict(resampler=dict(n_queries=3, depth=1, heads=2, d_head=8), qformer=dict(n_queries=3, depth=2, d=16, heads=2, d_ff=32))

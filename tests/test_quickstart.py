@@ -6,7 +6,7 @@ import pytest
 import fresh
 from PIL import Image
 
-pytestmark = [pytest.mark.slow, pytest.mark.takes(350)]
+pytestmark = pytest.mark.takes(350)
 
 def tinyllava(*words):
     "One run of the command line, on one core: the other one belongs to the other worker of the tests"

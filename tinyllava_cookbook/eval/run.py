@@ -55,10 +55,11 @@ def rounds(
     world:int=1,      # How many processes share the work
 ) -> list[list[Item]]: # What this process asks
     "Several batches in a row, without a pause between them"
-    batches = len(plan(items, batch_size))
-    together = min(ROUND, max(1, batches//4))
+    batches = plan(items, batch_size)
+    together = min(ROUND, max(1, len(batches)//4))
     found = []
-    for indices in plan(items, together*batch_size)[rank::world]:
+    for start in range(0, len(batches), together)[rank::world]:
+        indices = chain.from_iterable(batches[start:start+together])
         found.append([items[i] for i in indices])
     return found
 

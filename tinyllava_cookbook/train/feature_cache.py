@@ -8,6 +8,7 @@ __all__ = ['SHARD_BYTES', 'TILES_AT_ONCE', 'CACHE', 'check_frozen_tower', 'datas
 
 # %% ../../nbs/33_train.feature_cache.ipynb #3a90f3ec
 import shutil, sys, time
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -64,11 +65,9 @@ class _Part(Dataset):
 
 def _unremembered(source): return image_key(source), None
 
-class _Looks:
+def _looks(look, sample, k):
     "Keys of the images of a sample, with new notes; none where they cannot be read"
-    def __init__(self, look): self.look = look
-    def __call__(self, sample, k):
-        return [] if isinstance(sample, Exception) else [self.look(o) for o in sample.images]
+    return [] if isinstance(sample, Exception) else [look(o) for o in sample.images]
 
 # %% ../../nbs/33_train.feature_cache.ipynb #87804fbb
 def dataset_images(
@@ -81,7 +80,7 @@ def dataset_images(
     "Where each image is met first, for the samples of one process"
     part = _Part(dataset, rank, world)
     found,notes = {}, {}
-    looks = _Looks(keys.look if keys else _unremembered)
+    looks = partial(_looks, keys.look if keys else _unremembered)
     every = parallel_map(part, looks, 'images', progress=progress)
     for i,images in zip(part.indices, every):
         for k,(key,note) in enumerate(images):

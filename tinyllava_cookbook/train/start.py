@@ -62,14 +62,14 @@ def start_model(
 
 # %% ../../nbs/34_train.start.ipynb #f52c7c7f
 @functools.cache
-def _shipped_id(name):
+def _shipped_id(place):
     "The identity of a component that ships with the package, whose files stay as they are"
-    return folder_identity(ingredient(name))['id']
+    return folder_identity(place)['id']
 
 def _part_id(name):
     "The identity of one component"
     place = _checkpoint(name)
-    if place != name: return _shipped_id(name)
+    if place != name: return _shipped_id(place)
     found = folder_identity(place) or dict(id=place)
     return found['id']
 

@@ -30,6 +30,10 @@ def count_calls(monkeypatch, module, name):
     monkeypatch.setattr(module, name, counted)
     return calls
 
+def least(peak, n):
+    "Of three measurements: threads that earlier tests left may allocate during one"
+    return min(peak(n) for _ in range(3))
+
 @contextmanager
 def peak_bytes():
     "Most bytes that Python and numpy hold at a time within, beyond what they held before"
@@ -109,7 +113,7 @@ def test_bytes_of_the_list_of_bad_samples():
         with peak_bytes() as found: assert ds.bad == ['5']
         return found['peak']
     peak(10)
-    assert peak(2_000_000) <= peak(1000) + 4096
+    assert least(peak, 2_000_000) <= least(peak, 1000) + 4096
 
 def test_clean_samples_look_for_faults_once(monkeypatch, tmp_path):
     calls = []
@@ -129,7 +133,7 @@ def test_bytes_of_an_interval():
         tally = Counter({('', i/distinct): 1 for i in range(distinct)})
         with peak_bytes() as found: resampled(lambda rows, weights: weights.sum(1), tally, resamples)
         return found['peak']
-    small, large = peak(8_000), peak(32_000)
+    small, large = least(peak, 8_000), least(peak, 32_000)
     assert large < 2*small and large < 32_000*400*8/2
 
 def test_a_save_reads_no_earlier_checkpoint(tmp_path, monkeypatch):
@@ -160,7 +164,7 @@ def test_bytes_of_a_score(tmp_path):
     words = 'yes', 'no', 'red', 'blue', 'a dog', '2', 'table'
     def files(n):
         folder = tmp_path/str(n)
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         people = [[dict(answer=words[(i + k) % 7], answer_confidence='maybe', answer_id=k + 1) for k in range(10)] for i in range(n)]
         entries = [dict(question_id=i, image_id=i//3, question_type='what color', answer_type='other', multiple_choice_answer='red', answers=people[i])
                    for i in range(n)]
@@ -173,5 +177,5 @@ def test_bytes_of_a_score(tmp_path):
         with peak_bytes() as found: score_file('vqav2', folder, folder/'answers.jsonl')
         return found['peak']/n
     each(10)   # imports, and tables of the normaliser
-    small, large = each(300), each(1200)
+    small, large = least(each, 300), least(each, 1200)
     assert large < 2300 and large < 1.1*small

@@ -42,6 +42,7 @@ def test_lint_passes_a_good_notebook(tmp_path):
     ([EXP, TITLE, FN, DEMO, code('import os\nos.name'), END], 'imports share a cell'),
     ([EXP, TITLE, FN, DEMO, code('def g():\n    import os\ng()'), END], 'imports share a cell'),
     ([EXP, TITLE, FN, DEMO, code('#| hide\ntest_eq(f(), 1)'), END], 'unhide'),
+    ([EXP, TITLE, FN, DEMO, code('f() + renamed'), END], 'nothing gives renamed'),
     ([EXP, TITLE, FN, DEMO, code('def'), END], 'does not parse'),
     ([EXP, TITLE, FN, code('f()', text("PosixPath('/ho" "me/me/x.png')")), END], 'path of one machine'),
     ([EXP, TITLE, FN, code('f()', text('100%|####| 3/3 [00:00<00:00, 9.1it/s]')), END], 'progress bar'),

@@ -4,7 +4,7 @@
 Usage: python tools/nb_lint.py nbs [--notes]     (--notes: also advice that fails nothing: pictures, docments, private names, and
 what is counted but not enforced yet)
 """
-import ast, json, re, sys
+import ast, builtins, importlib, json, re, sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import colab # noqa: E402
@@ -81,6 +81,25 @@ def lint_demo(i, info, public):
     missing = [n for n in public if not any(re.search(rf'\b{re.escape(n)}\b', s) for s in after)]
     if missing: yield i,f'{", ".join(missing)}: no example or test in the next {DEMO_WITHIN} cells'
 
+def given_names(tree):
+    "Names that a cell binds anywhere"
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load): yield n.id
+        elif is_def(n) or isinstance(n, ast.ExceptHandler): yield n.name
+        elif isinstance(n, ast.arg): yield n.arg
+        elif isinstance(n, ast.alias): yield (n.asname or n.name).split('.')[0]
+        if isinstance(n, ast.ImportFrom) and n.names[0].name=='*':
+            mod = importlib.import_module(n.module)
+            yield from getattr(mod, '__all__', dir(mod))
+
+def lint_names(trees):
+    "Yield cells that read a name which no cell of the notebook binds; nothing where a library is not installed"
+    try: known = {*dir(builtins),'display','get_ipython','__file__'}.union(*(given_names(t) for t in trees if t))
+    except ImportError: return
+    for i,tree in enumerate(trees):
+        unknown = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} - known if tree else ()
+        if unknown: yield i,f'nothing gives {", ".join(sorted(unknown))}: rename, import or define'
+
 def lint_export(i, info):
     "Yield breaches in the exported cell `i`"
     ds,body,tree,c = info[i]
@@ -100,6 +119,7 @@ def lint(path):
     info = [parse(c)+(c,) for c in cells]
     yield from lint_whole(path, cells, info)
     yield from lint_outputs(cells)
+    yield from lint_names([tree for _,_,tree,_ in info])
     for i,(ds,body,tree,c) in enumerate(info):
         if tree is None:
             if c['cell_type']=='code' and body: yield i,'cell does not parse'

@@ -158,14 +158,9 @@ def control_places(
     ids:list[int],  # What a tokenizer made of a text
     facts:Facts,    # Of the tokenizer
 ) -> list[int]:     # Their indices
-    "Where control tokens are: few of many, so each is searched for"
-    found = []
-    for i in facts.control.keys() & set(ids):
-        at = -1
-        for _ in range(ids.count(i)):
-            at = ids.index(i, at + 1)
-            found.append(at)
-    return sorted(found)
+    "Where control tokens are"
+    control = facts.control
+    return [at for at, i in enumerate(ids) if i in control]
 
 # %% ../../nbs/10_data.encoding.ipynb #b643d9f8
 def forged_words(

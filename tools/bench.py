@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measure what the fast paths save on this CPU, each against a plain baseline in the same process.
 
-Usage: python tools/bench.py [--only NAME ...] [--runs 3] [--growth 16000] [--out FILE] [--json] [--tiny]
+Usage: python tools/bench.py [--only NAME ...] [--runs 3] [--growth 16000 ...] [--out FILE] [--json] [--tiny]
 
 CPU seconds of one thread, so that other work on the machine matters little; ours and the baseline take turns. A row has
 the median of both, the median of the ratios of neighbours and their spread over the runs; rows of less than a second
@@ -29,8 +29,9 @@ import torch.nn.functional as F
 LLM = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8,
            vocab_size=8192, max_position_embeddings=32768)
 TOWER = dict(image_size=112, patch_size=14, hidden_size=192, intermediate_size=768, num_hidden_layers=8, num_attention_heads=6)
-# What answers are measured with: 50M parameters, which no cache of a CPU holds
+# What answers are measured with: 50M parameters, which no cache of a CPU holds; and a training with LLaVA's vocabulary
 REAL = dict(LLM, hidden_size=512, intermediate_size=1408, num_hidden_layers=12, vocab_size=16384)
+WIDE = dict(REAL, vocab_size=32000, tie_word_embeddings=True)
 TINY = dict(LLM, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -132,7 +133,7 @@ def set_trainable(model, parts):
     model.train()
 
 def training_seconds(model, packs, padded, in_half=None):
-    "CPU seconds of a pass over all samples, by the tokens of a row; a batch goes before the clock on both sides"
+    "CPU seconds of a pass over all samples, by the tokens of a row; `in_half`, also in bf16, and of plain code with freed memory kept"
     from tinyllava_cookbook.allocator import keep_freed_memory
     with keep_freed_memory():
         train_ours(model, packs[max(packs)][:1])
@@ -155,23 +156,29 @@ def memory_row(stage, model, packs, padded):
     say(f"{row['name']:46}{peaks[0]/2**20:8.0f} MB {peaks[1]/2**20:9.0f} MB  {row['ratio']:6.2f}x")
     return row
 
-def bench_training(root, a):
+STAGES = {'stage 1': ['connector'], 'stage 2': ['connector', 'llm', 'head']}
+
+def stage_rows(model, samples, budgets, a, what=''):
     "Both stages at several row budgets, a long row against short ones, peak memory"
-    model,_ = compose_model(root, a.tiny)
-    samples, rows = mix(model, 12 if a.tiny else 72), []
-    budgets = (2048, 4096) if a.tiny else (2048, 4096, 16384)
-    packs, padded = {b: packed_batches(samples, b) for b in budgets}, padded_batches(samples)
-    for stage,parts in dict(zip(('stage 1', 'stage 2'), (['connector'], ['connector', 'llm', 'head']))).items():
+    rows, packs, padded = [], {b: packed_batches(samples, b) for b in budgets}, padded_batches(samples)
+    for name,parts in STAGES.items():
         set_trainable(model, parts)
-        runs = [training_seconds(model, packs, padded, 4096 if stage == 'stage 2' else None) for _ in range(a.runs)]
+        stage, half = name + what, sorted(budgets)[len(budgets)//2] if name == 'stage 2' else None
+        runs = [training_seconds(model, packs, padded, half) for _ in range(a.runs)]
         def row(name, ours, plain, least=None): rows.append(as_row(name, [(run[ours], run[plain]) for run in runs], least))
         for b in budgets: row(f'{stage}, rows of {b}', b, 'plain', 2.75)
-        if stage == 'stage 2':
-            row('stage 2, rows of 4096: bf16 against float32', 'bf16', 4096)
-            row('stage 2, plain: with freed memory kept', 'kept', 'plain')   # that much of the rows above is the allocator's
-            row(f'a long row: {budgets[-1]} against {budgets[0]}', budgets[-1], budgets[0], 1/1.1)
+        if half:
+            row(f'{stage}, rows of {half}: bf16 against float32', 'bf16', half)
+            row(f'{stage}, plain: with freed memory kept', 'kept', 'plain')   # that much of the rows above is the allocator's
+            if len(budgets) > 1: row(f'a long row: {budgets[-1]} against {budgets[0]}', budgets[-1], budgets[0], 1/1.1)
         rows.append(memory_row(stage, model, packs[2048][:2], padded[:2]))
     return rows
+
+def bench_training(root, a):
+    "A small model at all row budgets; one of 50M parameters at one, as it takes its time"
+    small, wide = (compose_model(root/name, a.tiny, shape)[0] for name,shape in dict(small=LLM, wide=WIDE).items())
+    rows = stage_rows(small, mix(small, 12 if a.tiny else 72), (2048, 4096) if a.tiny else (2048, 4096, 16384), a)
+    return rows + stage_rows(wide, mix(wide, 12 if a.tiny else 24), (2048,), a, ' of 50M')
 
 def bench_attention(root, a):
     "One layer's attention of a packed row, against the dense mask and against rows of one sample each"
@@ -337,7 +344,7 @@ def bench_ledger(root, a):
     batches = packed_batches(mix(model, 8 if a.tiny else 36), 2048)
     peak = matrix_rate(a.tiny)
     rows = []
-    for stage,parts in dict(zip(('stage 1', 'stage 2'), (['connector'], ['connector', 'llm', 'head']))).items():
+    for stage,parts in STAGES.items():
         set_trainable(model, parts)
         rates, counts = flop_rates(model), {}
         for b in batches:
@@ -360,18 +367,21 @@ def bench_answers(root, a):
     rng, side = np.random.default_rng(0), model.config.vision_config.image_size
     pictures = [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(16)]
     prompts = [prompt_ids(processor, [user_turn(f'what is number {k} in the image?', 1)]) for k in range(16)]
-    def row_of(new):
+    def row_of(new, what='', least=8):
         ask = partial(answer_ids, model, processor, max_new_tokens=new)
         def together(): return ask(prompts, pictures)
         def one_by_one(): return [ask([p], [o]) for p,o in zip(prompts, pictures)]
         warm = [lambda: ask(prompts[:2], pictures[:2], max_new_tokens=2)]*2   # a whole round would take as long as a run
-        return compare(f'answers of {new} tokens, batch 16 against 1', together, one_by_one, a.runs, 8, warm)
+        return compare(f'answers of {new} tokens{what}, batch 16 against 1', together, one_by_one, a.runs, least, warm)
     # reading the prompts is bound by arithmetic, in a batch or not; writing the answers by memory
-    rows = [row_of(new) for new in ((2, 4) if a.tiny else (16, 64))]
+    lengths = (2, 4) if a.tiny else (16, 64)
+    rows = [row_of(new) for new in lengths]
     ten = partial(answer_ids, model, processor, max_new_tokens=2)
     def shared(): return ten(prompts[:10], pictures[:1]*10)
     def each(): return [ten([p], pictures[:1]) for p in prompts[:10]]
-    return rows + [compare('ten questions on an image, short answers', shared, each, a.runs, 3)]
+    rows.append(compare('ten questions on an image, short answers', shared, each, a.runs, 3))
+    model.bfloat16()   # AMX multiplies it; a batch then rounds otherwise than a single row does
+    return rows + [row_of(lengths[-1], ' in bf16', None)]
 
 # ------------------------------------------------------------------------------------------------ growth
 
@@ -424,14 +434,19 @@ def steady_seconds(prepare, n, runs):
     try: return statistics.median(map(cpu_seconds, works))
     finally: gc.unfreeze()
 
+def growth_row(name, prepare, most, runs):
+    "Seconds up to so many samples; a single run where they are many"
+    sizes = [most//16, most//4, most]
+    seconds = [steady_seconds(prepare, n, runs if most <= 100_000 else 1) for n in sizes]
+    say(f"{name:46}" + ''.join(f'{n:>9,}: {s:.3f} s' for n,s in zip(sizes, seconds)) + f"   slope {slope(sizes, seconds):.2f}")
+    return dict(name=name, sizes=sizes, seconds=seconds, slope=slope(sizes, seconds))
+
 def bench_growth(root, a):
     "CPU seconds by the number of samples"
-    sizes, rows = [a.growth//16, a.growth//4, a.growth], []
+    rows = []
     for name,prepare in growth_works(root).items():
         prepare(48)()   # what is built once is not counted
-        seconds = [steady_seconds(prepare, n, a.runs) for n in sizes]
-        rows.append(dict(name=name, sizes=sizes, seconds=seconds, slope=slope(sizes, seconds)))
-        say(f"{name:46}" + ''.join(f'{n:>9,}: {s:.3f} s' for n,s in zip(sizes, seconds)) + f"   slope {rows[-1]['slope']:.2f}")
+        rows += [growth_row(name, prepare, most, a.runs) for most in a.growth]
     return rows
 
 # ------------------------------------------------------------------------------------------------ all
@@ -457,13 +472,13 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--only', nargs='+', metavar='PART', choices=list(PARTS), default=list(PARTS), help=', '.join(PARTS))
     p.add_argument('--runs', type=int, default=3, help='of each row (default: %(default)s)')
-    p.add_argument('--growth', type=int, default=16_000, metavar='N', help='most samples of the growth curves (default: %(default)s)')
+    p.add_argument('--growth', type=int, nargs='+', default=[16_000], metavar='N', help='most samples of each growth curve (default: 16000)')
     p.add_argument('--out', metavar='FILE', help='write the JSON there, too')
     p.add_argument('--json', action='store_true', help='print one JSON object')
     p.add_argument('--tiny', action='store_true', help='small shapes, one run, to try the code')
     a = p.parse_args(argv)
-    if a.tiny: a.runs, a.growth = 1, min(a.growth, 1024)
-    if a.runs < 1 or a.growth < 16: p.error('--runs is at least 1, and --growth 16')
+    if a.tiny: a.runs, a.growth = 1, [min(n, 1024) for n in a.growth]
+    if a.runs < 1 or min(a.growth) < 16: p.error('--runs is at least 1, and --growth 16')
     from transformers.utils import logging
     logging.disable_progress_bar()
     torch.set_num_threads(1)

@@ -5,7 +5,11 @@ they are imported, and our classes are loaded when one of them is first asked fo
 """
 __version__ = "0.1.0"
 
+import logging as _logging
 import sys as _sys
+
+# transformers' trainer imports it, and it tells of a kernel that is optional
+_logging.getLogger('bitsandbytes').setLevel(_logging.ERROR)
 
 _TABLES = {'transformers.models.auto.configuration_auto': 'CONFIG_MAPPING',
            'transformers.models.auto.processing_auto': 'PROCESSOR_MAPPING'}

@@ -7,7 +7,7 @@ __all__ = ['add_adapters', 'adapted', 'is_quantized', 'plain_name', 'n_weights',
            'merge_adapters', 'save_adapters', 'restore']
 
 # %% ../../nbs/28_model.adapters.ipynb #35101499
-import importlib.util, logging, re
+import importlib.util, re
 from pathlib import Path
 
 import torch
@@ -16,9 +16,6 @@ from torch import Tensor, nn
 
 from .vlm import current_name
 from ..weights import check_finite, open_weights
-
-# %% ../../nbs/28_model.adapters.ipynb #424f4b4d
-logging.getLogger('bitsandbytes').setLevel(logging.ERROR)   # silent about a kernel that is optional
 
 # %% ../../nbs/28_model.adapters.ipynb #b435b3b8
 def add_adapters(

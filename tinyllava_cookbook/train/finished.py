@@ -6,9 +6,6 @@
 __all__ = ['StageResult', 'stage_result', 'save_finished', 'finish_stage', 'finished_result']
 
 # %% ../../nbs/35_train.finished.ipynb #a2da5708
-# first, as it silences what transformers imports
-from ..model.adapters import adapted, merge_adapters, merged_state, save_adapters
-
 import dataclasses, shutil, sys
 from functools import partial
 from pathlib import Path
@@ -18,6 +15,7 @@ from safetensors import SafetensorError
 
 from ..core import read_json, write_json
 from ..durable import Stopped, mark_complete, publish
+from ..model.adapters import adapted, merge_adapters, merged_state, save_adapters
 from ..model.checkpoints import save
 from .data import replaced_samples
 from .identity import data_identity

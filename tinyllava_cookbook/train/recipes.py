@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from ..core import Registry, Table, read_json
 from tinyllava_cookbook.train.fields import (check, check_folder_name, check_names, check_types, field_kinds,
     from_fields)
+from .settings import check_model, check_trainer
 
 # %% ../../nbs/30_train.recipes.ipynb #a7902678
 PARTS = 'vision', 'connector', 'llm'         # The components of a model, in the order of the data
@@ -98,20 +99,6 @@ def _check_choices(stage, at):
         value = getattr(stage, name)
         check(value >= 0, f"{at} {name} {value} is negative")
 
-# %% ../../nbs/30_train.recipes.ipynb #04380418
-_OWNED = dict(   # Trainer arguments that a field of the stage decides
-    learning_rate='lr', num_train_epochs='epochs', max_steps='max_steps', warmup_steps='warmup',
-    lr_scheduler_type='schedule', weight_decay='weight_decay', seed='seed', output_dir='name',
-    per_device_train_batch_size='device_batch_size', gradient_accumulation_steps='global_batch_size')
-
-def _check_trainer(stage, at):
-    "Further arguments: not those that the stage decides, and plain values"
-    for name in stage.trainer:
-        check(name not in _OWNED, f"{at} trainer argument {name!r} is decided by {_OWNED.get(name)!r}; set that")
-    try: same = json.loads(json.dumps(stage.trainer)) == stage.trainer
-    except TypeError: same = False
-    check(same, f"{at} trainer {stage.trainer} must hold plain JSON values, as it is saved with the weights")
-
 # %% ../../nbs/30_train.recipes.ipynb #2a7cf56d
 def _check_stage(stage):
     at = f"stage {stage.name!r}:"
@@ -120,7 +107,7 @@ def _check_stage(stage):
     check_folder_name(stage.name, 'stage')
     _check_sizes(stage, at)
     _check_choices(stage, at)
-    _check_trainer(stage, at)
+    check_trainer(stage.trainer, stage.name)
 
 # %% ../../nbs/30_train.recipes.ipynb #8b2695a3
 @dataclass
@@ -206,13 +193,14 @@ class Recipe:
     template:str|None = None          # Chat template of the finished model; `None`: the usual one of the LLM
     image_mode:str = 'pad'            # How images become square
     stages:list = field(default_factory=list)  # `Stage`s, in order
-    model:dict = field(default_factory=dict)   # Further settings of the model, e.g. `vision_feature_layer`
+    model:dict = field(default_factory=dict)   # Further settings of the model: `ModelSettings`
     seed:int = 0                      # Of new weights and of the order of the data
     start:str|None = None             # Folder of a model that the first stage starts from; `None` joins the parts
 
     def __post_init__(self):
         check_types(self, f'recipe {self.name!r}')
         check_folder_name(self.name, 'recipe')
+        check_model(self.model)
         self.stages = [_stage(given) for given in self.stages]
         names = [stage.name for stage in self.stages]
         twice = {name for name in names if names.count(name) > 1}

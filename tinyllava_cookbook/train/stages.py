@@ -6,15 +6,13 @@
 __all__ = ['train_recipe']
 
 # %% ../../nbs/37_train.stages.ipynb #ca50f52c
-# first, as it silences what transformers imports
-from .finished import finished_result
-
 from pathlib import Path
 
 from ..core import pick_device
 from ..durable import stop_if_asked, stop_on_signal
 from .data import stage_rows
 from .feature_cache import check_frozen_tower
+from .finished import finished_result
 from .one_stage import train_stage
 from .parallel import join_processes, parallel_args
 from .ranks import run_lock

@@ -9,7 +9,7 @@ __all__ = ['STAGING', 'DONE', 'training_args', 'non_finite', 'from_first', 'Stop
 # first, as it silences what transformers imports
 from ..model.adapters import restore
 
-import dataclasses, math, shutil, sys, time
+import math, shutil, sys, time
 from pathlib import Path
 
 import accelerate.utils.other
@@ -32,7 +32,9 @@ from .metered_trainer import MeteredTrainer
 from .parallel import parallel_args
 from .plan import check_same_plan, run_plan
 from .precision import local_precision
-from .recipes import Stage, batch_sizes, check_names
+from .fields import check_names
+from .recipes import Stage, batch_sizes
+from .settings import trainer_names
 from .tuning import MuonAdamW, param_groups
 
 # %% ../../nbs/34_train.trainer.ipynb #fde2a528
@@ -79,8 +81,7 @@ def training_args(
     units=(),            # Classes that FSDP shards one by one, from `fsdp_units`
 ) -> TrainingArguments:  # Complete
     "Arguments of the Hugging Face trainer for one stage on this machine"
-    known = [field.name for field in dataclasses.fields(TrainingArguments)]
-    check_names(stage.trainer, known, f"trainer argument in stage {stage.name!r}:")
+    check_names(stage.trainer, trainer_names(), f"trainer argument in stage {stage.name!r}:")
     cuda = pick_device(device).type == 'cuda'
     _,world = rank_and_world()
     size,accumulate = sizes or batch_sizes(stage, world)

@@ -27,8 +27,7 @@ def join_images(
     tiles, sizes = (_present(samples, k) for k in (
         'pixel_values', 'image_sizes'))
     if sizes and len(sizes) != len(tiles):
-        raise ValueError(
-            f"{len(sizes)} of {len(tiles)} samples with images have image_sizes; use one image mode")
+        raise ValueError(f"{len(sizes)} of {len(tiles)} samples with images have image_sizes; use one image mode")
     out = {}
     if tiles:
         x_nchw = torch.cat(tiles)
@@ -104,8 +103,7 @@ def _padded(collator, samples):
     "The tensors of (b, t)"
     ids, step = [s['input_ids'] for s in samples], collator.multiple_of or 1
     length = math.ceil(max(map(len, ids))/step)*step
-    def pad(rows, value):
-        return pad_rows(rows, value, length, collator.side)
+    def pad(rows, value): return pad_rows(rows, value, length, collator.side)
     ones = [torch.ones(len(row)) for row in ids]
     out = dict(input_ids=pad(ids, collator.pad_token_id),
                attention_mask=pad(ones, 0))
@@ -238,15 +236,16 @@ class Lengths:
 class Shelf:
     "Samples by size; bit `n` of `sizes` says whether one of size `n` is left"
     def __init__(self,
-        sizes,   # Of each sample
-        order,   # Samples, those to be taken last first
-        budget,  # Most that fits into a pack
+        sizes:np.ndarray,  # Of each sample
+        order:np.ndarray,  # Samples, those to be taken last first
+        budget:int,        # Most that fits into a pack
     ):
-        self.items, self.budget = [[] for _ in range(budget + 1)], budget
-        for i in order: self.items[sizes[i]].append(i)
+        by_size = order[np.argsort(sizes[order], kind='stable')]
+        borders = np.bincount(sizes, minlength=budget + 1).cumsum()[:-1]
+        self.items = [some.tolist() for some in np.split(by_size, borders)]
+        self.budget = budget
         self.sizes = sum(1 << n for n, left in enumerate(self.items) if left)
-        self.mirror = sum(1 << budget - n for n,
-                          left in enumerate(self.items) if left)
+        self.mirror = sum(1 << budget - n for n, left in enumerate(self.items) if left)
 
     def take(self, size):
         found = self.items[size].pop()
@@ -266,22 +265,23 @@ class Shelf:
 
 # %% ../../nbs/14_data.batches.ipynb #7272a29d
 def fill_packs(
-    sizes:list[int],   # Of each sample
+    sizes,             # Of each sample, whole numbers
     budget:int,        # Most that fits into a pack
     seed:int=0,        # Of the draws
 ) -> list[list[int]]:  # Packs of indices; each index once
     "Packs that are as full as can be, of samples drawn at random"
-    order = np.random.default_rng(seed).permutation(len(sizes)).tolist()
-    order.sort(key=lambda i: -max(sizes[i] - budget//2, 0))
+    sizes = np.asarray(sizes, dtype=np.int64)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    order = order[np.argsort(np.minimum(budget//2 - sizes[order], 0), kind='stable')]
     shelf, packs, room = Shelf(sizes, order, budget), [], 0
-    few = 2.5*sum(sizes)/max(1, len(sizes))
+    few = 2.5*int(sizes.sum())/max(1, len(sizes))
     def put(size):
         nonlocal room
         packs[-1].append(shelf.take(size))
         room -= size
     def finish():
         while room and (size := shelf.best(room)): put(size)
-    for size in map(sizes.__getitem__, order):
+    for size in sizes[order].tolist():
         if size > room and packs: finish()
         if size > room and shelf.items[size]:
             packs.append([])
@@ -325,9 +325,8 @@ def _distribute(packs:list, world_size:int) -> list:
 @lru_cache(maxsize=2)   # a run asks for the same in every epoch
 def _filled(sizes:bytes, budget, seed):
     "Packs of sorted sizes: members one after the other, and where packs begin"
-    packs = fill_packs(np.frombuffer(sizes, dtype=np.int64).tolist(), budget, seed)
-    return np.concatenate(packs), np.cumsum([
-        0, *map(len, packs[:-1])])
+    packs = fill_packs(np.frombuffer(sizes, dtype=np.int64), budget, seed)
+    return np.concatenate(packs), np.cumsum([0, *map(len, packs[:-1])])
 
 def _shuffled_members(size, there, budget, seed, rng):
     "Which sample is where, pack after pack, and where packs begin: samples of one size change places"
@@ -357,14 +356,15 @@ def plan_packs(
     x = lengths if isinstance(lengths, Lengths) else Lengths(lengths)
     size = _sizes(x, budget, max_images, max_patches)
     cost = x.cost() if cost is None else np.asarray(cost)
-    there, rng = np.flatnonzero(size), np.random.default_rng((
-        seed, epoch))
+    there = np.flatnonzero(size)
     if not len(there):
         raise ValueError("no sample to pack: the dataset is empty, or all its lengths are 0")
+    rng = np.random.default_rng((seed, epoch))
     members, starts = _shuffled_members(size[there], there, budget, seed, rng)
     order = _turns(np.add.reduceat(cost[members], starts), rng)
-    packs = np.split(members, starts[1:])
-    return _distribute([packs[k].tolist() for k in order], world_size)
+    members, ends = members.tolist(), [*starts[1:].tolist(), len(members)]
+    packs = [members[start:end] for start, end in zip(starts.tolist(), ends)]
+    return _distribute([packs[k] for k in order], world_size)
 
 # %% ../../nbs/14_data.batches.ipynb #e2e9daf6
 @contextlib.contextmanager

@@ -135,6 +135,11 @@ def test_commands_reach_their_functions(capsys, monkeypatch):
 
 FAILS = [(1, "no checkpoint folder 'nowhere'", 'chat --model nowhere hi'), (1, 'lost.png', 'chat --model {m} --image lost.png hi'),
          (1, "did you mean 'micro'?", 'train mikro'), (1, "choose from ['finetune', 'pretrain']", 'train micro tune --dry-run'),
+         (1, "no connector 'mlp2x_relu'", 'train micro --set connector=mlp2x_relu --dry-run'),
+         (1, "no image mode 'sqash'", 'train micro --set finetune.image_mode=sqash --dry-run'),
+         (1, "takes no 'n_querys'; choose from ['n_queries'", 'train micro --set connector=resampler --set model.connector_kwargs={"n_querys":64} --dry-run'),
+         (1, "no model field 'vision_layer'", 'recipes show micro --set model.vision_layer=-1'),
+         (1, "bf16 is 'maybe'; it must be bool", 'budget micro --set finetune.trainer.bf16=maybe'),
          (1, "'fast' is not a valid float", 'train micro --set finetune.lr=fast'), (1, 'lost.jsonl', 'eval --model {m} --questions lost.jsonl'),
          (2, '--pope needs --images', 'eval --model {m} --pope .'), (1, 'coco_pope_random.json', 'eval --model {m} --pope . --images .'),
          (1, "no device 'gpu'", 'chat --model {m} --device gpu hi')]

@@ -145,17 +145,22 @@ def _check_trackers(names):
                 f"--report-to {name} needs a package: pip install 'tinyllava-cookbook[{name}]', or pip install {name}")
 
 # %% ../../nbs/92_commands.training.ipynb #fece5f05
-def _check_templates(r):
-    "A template that nothing defines is found before the weights are loaded"
+def _check_parts(r, known):
+    "Names that nothing defines are found before weights are loaded; those of the registered recipe are known"
     from tinyllava_cookbook.data.templates import templates
+    from tinyllava_cookbook.train.settings import check_parts
     for name in {r.template, *(stage.template for stage in r.stages)} - {None}:
         templates[name]
+    def named(o): return o.connector, o.model, o.image_mode, [stage.image_mode for stage in o.stages]
+    if known and named(r) == named(known): return
+    with importing(): check_parts(r)   # torch takes a second
 
 def _plan(a):
     "The recipe with its changes, its stages to train, and where to"
     from tinyllava_cookbook.train.recipes import override, recipe
-    r = override(recipe(a.recipe), a.changes)
-    _check_templates(r)
+    known = recipe(a.recipe)
+    r = override(known, a.changes)
+    _check_parts(r, None if a.recipe.endswith('.json') else known)
     todo = [r.stage(name).name for name in a.stages or [s.name for s in r.stages]]
     _check_trackers(a.report_to)
     if a.report_to:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['connectors', 'Connector', 'Identity', 'Linear', 'MLP', 'AvgPool', 'PixelShuffle', 'PerceiverLayer', 'Resampler',
-           'QFormerLayer', 'QFormer', 'MoFMLP', 'connector', 'peer_weights']
+           'QFormerLayer', 'QFormer', 'MoFMLP', 'connector', 'check_connector', 'peer_weights']
 
 # %% ../../nbs/21_model.connectors.ipynb #055513c0
-import math, re
+import inspect, math, re
 
 import torch
 import torch.nn.functional as F
@@ -327,6 +327,20 @@ def connector(
         return connectors[rule](d_vis, d_llm, **numbers, **kwargs)
     except TypeError as e:
         raise TypeError(f"connector {name!r} with {kwargs}: {e}") from None
+
+# %% ../../nbs/21_model.connectors.ipynb #8e27d0b4
+def check_connector(
+    name:str,  # As for `connector`
+    **kwargs,  # What it would take besides widths
+):
+    "An error for a name or an argument that no connector has; builds nothing"
+    rule,numbers = _rule(name)
+    taken = inspect.signature(connectors[rule]).parameters
+    known = [key for key in [*taken][2:] if key not in numbers]
+    free = any(o.kind is o.VAR_KEYWORD for o in taken.values())
+    wrong = sorted(set(kwargs) - set(known))
+    if wrong and not free:
+        raise ValueError(f"connector {name!r} takes no {wrong[0]!r}; choose from {known}")
 
 # %% ../../nbs/21_model.connectors.ipynb #247ce01d
 # linear, MLP

@@ -9,8 +9,8 @@ from nbdev.test import CaptureShell, nbdev_test
 def load():
     "Import what most notebooks do, before workers are forked; the collector leaves it alone from then on"
     os.environ['IN_TEST'] = '1'
+    import tinyllava_cookbook.cli   # first, as it silences what transformers imports
     import datasets, matplotlib.pyplot, peft, torch, transformers
-    import tinyllava_cookbook.cli
     gc.collect()
     gc.freeze()
 

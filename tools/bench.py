@@ -163,7 +163,7 @@ def stage_rows(model, samples, budgets, a, what=''):
     rows, packs, padded = [], {b: packed_batches(samples, b) for b in budgets}, padded_batches(samples)
     for name,parts in STAGES.items():
         set_trainable(model, parts)
-        stage, half = name + what, sorted(budgets)[len(budgets)//2] if name == 'stage 2' else None
+        stage, half = name + what, budgets[len(budgets)//2] if name == 'stage 2' else None
         runs = [training_seconds(model, packs, padded, half) for _ in range(a.runs)]
         def row(name, ours, plain, least=None): rows.append(as_row(name, [(run[ours], run[plain]) for run in runs], least))
         for b in budgets: row(f'{stage}, rows of {b}', b, 'plain', 2.75)

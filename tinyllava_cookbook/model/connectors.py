@@ -306,6 +306,8 @@ _RULE = {'n': 'depth', 'k': 'k'}   # What the number in a name is called in the 
 
 def _rule(name):
     "The rule that `name` follows, and the numbers in it"
+    if '{' in name:
+        raise ValueError(f"{name!r} is a rule; put a number for each {{}}, as in 'mlp2x_gelu'")
     for rule in connectors.names():
         pattern = re.sub(r'\\{(\w)\\}', r'(?P<\1>[1-9]\\d*)', re.escape(rule))
         if '{' in rule and (match := re.fullmatch(pattern, name)):
@@ -320,8 +322,6 @@ def connector(
     **kwargs,   # What this connector takes besides
 ) -> nn.Module: # Maps (b, n, d_vis) to (b, m, d_llm), m being `.n_tokens(n)`
     "Build the connector called `name`"
-    if '{' in name:
-        raise ValueError(f"{name!r} is a rule; put a number for each {{}}, as in 'mlp2x_gelu'")
     rule,numbers = _rule(name)
     try:
         return connectors[rule](d_vis, d_llm, **numbers, **kwargs)

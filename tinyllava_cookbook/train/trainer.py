@@ -81,6 +81,7 @@ def training_args(
     units=(),            # Classes that FSDP shards one by one, from `fsdp_units`
 ) -> TrainingArguments:  # Complete
     "Arguments of the Hugging Face trainer for one stage on this machine"
+    # a usual one may be newer than this version of transformers
     check_names(stage.trainer, trainer_names(), f"trainer argument in stage {stage.name!r}:")
     cuda = pick_device(device).type == 'cuda'
     _,world = rank_and_world()

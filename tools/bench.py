@@ -475,12 +475,21 @@ def facts():
     git = subprocess.run(['git', '-C', ROOT, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
     return dict(date=time.strftime('%Y-%m-%d'), commit=git, torch=torch.__version__, cores=os.cpu_count(), load=os.getloadavg()[0])
 
+def with_earlier(found, path):
+    "A result with the parts of an earlier one that were not measured again; `measured` says when and where each was"
+    now = {name: {k: found[k] for k in ('date', 'commit', 'load')} for name in found['parts']}
+    before = json.loads(path.read_text()) if path.exists() else dict(parts={})
+    if before.get('tiny') != found['tiny']: before = dict(parts={})   # of another kind
+    earlier = before.get('measured') or {name: {k: before[k] for k in ('date', 'commit', 'load')} for name in before['parts']}
+    parts = before['parts'] | found['parts']
+    return found | dict(parts={name: parts[name] for name in PARTS if name in parts}, measured=earlier | now)
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--only', nargs='+', metavar='PART', choices=list(PARTS), default=list(PARTS), help=', '.join(PARTS))
     p.add_argument('--runs', type=int, default=3, help='of each row (default: %(default)s)')
     p.add_argument('--growth', type=int, nargs='+', default=[16_000], metavar='N', help='most samples of each growth curve (default: 16000)')
-    p.add_argument('--out', metavar='FILE', help='write the JSON there, too')
+    p.add_argument('--out', metavar='FILE', help='write the JSON there, too; other parts that it has stay')
     p.add_argument('--json', action='store_true', help='print one JSON object')
     p.add_argument('--tiny', action='store_true', help='small shapes, one run, to try the code')
     a = p.parse_args(argv)
@@ -490,7 +499,9 @@ def main(argv=None):
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     with redirect_stdout(sys.stderr): found = facts() | dict(tiny=a.tiny, runs=a.runs, parts=measure(a))
-    if a.out: Path(a.out).write_text(json.dumps(found, indent=1) + '\n')
+    if a.out:
+        found = with_earlier(found, Path(a.out))
+        Path(a.out).write_text(json.dumps(found, indent=1) + '\n')
     if a.json: print(json.dumps(found))
 
 if __name__ == '__main__': sys.exit(main())

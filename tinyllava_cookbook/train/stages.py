@@ -18,6 +18,7 @@ from .parallel import join_processes, parallel_args
 from .ranks import run_lock
 from .recipes import Recipe, check_names, to_dict
 from .recipes import recipe as find_recipe
+from .settings import check_order
 from .start import start_identity, start_model, stage_weights
 from .tuning import check_tune
 
@@ -25,7 +26,8 @@ from .tuning import check_tune
 def _ready(recipe, todo, data, images, parallel, device='auto', eval_data=None, feature_cache='off', **kwargs):
     "Each stage with its data and held-out data; what is missing or does not fit is found before weights are loaded"
     names = [stage.name for stage in recipe.stages]
-    check_names([*todo, *data], names, f"stage in recipe {recipe.name!r}:")
+    check_order(recipe, todo)
+    check_names(data, names, f"stage in recipe {recipe.name!r}:")
     stages = {name: recipe.stage(name) for name in todo}
     check_tune(*stages.values())
     if feature_cache not in ('off', 'auto'):
@@ -84,7 +86,8 @@ def train_recipe(
 ) -> tuple:               # Model, processor and a dict of `StageResult`s
     "Run the stages of a recipe in order"
     if not isinstance(recipe, Recipe): recipe = find_recipe(recipe)
-    out,todo = Path(out), list(stages or [stage.name for stage in recipe.stages])
+    out = Path(out)
+    todo = [stages] if isinstance(stages, str) else list(stages or [stage.name for stage in recipe.stages])
     options = kwargs | dict(resume=resume, parallel=parallel, accept=accept)
     options.pop('eval_data', None)   # each stage is given its own, read by `_ready`
     run,results = _Run(recipe, out, start, todo[0], trust_remote_code, options), {}

@@ -65,8 +65,6 @@ class Tune:
         check_types(self, 'tune')
         check(self.mode in MODES, f"mode {self.mode!r} is not one of {MODES}")
         check(self.lr is None or self.lr > 0, f"lr {self.lr} is not above 0; to keep a part use mode 'frozen'")
-        check(self.lr is None or self.mode != 'frozen',
-              f"lr {self.lr} of a part that is frozen; set its mode, one of {MODES[1:]}, or take lr out")
         check(self.from_layer >= 0, f"from_layer {self.from_layer} is negative; count blocks from 0")
         check(self.mode == 'partial' or not self.from_layer,
               f"from_layer {self.from_layer} needs mode 'partial', not {self.mode!r}")

@@ -10,7 +10,8 @@ import json, os, shlex, sys
 from importlib.util import find_spec
 from pathlib import Path
 from ..core import rank_and_world
-from ..cli import Usage, command, hide_progress, importing, pairs, positive, recipe_arguments, trust_argument
+from ..cli import (Usage, check_given, command, hide_progress, importing,
+    pairs, positive, recipe_arguments, trust_argument)
 
 # %% ../../nbs/92_commands.training.ipynb #7786b820
 def _quickstart_args(p):
@@ -258,6 +259,7 @@ def _train(a):
     if a.dry_run:
         _show_plan(r, [r.stage(name) for name in todo], out, a)
         return _check_inputs(a, r, todo, data)
+    if a.resume is None: check_given(a.start, [*data.values(), a.eval_data], a.images)
     with stop_on_signal(): _run_recipe(a, r, todo, out, data)
     if rank_and_world()[0] == 0:
         print(f"done: weights in {out}")

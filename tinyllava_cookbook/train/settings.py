@@ -168,9 +168,11 @@ def check_warmup(
     warmup = stage.warmup
     if warmup < 1: return
     at = f'stage {stage.name!r}: warmup'
-    check(warmup == int(warmup), f"{at} is {warmup}; from 1 on it is a whole number of steps, below 1 a fraction of them")
-    check(warmup < steps, f"{at} is {warmup:g} steps of {steps}, so that lr is never reached; set a smaller number, or a "
-          "fraction of the steps like .03")
+    check(warmup == int(warmup),
+          f"{at} is {warmup}; from 1 on it is a whole number of steps, below 1 a fraction of them")
+    check(warmup < steps,
+          f"{at} is {warmup:g} steps of {steps}, so that lr is never reached; "
+          "set a smaller number, or a fraction of the steps like .03")
 
 # %% ../../nbs/29_train.settings.ipynb #819ef522
 def check_order(
@@ -183,8 +185,9 @@ def check_order(
     check(names, f"no stage to run; choose from {order}")
     first = order.index(names[0])
     due = order[first:first + len(names)]
-    check(list(names) == due, f"stages {list(names)} of recipe {recipe.name!r}: each starts from what the one before it "
-          f"leaves, in the order {order}; run neighbours in that order, or one stage at a time")
+    check(list(names) == due,
+          f"stages {list(names)} of recipe {recipe.name!r}: each starts from what the one before it leaves, "
+          f"in the order {order}; run neighbours in that order, or one stage at a time")
 
 # %% ../../nbs/29_train.settings.ipynb #b7716c2e
 def check_parts(

@@ -195,6 +195,15 @@ def _cannot_save(out, name, error):
     raise OSError(
         f"could not save {name!r} in {str(out)!r}: {error}; {newest}; make room, then resume") from error
 
+# %% ../../nbs/34_train.trainer.ipynb #a7e1b0c4
+def _name_best(trainer, out, name):
+    "The best checkpoint gets the name that it will have, not that of its staging folder"
+    state = trainer.state
+    if state.best_global_step != state.global_step: return
+    state.best_model_checkpoint = str(out/name)
+    if trainer.args.should_save:
+        state.save_to_json(str(out/STAGING/name/TRAINER_STATE_NAME))
+
 # %% ../../nbs/34_train.trainer.ipynb #457af59f
 class _Strict(Trainer):
     "Saves all that a resume needs, complete or not at all, and resumes from nothing less"
@@ -214,20 +223,12 @@ class _Strict(Trainer):
         self._staging = out/STAGING
         try:
             super()._save_checkpoint(model, trial)
-            self._name_best(out, name)
+            _name_best(self, out, name)
         except (OSError, RuntimeError, SafetensorError) as error: _cannot_save(out, name, error)
         finally: self._staging = None
         self.accelerator.wait_for_everyone()   # each process wrote its part
         if self.args.should_save: self._publish(out, name)
         self.accelerator.wait_for_everyone()   # nobody leaves before it is there
-
-    def _name_best(self, out, name):
-        "The best checkpoint gets the name that it will have, not that of its staging folder"
-        state = self.state
-        if state.best_global_step != state.global_step: return
-        state.best_model_checkpoint = str(out/name)
-        if self.args.should_save:
-            state.save_to_json(str(out/STAGING/name/TRAINER_STATE_NAME))
 
     def _publish(self, out, name):
         facts = dict(step=self.state.global_step, began=self.began, plan=self.plan())
@@ -328,6 +329,13 @@ class _FromBytes(Trainer):
         values = normalize_pixels(x_nchw, self.processor.image_processor)
         return {**inputs, 'pixel_values': self._prepare_input(values)}
 
+# %% ../../nbs/34_train.trainer.ipynb #b7e1b0c5
+class _Scheduled(Trainer):
+    "The learning rate is reached before the stage ends"
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        check_warmup(self.stage, num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
 # %% ../../nbs/34_train.trainer.ipynb #8fe2c55d
 class _Evaluated(Trainer):
     def _shares(self, n_samples):
@@ -398,7 +406,7 @@ def _optimizer_class(trainer):
         'lr', 'betas', 'eps') if name in kwargs}
 
 # %% ../../nbs/34_train.trainer.ipynb #b793cef3
-class VLMTrainer(MeteredTrainer, _FromBytes, _Finite, _Evaluated, _Resumed):
+class VLMTrainer(MeteredTrainer, _FromBytes, _Finite, _Scheduled, _Evaluated, _Resumed):
     "The Hugging Face trainer with a fixed data order, learning rates per part, a fuller log and strict resume"
     def __init__(self,
         model,                  # A `VLMForConditionalGeneration`, after `apply_tune`
@@ -438,7 +446,3 @@ class VLMTrainer(MeteredTrainer, _FromBytes, _Finite, _Evaluated, _Resumed):
             self.first_lr = groups[0]['lr']
             self.optimizer = cls(groups, **kwargs)
         return self.optimizer
-
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        check_warmup(self.stage, num_training_steps)
-        return super().create_scheduler(num_training_steps, optimizer)

@@ -159,10 +159,12 @@ def _check_parts(r, known):
 def _plan(a):
     "The recipe with its changes, its stages to train, and where to"
     from tinyllava_cookbook.train.recipes import override, recipe
+    from tinyllava_cookbook.train.settings import check_order
     known = recipe(a.recipe)
     r = override(known, a.changes)
     _check_parts(r, None if a.recipe.endswith('.json') else known)
-    todo = [r.stage(name).name for name in a.stages or [s.name for s in r.stages]]
+    todo = a.stages or [stage.name for stage in r.stages]
+    check_order(r, todo)
     _check_trackers(a.report_to)
     if a.report_to:
         r = override(r,

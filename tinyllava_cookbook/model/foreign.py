@@ -25,11 +25,12 @@ from tinyllava_cookbook.model.names import (bench_names, factory_names, llava_na
     tower_prefix)
 from .processor import greedy_generation, processor_for
 from .sentencepiece import as_sentencepiece
-from .vision import (MoFConfig, load_image_processor, load_vision,
-    n_layers, n_prefix, tower_paths)
+from tinyllava_cookbook.model.vision import (MoFConfig, load_image_processor, load_vision,
+    n_layers, n_prefix)
 from tinyllava_cookbook.model.vlm import (VLMConfig, VLMForConditionalGeneration, causal_lm,
     current_name, flat_name)
-from ..trust import check_folder, checkpoint_path, read_config, read_object, reading
+from tinyllava_cookbook.trust import (check_folder, checkpoint_path, read_config, read_object,
+    reading, tower_paths)
 from ..weights import load_strict, merge_lora, read_weights
 
 # %% ../../nbs/25_model.foreign.ipynb #baf8376d

@@ -215,9 +215,10 @@ def working_on(
     "Say what this process is at, for those who wait for it"
     info = torch.utils.data.get_worker_info()
     slot = 0 if info is None else (info.id + 1) % WORKERS
-    working[slot] = i
+    places = working.numpy()   # the same memory, written to in a tenth of the time
+    places[slot] = i
     try: yield
-    finally: working[slot] = -1
+    finally: places[slot] = -1
 
 # %% ../../nbs/13_data.datasets.ipynb #e046656f
 class VLMDataset(torch.utils.data.Dataset):

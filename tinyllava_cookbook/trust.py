@@ -149,6 +149,7 @@ LARGEST |= dict.fromkeys(_WIDTHS, 2**20)
 
 # %% ../nbs/09_trust.ipynb #ba4ba1a9
 _LIMITS = '_limit'   # Ends the names of ranges, which may be open
+_SWITCHES = 'drop_first_patch', 'scale_image_features'   # Where "no" would be true
 
 def _number_rule(name, value):
     "What a number of a configuration breaks; nothing if all is well"
@@ -167,6 +168,10 @@ def _rule(name, value):
     if name in LARGEST and not (type(value) is int and 1 <= value <= LARGEST[name]):
         return f'be a whole number from 1 to {LARGEST[name]}'
     if name.endswith('_token_id') and type(value) is not int:
+        return 'be a whole number'
+    if name in _SWITCHES and type(value) is not bool:
+        return 'be true or false'
+    if name == 'vision_feature_layer' and isinstance(value, (str, float, bool)):
         return 'be a whole number'
     if 'attn_implementation' in name and '/' in str(value):
         return 'not name code on the Hub'

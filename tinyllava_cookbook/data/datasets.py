@@ -361,4 +361,4 @@ def read_mixture(
     rows = {k: read_data(v.pop('data'), **{'images': images, **kwargs, **v}) for k, v in each.items()}
     if len(rows) == 1 and {*weights.values(), *shares.values(), share} == {1}:
         return rows[min(rows)]
-    return Mixture(rows, weights, {k: v*share for k, v in shares.items()}, seed)
+    return Mixture(rows, weights, shares, seed, share)

@@ -131,6 +131,7 @@ def check_given(
     model=None,   # A trained model: a folder or a name
     data=(),      # Conversation files; `None` among them are passed over
     images=None,  # Folder of images
+    template=None, # Chat template
 ):
     "Errors for what a command line names and is not there, before torch and transformers are imported"
     from tinyllava_cookbook.data.paths import check_data_file, image_folder
@@ -138,6 +139,9 @@ def check_given(
     for file in data:
         if file: check_data_file(file)
     if images: image_folder(images)
+    if template:
+        from tinyllava_cookbook.data.templates import chat_template
+        chat_template(template)
     if model: fetch_settings(model)
 
 # %% ../nbs/90_cli.ipynb #91084a4b
@@ -152,7 +156,7 @@ def load_model(
 ) -> tuple:                # Model and processor
     "The model that a command was given; one that is not there is an error before the long imports"
     from tinyllava_cookbook.core import pick_device, pick_dtype
-    check_given(a.model)
+    check_given(a.model, template=a.template)
     with importing():
         from tinyllava_cookbook.model.checkpoints import load, with_template
     hide_progress()

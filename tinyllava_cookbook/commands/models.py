@@ -188,6 +188,7 @@ def _compose_args(p):
 def _compose(a):
     from tinyllava_cookbook.trust import checkpoint_path, tower_paths
     for part in (*tower_paths(a.vision), a.llm): checkpoint_path(part)
+    check_given(template=a.template)
     from tinyllava_cookbook.model.export import compose_folder
     hide_progress()
     print(compose_folder(a.vision, a.llm, a.out, a.connector, a.to, template=a.template, image_mode=a.image_mode,

@@ -356,7 +356,7 @@ def override(
     return from_dict(to_dict(recipe))
 
 # %% ../../nbs/30_train.recipes.ipynb #d32a3c94
-recipes = Registry('recipe', 'recipes')   # those of chapter 7 are found when a name is missing
+recipes = Registry('recipe', 'recipes')   # published ones are found when a name is missing
 
 def recipe_names() -> list[str]:  # Sorted
     "The names of all recipes, those of later chapters included"

@@ -223,7 +223,8 @@ def _check_once(shapes, mine, path, current):
         own = _ours(current(name), mine)
         other = taken.setdefault(own, name) if own else name
         if other != name:
-            raise ValueError(f"{str(path)!r} holds {other!r} and {name!r}, which are both the model's {own!r}; keep one")
+            raise ValueError(f"{str(path)!r} holds {other!r} and {name!r}, "
+                             f"which are both the model's {own!r}; keep one")
 
 # %% ../nbs/19_weights.ipynb #c829fc11
 def _check_fit(model, shapes, path, named, current=str):

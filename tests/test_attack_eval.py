@@ -359,3 +359,10 @@ def test_images_that_no_prompt_holds(opened):
     asked = [prompt_ids(opened[1], [user_turn('what?', n)]) for n in (1, 0, 1)]
     with pytest.raises(ValueError, match='3 images, but the prompts hold 2'): answer_ids(*opened, asked, [Image.new('RGB', (8, 8))]*3)
     with pytest.raises(ValueError, match='are lists'): answers(*opened, 'what?')
+
+@pytest.mark.parametrize('name,text', [('a.json', '{"q1": "red", "q1": "blue"}'), ('a.jsonl', '{"question_id": 1, "text": "red", "text": "blue"}'),
+                                       ('b.json', '[{"question_id": 1, "text": "red", "text": "blue"}]')])
+def test_two_answers_under_one_key(tmp_path, name, text):
+    "The second one was scored, whichever that is"
+    (tmp_path/name).write_text(text)
+    with pytest.raises(ValueError, match="two values under the key '(q1|text)'"): read_answers(tmp_path/name)

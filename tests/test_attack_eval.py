@@ -366,3 +366,11 @@ def test_two_answers_under_one_key(tmp_path, name, text):
     "The second one was scored, whichever that is"
     (tmp_path/name).write_text(text)
     with pytest.raises(ValueError, match="two values under the key '(q1|text)'"): read_answers(tmp_path/name)
+
+def test_nothing_to_compare_with_and_limits_from_the_end(opened, tmp_path):
+    "An empty prediction was right where the reference is empty; -1 left out the last question"
+    for gold in '', ' ', [], ['red', '']:
+        with pytest.raises(ValueError, match='question 7 has no reference answer'): S.score_items([Item(7, None, 'what?', gold)], [''])
+        with pytest.raises(ValueError, match='question 7 has no reference answer'): R.answer_and_score(*opened, [Item(7, None, 'what?', gold)])
+    for limit in -1, 0, 2.5, True:
+        with pytest.raises(ValueError, match='limit is'): R.run_eval(*opened, dict(pope=[]), tmp_path, tmp_path/'out', limit=limit)

@@ -15,6 +15,7 @@ from ..core import rank_and_world, read_json, to_json, versions, write_json, wri
 from .identity import asked_hash, identity, image_hash
 from .benchmarks import BENCHES, Item, answer_row, load_all, score_items, scores
 from .records import read_jsonl
+from .scoring import check_references
 from .shards import ANEW, Shard, claim, read_shards, set_aside
 from .report import (SUBMISSIONS, annotations, as_published, results_table, score_answers,
                                             submission, write_page)
@@ -285,6 +286,9 @@ def _answer_all(model, processor, items, out, longest, world, **how):
 # %% ../../nbs/57_eval.run.ipynb #78ceba84
 def _items(benches, data_dir, splits, graded, allow_partial, limit):
     "The questions of each benchmark, or the first of them"
+    if limit is not None and (type(limit) is not int or limit<1):
+        raise ValueError(f"limit is {limit!r}; it must be a whole number "
+                         "from 1 on, or None for all questions")
     if not isinstance(benches, dict):
         benches = load_all(benches, data_dir, splits, graded,
                            allow_partial)
@@ -343,6 +347,7 @@ def answer_and_score(
     "Answer questions of one's own, and score them"
     if not items:
         raise ValueError("no questions to ask")
+    check_references(items)
     scores[score]                      # an unknown name fails before the work, not after it
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as nowhere:

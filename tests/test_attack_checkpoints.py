@@ -268,6 +268,27 @@ def test_tied_weights_that_differ(good, opens, tmp_path):
         weights(d, lambda w: w.update({name: w[of] + 1}))
         with pytest.raises(ValueError, match='ties input and output embedding'): opens[kind](d)
 
+ALIASES = dict(ours=('lm_head.', 'language_model.lm_head.'), llama=('lm_head.', 'model.lm_head.'), clip=('vision_model.', ''), llava=('language_model.model.', 'model.language_model.'),
+               factory=('vision_tower._vision_tower.vision_model.', 'vision_tower.'))
+
+@pytest.mark.parametrize('kind', ALIASES)
+def test_a_tensor_under_two_names(good, opens, tmp_path, kind):
+    "Old and new name of one tensor, with other values: one of them won in silence"
+    d = copy_of(good[kind], tmp_path/'d')
+    def add(w):
+        old,new = ALIASES[kind]
+        name = next(name for name in sorted(w) if name.startswith(old) and w[name].dim() == 2)
+        w[new + name.removeprefix(old)] = w[name] + 1
+    weights(d, add)
+    with pytest.raises(ValueError, match='which are both .*keep one'): opens[kind](d)
+
+@pytest.mark.parametrize('change', [dict(scale_image_features='no'), dict(drop_first_patch='no'), dict(vision_feature_layer='-2')])
+def test_switches_that_are_words(good, tmp_path, change):
+    d = copy_of(good['ours'], tmp_path/'d')
+    fields(d, **change)
+    name,value = next(iter(change.items()))
+    with pytest.raises(ValueError, match=f"config.json.: {name} is '{value}'; it must be"): load(d, 'cpu')
+
 @pytest.mark.parametrize('kind', ['ours', 'llava', 'llama', 'clip'])
 def test_a_tensor_in_two_shards(good, opens, tmp_path, kind):
     "Whichever is read last would win"

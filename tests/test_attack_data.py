@@ -376,3 +376,14 @@ def test_bad_ids_cost_memory_for_the_bad_alone():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1e6
+
+def test_a_number_of_samples_stays_one(world):
+    "Half of two samples was 1.0, which is all of them; 1.5 was one sample"
+    from tinyllava_cookbook.data.datasets import read_mixture
+    turns = [{'from': 'human', 'value': 'What color?'}, {'from': 'gpt', 'value': 'red'}]
+    data = put(world/'four.json', [dict(id=str(i), conversations=turns) for i in range(4)])
+    spec = dict(a=dict(data=str(data), share=2))
+    kept = [len(read_mixture(spec, share=share)) for share in (.1, .5, 1)]
+    assert kept == [1, 1, 2]
+    for odd,says in (1.5, 'above 1 it is a number of samples'), (True, 'has True'), ('.5', "has .5"):
+        with pytest.raises(ValueError, match=says): read_mixture(dict(a=spec['a'] | dict(share=odd), b=spec['a']))

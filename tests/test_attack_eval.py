@@ -10,6 +10,7 @@ from tinyllava_cookbook.eval import identity as I, run as R, scoring as S
 from tinyllava_cookbook.eval.benchmarks import Item, load_benchmark, load_questions
 from tinyllava_cookbook.eval.records import read_answers, read_jsonl
 from tinyllava_cookbook.eval.report import annotations, results_table
+from tinyllava_cookbook.infer.generate import answer_ids, answers, prompt_ids, user_turn
 from tinyllava_cookbook.microbench import write_benchmarks
 
 pytestmark = pytest.mark.takes(20)
@@ -340,3 +341,36 @@ def test_annotations_of_another_shape(tmp_path, capsys, bench, file, value):
         assert cli.main([str(o) for o in argv]) == 1
         said = capsys.readouterr().err.strip().split('\n')[-1]
         assert re.match(rf'tinyllava {argv[0]}: ({bench} in |.*(benchmark|question))', said), said
+
+@pytest.fixture(scope='module')
+def opened(home):
+    from tinyllava_cookbook.model.checkpoints import load
+    return load(home/'model', 'cpu')
+
+@pytest.mark.parametrize('wrong', [dict(max_new_tokens=0), dict(max_new_tokens=-3), dict(slots=-1), dict(slots=0), dict(temperature=-1),
+                                   dict(temperature=float('nan')), dict(temperature=True)])
+def test_numbers_that_would_end_in_another_answer_or_never(opened, wrong):
+    "One token where none was asked for, no end with a negative number of slots"
+    name,value = next(iter(wrong.items()))
+    with pytest.raises(ValueError, match=f'{name} is {value}; it must be'): answer_ids(*opened, [[1, 5]], **wrong)
+
+def test_images_that_no_prompt_holds(opened):
+    "An image too many moves all others to the next question"
+    asked = [prompt_ids(opened[1], [user_turn('what?', n)]) for n in (1, 0, 1)]
+    with pytest.raises(ValueError, match='3 images, but the prompts hold 2'): answer_ids(*opened, asked, [Image.new('RGB', (8, 8))]*3)
+    with pytest.raises(ValueError, match='are lists'): answers(*opened, 'what?')
+
+@pytest.mark.parametrize('name,text', [('a.json', '{"q1": "red", "q1": "blue"}'), ('a.jsonl', '{"question_id": 1, "text": "red", "text": "blue"}'),
+                                       ('b.json', '[{"question_id": 1, "text": "red", "text": "blue"}]')])
+def test_two_answers_under_one_key(tmp_path, name, text):
+    "The second one was scored, whichever that is"
+    (tmp_path/name).write_text(text)
+    with pytest.raises(ValueError, match="two values under the key '(q1|text)'"): read_answers(tmp_path/name)
+
+def test_nothing_to_compare_with_and_limits_from_the_end(opened, tmp_path):
+    "An empty prediction was right where the reference is empty; -1 left out the last question"
+    for gold in '', ' ', [], ['red', '']:
+        with pytest.raises(ValueError, match='question 7 has no reference answer'): S.score_items([Item(7, None, 'what?', gold)], [''])
+        with pytest.raises(ValueError, match='question 7 has no reference answer'): R.answer_and_score(*opened, [Item(7, None, 'what?', gold)])
+    for limit in -1, 0, 2.5, True:
+        with pytest.raises(ValueError, match='limit is'): R.run_eval(*opened, dict(pope=[]), tmp_path, tmp_path/'out', limit=limit)

@@ -1,5 +1,5 @@
 "Attacks on a run: other data under the same name, numbers that are not, two runs at once, signals, full disks, damaged records."
-import dataclasses, json, os, pty, resource, shutil, signal, socket, subprocess, sys, time
+import dataclasses, json, os, pty, re, resource, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 import pytest
 import fresh
@@ -15,7 +15,7 @@ from tinyllava_cookbook.durable import (LOCK, MARKER, REQUEUE, FolderLock, check
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load
 from tinyllava_cookbook.model.processor import compose
-from tinyllava_cookbook.train.recipes import Recipe, Stage, to_dict
+from tinyllava_cookbook.train.recipes import Recipe, Stage, override, recipe, to_dict
 from tinyllava_cookbook.train.stages import train_recipe, train_stage
 from tinyllava_cookbook.train.run_log import keep_lines_before
 
@@ -428,6 +428,49 @@ def test_a_half_replaced_folder_is_known_as_such(tmp_path, monkeypatch, moved):
     monkeypatch.setattr(os, 'replace', killed)
     with pytest.raises(KeyboardInterrupt): publish(tmp_path/'new', tmp_path/'old')
     with pytest.raises(ValueError, match='is damaged'): check_complete(tmp_path/'old', checksums=True)
+
+# ---- settings that would be taken without a word
+
+@pytest.mark.parametrize('wrong,says', [
+    (dict(label_smoothing_factor=.1), "'label_smoothing_factor' is not used: the loss is the cross-entropy of the supervised tokens"),
+    (dict(data_seed=5), "'data_seed' is not used: the recipe's seed decides the order"),
+    (dict(train_sampling_strategy='group_by_length'), "is not used"), (dict(dataloader_drop_last=True), "is not used"),
+    (dict(save_only_model=True), "a checkpoint holds all that resuming the run takes"), (dict(fsdp='full_shard'), "--parallel"),
+    (dict(save_total_limit=-1), "save_total_limit is -1; it must be above 0"), (dict(save_steps=None), "save_steps is None; it must be float"),
+    (dict(max_grad_norm=-1.), "must be 0 or above"), (dict(adam_beta1='.9'), "must be float"), (dict(adam_beta2=98), "below 1"),
+    (dict(torch_compile='no'), "torch_compile is 'no'; it must be bool"), (dict(full_determinism='no'), "must be bool"),
+    (dict(load_best_model_at_end=True, save_steps=2, eval_steps=1), "needs eval_steps and save_steps that are equal, not 1 and 2")])
+def test_arguments_of_the_trainer_that_do_nothing_or_another_thing(wrong, says):
+    with pytest.raises(ValueError, match=re.escape(says)): Stage('x', trainer=wrong)
+
+def test_numbers_that_would_mean_another_run(job, tmp_path):
+    with pytest.raises(ValueError, match='optim is not used'): Stage('x', optimizer='muon', trainer=dict(optim='sgd'))
+    long = dataclasses.replace(job[1].stages[0], max_steps=None, epochs=1., warmup=50)
+    with pytest.raises(ValueError, match='warmup is 50 steps of 2, so that lr is never reached'):
+        train(job, tmp_path/'run', recipe=dataclasses.replace(job[1], stages=[long, job[1].stages[1]]))
+    assert override(job[1], ['pretrain.trainer.max_grad_norm=.5']).stages[0].trainer == dict(max_grad_norm=.5)
+
+def test_a_recipe_that_says_a_thing_twice(job, tmp_path):
+    text = (job[0]/'recipe.json').read_text()
+    file = tmp_path/'twice.json'
+    file.write_text(text.replace('"seed"', '"seed": 7, "seed"'))
+    with pytest.raises(ValueError, match="two values under the key 'seed'"): recipe(str(file))
+    with pytest.raises(ValueError, match="two values under the key 'r'"): override(job[1], ['finetune.tune.llm={"mode": "lora", "r": 8, "r": 64}'])
+
+@pytest.mark.parametrize('stages', [['finetune', 'pretrain'], ['pretrain', 'pretrain'], ['pretrain', 'last']])
+def test_stages_that_would_start_from_other_weights(job, tmp_path, stages):
+    three = dataclasses.replace(job[1], stages=[*job[1].stages, dataclasses.replace(job[1].stages[1], name='last')])
+    with pytest.raises(ValueError, match='each starts from what the one before it leaves'): train(job, tmp_path/'run', recipe=three, stages=stages)
+
+def test_the_best_model_is_what_is_left(job, tmp_path, capsys):
+    "The first evaluation is called the best: its weights are the finished ones, its checkpoint is kept"
+    best = dict(load_best_model_at_end=True, greater_is_better=True, eval_steps=1, save_steps=1, save_total_limit=1)
+    stage = dataclasses.replace(job[1].stages[0], lr=.05, trainer=best)
+    both = dataclasses.replace(job[1], stages=[stage, job[1].stages[1]])
+    train(job, tmp_path/'run', recipe=both, stages=['pretrain'], eval_data=job[0]/'data/data.json')
+    kept,left = (load(tmp_path/'run'/o, 'cpu')[0].state_dict() for o in ('pretrain/checkpoint-1', 'pretrain'))
+    assert all(weight.equal(left[name]) for name,weight in kept.items()) and 'ends with checkpoint-1' in capsys.readouterr().err
+    assert [o.name for o in checkpoints(tmp_path/'run/pretrain')] == ['checkpoint-1']
 
 # ---- 21: launches that cannot end
 

@@ -144,6 +144,7 @@ def test_command_passes_what_it_was_given(monkeypatch, tmp_path, capsys):
     told = []
     monkeypatch.setitem(export.FORMATS, 'onnx', lambda model, processor, out, **how: told.append((model.dtype, how)) or out)
     monkeypatch.setattr(export, 'load', lambda path, device, dtype, **how: (torch.zeros(1), None))
+    (tmp_path/'config.json').write_text('{}')
     assert cli.main(['convert', str(tmp_path), 'out', '--to', 'onnx', '--square']) == 0
     assert told == [(torch.float32, dict(recipe=None, square=True))]
     assert cli.main(['convert', str(tmp_path), 'out', '--square']) == 2

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['commands', 'Command', 'Usage', 'command', 'positive', 'pairs', 'json_value', 'trust_argument', 'recipe_arguments',
-           'opening_arguments', 'model_arguments', 'importing', 'hide_progress', 'load_model', 'endpoint_arguments',
-           'endpoint_of', 'import_argument', 'import_named', 'parser', 'one_line', 'passive_waiting', 'main',
-           'command_calls', 'show_commands']
+           'opening_arguments', 'model_arguments', 'importing', 'check_given', 'hide_progress', 'load_model',
+           'endpoint_arguments', 'endpoint_of', 'import_argument', 'import_named', 'parser', 'one_line',
+           'passive_waiting', 'main', 'command_calls', 'show_commands']
 
 # %% ../nbs/90_cli.ipynb #02acc75e
 import argparse, ast, gc, inspect, json, os, sys, textwrap
@@ -126,6 +126,24 @@ def importing():
     try: yield
     finally: gc.set_threshold(*usual)
 
+# %% ../nbs/90_cli.ipynb #ad9cbd19
+def check_given(
+    model=None,   # A trained model: a folder or a name
+    data=(),      # Conversation files; `None` among them are passed over
+    images=None,  # Folder of images
+    template=None, # Chat template
+):
+    "Errors for what a command line names and is not there, before torch and transformers are imported"
+    from tinyllava_cookbook.data.paths import check_data_file, image_folder
+    from tinyllava_cookbook.model.hub import fetch_settings
+    for file in data:
+        if file: check_data_file(file)
+    if images: image_folder(images)
+    if template:
+        from tinyllava_cookbook.data.templates import chat_template
+        chat_template(template)
+    if model: fetch_settings(model)
+
 # %% ../nbs/90_cli.ipynb #91084a4b
 def hide_progress():
     "Progress bars of loading and saving say nothing from here on"
@@ -136,8 +154,9 @@ def hide_progress():
 def load_model(
     a:argparse.Namespace,  # From `model_arguments`
 ) -> tuple:                # Model and processor
-    "The model that a command was given"
+    "The model that a command was given; one that is not there is an error before the long imports"
     from tinyllava_cookbook.core import pick_device, pick_dtype
+    check_given(a.model, template=a.template)
     with importing():
         from tinyllava_cookbook.model.checkpoints import load, with_template
     hide_progress()

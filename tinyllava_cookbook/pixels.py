@@ -88,7 +88,7 @@ def _direct(tiles, processor):
     sizes = {view.size for view in views}
     if len(sizes) > 1: return None
     (width, height), = sizes
-    planes = [plane.tobytes() for view in views for plane in view.split()]
+    planes = [view.tobytes('raw', band) for view in views for band in 'RGB']
     x = torch.frombuffer(bytearray().join(planes), dtype=torch.uint8)
     return x.view(len(views), 3, height, width)
 

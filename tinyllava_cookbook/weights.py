@@ -211,19 +211,31 @@ def meta_model(
 
 # %% ../nbs/19_weights.ipynb #596e5d18
 def _ours(key, mine, prefixes=('model.', 'vision_model.')):
-    "The tensor of the model that a name in the file means, where one of them may have a prefix more"
+    "The name in the model that a name in the file means, where one of them may have a prefix more"
     names = [key] + [key.removeprefix(name) for name in prefixes] + [name + key
         for name in prefixes]
-    return next((mine[name] for name in names if name in mine), None)
+    return next((name for name in names if name in mine), None)
+
+def _check_once(shapes, mine, path, current):
+    "An error where two tensors of a file are one in the model: one of them would go unread"
+    taken = {}
+    for name in shapes:
+        own = _ours(current(name), mine)
+        other = taken.setdefault(own, name) if own else name
+        if other != name:
+            raise ValueError(f"{str(path)!r} holds {other!r} and {name!r}, "
+                             f"which are both the model's {own!r}; keep one")
 
 # %% ../nbs/19_weights.ipynb #c829fc11
 def _check_fit(model, shapes, path, named, current=str):
     "Errors for tensors of another shape or kind than the model's, before memory is asked for"
     mine = model.state_dict()
+    _check_once(shapes, mine, path, current)
     wrong = []
     odd = []
     for name,(dtype,shape) in shapes.items():
-        if (tensor := _ours(current(name), mine)) is None:
+        tensor = mine.get(_ours(current(name), mine))
+        if tensor is None:
             continue
         if list(tensor.shape) != list(shape):
             wrong.append(

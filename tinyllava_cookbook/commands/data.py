@@ -54,6 +54,8 @@ def _encoder_of(a):
 @command('check', 'look at every sample of a data set before training does',
          _check_args)
 def _check(a):
+    from tinyllava_cookbook.data.paths import check_data_file
+    check_data_file(a.data, a.format)
     with importing():
         from tinyllava_cookbook.data.preflight import preflight, report_dict
     hide_progress()

@@ -8,8 +8,8 @@ __all__ = ['JUDGES', 'question_items']
 # %% ../../nbs/93_commands.evaluation.ipynb #cf1464cf
 import argparse, json, sys
 from pathlib import Path
-from ..cli import (Usage, command, endpoint_arguments, endpoint_of, importing, json_value, load_model,
-    model_arguments, pairs, positive)
+from ..cli import (Usage, check_given, command, endpoint_arguments,
+    endpoint_of, importing, json_value, load_model, model_arguments, pairs, positive)
 from ..core import write_lines
 
 # %% ../../nbs/93_commands.evaluation.ipynb #570869fd
@@ -91,14 +91,16 @@ def _eval_questions(a, model, processor, items):
 
 # %% ../../nbs/93_commands.evaluation.ipynb #25f72f79
 def _eval_benches(a):
-    with importing():
-        from tinyllava_cookbook.eval.run import load_all, results_table, run_eval
+    from tinyllava_cookbook.eval.benchmarks import load_all
     if not a.data or not a.out:
         raise Usage("--bench needs --data DIR, the benchmarks' files, and --out DIR")
     splits, graded = pairs(a.splits, '--split'), pairs(
         a.graded, '--graded')
     # before the weights are loaded
     items = load_all(a.bench.split(','), a.data, splits, graded, a.allow_partial)
+    check_given(a.model)
+    with importing():
+        from tinyllava_cookbook.eval.run import results_table, run_eval
     how = dict(batch_size=a.batch_size, limit=a.limit, blind=a.blind, model_id=Path(a.model).name, splits=splits,
                anew=a.anew, allow_partial=a.allow_partial)
     results = run_eval(*load_model(a), items, a.data, a.out, graded=graded,
@@ -212,7 +214,7 @@ def _submission_args(p):
 @command('submission', "write the file that a benchmark's server takes",
          _submission_args)
 def _submission(a):
-    from tinyllava_cookbook.eval.run import submission
+    from tinyllava_cookbook.eval.report import submission
     if not a.data and a.bench!='mmvet':
         raise Usage(f"{a.bench} needs --data DIR, the benchmarks' files")
     print(submission(a.bench, a.answers, a.data or '.', a.split, a.out))

@@ -7,8 +7,8 @@ __all__ = []
 
 # %% ../../nbs/94_commands.models.ipynb #f0fb9224
 import json
-from ..cli import (Usage, command, hide_progress, importing, json_value, load_model, model_arguments, one_line,
-                                    pairs, positive, trust_argument)
+from ..cli import (Usage, check_given, command, hide_progress, importing,
+    json_value, load_model, model_arguments, one_line, pairs, positive, trust_argument)
 
 # %% ../../nbs/94_commands.models.ipynb #d50a4eb4
 _chat_help = ("/add FILE shows one more image with the next question, /image FILE begins anew with another image, "
@@ -29,7 +29,7 @@ def _say(session, text, images=()):
 # %% ../../nbs/94_commands.models.ipynb #90912fb6
 def _command(session, word, name, added):
     "Do what a line with a slash says"
-    from tinyllava_cookbook.data.images import load_image
+    from tinyllava_cookbook.image_files import load_image
     if word == '/add': added.append(load_image(name, remote=True))
     elif word == '/image': session.new(load_image(name, remote=True))
     elif word == '/new': session.new(session.image)
@@ -73,12 +73,12 @@ def _chat_args(p):
 # %% ../../nbs/94_commands.models.ipynb #fbf10dc8
 @command('chat', 'ask a trained model about an image', _chat_args)
 def _chat(a):
-    with importing():
-        from tinyllava_cookbook.data.images import load_image
-        from tinyllava_cookbook.infer.generate import ChatSession
+    from tinyllava_cookbook.image_files import load_image
     # a wrong path is found before the weights are loaded
     images = [load_image(o, remote=True) for o in a.image]
-    session = ChatSession(*load_model(a), image=images,
+    opened = load_model(a)
+    with importing(): from tinyllava_cookbook.infer.generate import ChatSession
+    session = ChatSession(*opened, image=images,
                           max_new_tokens=a.max_new_tokens)
     _say(session, a.question) if a.question else _converse(session)
 
@@ -139,9 +139,6 @@ def _convert_args(p):
          _convert_args)
 def _convert(a):
     from tinyllava_cookbook.core import read_json
-    from tinyllava_cookbook.model.export import convert_folder, push_to_hub
-    if a.to == 'onnx':
-        from tinyllava_cookbook.model import onnx  # noqa: F401  registers its format
     if a.square and a.to != 'onnx':
         raise Usage("--square goes with --to onnx")
     if a.public and not a.push:
@@ -149,8 +146,12 @@ def _convert(a):
     if a.scores and a.to != 'llava':
         raise Usage("--scores goes on the model card that --to llava writes")
     fields = {k: json_value(v) for k,v in pairs(a.fields, '--set').items()}
-    hide_progress()
     scores = read_json(a.scores) if a.scores else None
+    check_given(a.path)
+    hide_progress()
+    from tinyllava_cookbook.model.export import convert_folder, push_to_hub
+    if a.to == 'onnx':
+        from tinyllava_cookbook.model import onnx  # noqa: F401  registers its format
     out = convert_folder(
         a.path, a.out, a.to, a.dtype, scores=scores, square=a.square, llm=a.llm,
         vision=a.vision, config=fields or None, trust_remote_code=a.trust_remote_code)
@@ -185,6 +186,9 @@ def _compose_args(p):
 @command('compose', 'join a vision encoder and a language model by a new connector',
          _compose_args)
 def _compose(a):
+    from tinyllava_cookbook.trust import checkpoint_path, tower_paths
+    for part in (*tower_paths(a.vision), a.llm): checkpoint_path(part)
+    check_given(template=a.template)
     from tinyllava_cookbook.model.export import compose_folder
     hide_progress()
     print(compose_folder(a.vision, a.llm, a.out, a.connector, a.to, template=a.template, image_mode=a.image_mode,

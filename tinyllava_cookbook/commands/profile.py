@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/97_commands.profile.ipynb #b537f5bf
-from ..cli import command, hide_progress, positive, recipe_arguments, trust_argument
+from ..cli import check_given, command, hide_progress, positive, recipe_arguments, trust_argument
 
 # %% ../../nbs/97_commands.profile.ipynb #e545c36d
 def _arguments(p):
@@ -29,10 +29,11 @@ def _arguments(p):
 # %% ../../nbs/97_commands.profile.ipynb #efe7d709
 @command('profile', 'time some steps of a recipe: parts, operators, a trace', _arguments)
 def _profile(a):
-    from tinyllava_cookbook.train.profile import profile_stage
     from tinyllava_cookbook.train.recipes import override, recipe
-    hide_progress()
     r = override(recipe(a.recipe), a.changes)
+    check_given(data=[a.data], images=a.images)
+    hide_progress()
+    from tinyllava_cookbook.train.profile import profile_stage
     found = profile_stage(r, a.out or f'runs/{r.name}-profile', a.stage, a.steps, a.warmup, a.data, a.images,
                           a.device, bool(a.trust_remote_code))
     print(found)

@@ -62,30 +62,32 @@ def _serve_args(p):
 def _service(a, **limits):
     "The model of a command, ready to answer"
     from pathlib import Path
+    opened = load_model(a)
     with importing():
         from tinyllava_cookbook.infer.requests import Policy
         from tinyllava_cookbook.infer.service import Service
     policy = Policy(new_tokens=a.max_new_tokens, **limits)
     name = a.name or Path(a.model).resolve().name
-    return Service(*load_model(a), name, policy, a.batch_size)
+    return Service(*opened, name, policy, a.batch_size)
 
 # %% ../../nbs/96_commands.serving.ipynb #2f5356a3
 @command('serve', 'answer requests of OpenAI clients over HTTP', _serve_args)
 def _serve(a):
     from pathlib import Path
     _serving()
-    from tinyllava_cookbook.infer.serve import serve
     if a.images and not Path(a.images).is_dir():
         raise Usage(f"--images {a.images!r} is no folder")
-    serve(_service(a, folder=a.images, remote=a.allow_remote, pixels=a.max_pixels, images=a.max_images,
-        requests=a.max_requests), a.host, a.port)
+    service = _service(a, folder=a.images, remote=a.allow_remote, pixels=a.max_pixels, images=a.max_images,
+        requests=a.max_requests)
+    from tinyllava_cookbook.infer.serve import serve
+    serve(service, a.host, a.port)
 
 # %% ../../nbs/96_commands.serving.ipynb #demo-code
 @command('demo', 'chat about images in the browser, and look inside the answers',
          _add_listening)
 def _demo(a):
     _serving()
+    service = _service(a)
     from tinyllava_cookbook.infer.demo import add_demo
     from tinyllava_cookbook.infer.serve import serve
-    service = _service(a)
     serve(service, a.host, a.port, lambda app: add_demo(app, service))

@@ -10,7 +10,8 @@ import json, os, shlex, sys
 from importlib.util import find_spec
 from pathlib import Path
 from ..core import rank_and_world
-from ..cli import Usage, command, hide_progress, importing, pairs, positive, recipe_arguments, trust_argument
+from ..cli import (Usage, check_given, command, hide_progress, importing,
+    pairs, positive, recipe_arguments, trust_argument)
 
 # %% ../../nbs/92_commands.training.ipynb #7786b820
 def _quickstart_args(p):
@@ -158,10 +159,12 @@ def _check_parts(r, known):
 def _plan(a):
     "The recipe with its changes, its stages to train, and where to"
     from tinyllava_cookbook.train.recipes import override, recipe
+    from tinyllava_cookbook.train.settings import check_order
     known = recipe(a.recipe)
     r = override(known, a.changes)
     _check_parts(r, None if a.recipe.endswith('.json') else known)
-    todo = [r.stage(name).name for name in a.stages or [s.name for s in r.stages]]
+    todo = a.stages or [stage.name for stage in r.stages]
+    check_order(r, todo)
     _check_trackers(a.report_to)
     if a.report_to:
         r = override(r,
@@ -256,6 +259,7 @@ def _train(a):
     if a.dry_run:
         _show_plan(r, [r.stage(name) for name in todo], out, a)
         return _check_inputs(a, r, todo, data)
+    if a.resume is None: check_given(a.start, [*data.values(), a.eval_data], a.images)
     with stop_on_signal(): _run_recipe(a, r, todo, out, data)
     if rank_and_world()[0] == 0:
         print(f"done: weights in {out}")

@@ -75,6 +75,10 @@ def _patch_grid(grid, n, mode):
         f"{n} tokens of a tile are no grid of {rows} x {columns}; give patch_grid, or another image mode")
 
 # %% ../../nbs/13_data.datasets.ipynb #33205d64
+def _nothing(labels) -> bool:
+    "Is no token supervised?"
+    return labels.count(IGNORE) == len(labels)
+
 def _tokens(encoder, sample):
     ids, labels = encoder.template.encode(sample.messages, encoder.tokenizer,
                                           encoder.image_token_id)
@@ -83,10 +87,10 @@ def _tokens(encoder, sample):
     if found != len(counts):
         why = f"can text have the id {encoder.image_token_id}?"
         raise ValueError(f"{found} image tokens for {len(counts)} images; {why}")
-    if set(labels) <= {IGNORE}:
+    if _nothing(labels):
         raise ValueError("nothing to learn: no assistant turn")
     out = expand(ids, labels, encoder.image_token_id, counts, encoder.max_length)
-    if set(out[1]) <= {IGNORE}:
+    if _nothing(out[1]):
         raise ValueError(
             f"nothing to learn: max_length {encoder.max_length} cuts the answer off")
     return out
@@ -211,9 +215,10 @@ def working_on(
     "Say what this process is at, for those who wait for it"
     info = torch.utils.data.get_worker_info()
     slot = 0 if info is None else (info.id + 1) % WORKERS
-    working[slot] = i
+    places = working.numpy()   # the same memory, written to in a tenth of the time
+    places[slot] = i
     try: yield
-    finally: working[slot] = -1
+    finally: places[slot] = -1
 
 # %% ../../nbs/13_data.datasets.ipynb #e046656f
 class VLMDataset(torch.utils.data.Dataset):
@@ -356,4 +361,4 @@ def read_mixture(
     rows = {k: read_data(v.pop('data'), **{'images': images, **kwargs, **v}) for k, v in each.items()}
     if len(rows) == 1 and {*weights.values(), *shares.values(), share} == {1}:
         return rows[min(rows)]
-    return Mixture(rows, weights, {k: v*share for k, v in shares.items()}, seed)
+    return Mixture(rows, weights, shares, seed, share)

@@ -70,6 +70,13 @@ def _role(message:dict, where:str) -> str:
                      f"{sorted(ROLES)}")
 
 # %% ../../nbs/10_data.messages.ipynb #0bb6ad85
+def _is_read(message:dict) -> bool:
+    "Does a message have its final form, as most do that are read again?"
+    role, content = message.get('role'), message.get('content')
+    return (len(message) == 2 and isinstance(role, str)
+            and ROLES.get(role) == role
+            and isinstance(content, str) and content.isascii())
+
 def read_messages(
     conversation:list[dict],   # LLaVA `from`/`value` or HF `role`/`content` messages
 ) -> list[dict[str, str]]:     # `{"role", "content"}`, roles system, user, assistant
@@ -82,6 +89,9 @@ def read_messages(
         if not isinstance(m, dict):
             raise ValueError(f"message {i} is {repr(m)[:60]}, not a "
                              "dict with 'role' and 'content'")
+        if _is_read(m):
+            out.append(dict(role=ROLES[m['role']], content=m['content']))
+            continue
         role = _role(m, f'message {i}')
         where = f"message {i} ({m.get('role') or m.get('from')})"
         content = _either(m, 'content', 'value', where)

@@ -28,9 +28,9 @@ def passes(
     return np.concatenate(drawn)
 
 # %% ../../nbs/12_data.mixtures.ipynb #5ac734f0
-def _kept(n, share, seed):
-    "Sorted indices of a part of `n` samples, or of so many of them"
-    wanted = round(share*n) if share <= 1 else int(share)
+def _kept(n, own, share, seed):
+    "Sorted indices of a part of `n` samples, or of so many of them; of those, the part `share`"
+    wanted = round(own*share*n) if own <= 1 else int(own*share)
     most = min(n, max(1, wanted))
     if most == n: return np.arange(n)
     order = np.random.default_rng(seed).permutation(n)
@@ -44,9 +44,14 @@ def _check_mixture(sources, weights, shares):
     for name,value in (*weights.items(), *shares.items()):
         if name not in sources:
             raise ValueError(f"no source {name!r}; choose from {sorted(sources)}")
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:
             raise ValueError(f"source {name!r} has {value}; weights and shares "
                              "are above 0; or leave it out")
+    for name,value in shares.items():
+        if value > 1 and value != int(value):
+            raise ValueError(f"source {name!r} has the share {value}; above 1 it is a "
+                             "number of samples, up to 1 a part of them")
 
 # %% ../../nbs/12_data.mixtures.ipynb #153daf26
 class Mixture(Dataset):
@@ -56,11 +61,12 @@ class Mixture(Dataset):
         weights:dict={},     # Name -> passes per epoch, where it is not 1
         shares:dict={},      # Name -> part of the samples to keep (to 1), or how many (above), where it is not all
         seed:int=0,          # Of which samples these are; each source has its own draws
+        share:float=1.,      # Part of what each source would keep
     ):
         _check_mixture(sources, weights, shares)
         self.sources,self.seed = sources,seed
         self.weights = {name: weights.get(name, 1) for name in sources}
-        self.kept = {name: _kept(len(rows), shares.get(name, 1), self._seed(name))
+        self.kept = {name: _kept(len(rows), shares.get(name, 1), share, self._seed(name))
                      for name,rows in sources.items()}
         self.starts = np.cumsum([0, *map(len, self.kept.values())])
 

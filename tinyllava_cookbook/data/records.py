@@ -19,7 +19,7 @@ from ..core import IMAGE_TOKEN, Registry
 from ..cached_files import cache_lock, find_cached, known_checksum, write_cached
 from .fields import (conversation, image_fields, locate_image, naming, one_of, record_name,
                                             sample_id, short_repr)
-from .paths import guess_format
+from .paths import check_data_file, guess_format, image_folder
 from .templates import read_messages
 from ..json_records import ON_READING, printable, read_records
 
@@ -155,17 +155,6 @@ def _key(*parts) -> str:
     return hashlib.blake2b(text.encode('utf-8', 'backslashreplace'),
                            digest_size=16).hexdigest()
 
-# %% ../../nbs/12_data.records.ipynb #0964bd76
-def _folder(images, default:Path):
-    "The image folder, or those by the first part of a path; absolute, and checked"
-    if isinstance(images, dict):
-        return {k: _folder(v, default) for k, v in images.items()}
-    folder = Path(default if images is None else images)
-    folder = folder.expanduser().absolute()
-    if folder.is_dir(): return str(folder)
-    raise FileNotFoundError(f"no image folder {str(folder)!r}; give "
-                            "the one that image paths start from")
-
 # %% ../../nbs/12_data.records.ipynb #df9e264c
 def _paths(record) -> list[str]:
     "Its images as far as they can be told; what is wrong with them is reported where it is read"
@@ -192,11 +181,10 @@ def read_llava(
 ) -> Dataset:                     # Columns id, messages, images (paths); memory-mapped
     "Read a conversation file, checked and cached as Arrow"
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"no data file {str(path)!r}")
+    check_data_file(path, 'llava')
     if turns is not None and turns < 1:
         raise ValueError(f"turns {turns}; keep at least one message")
-    folder = _folder(images, path.parent)
+    folder = image_folder(images, path.parent)
     parts = tuple(f'{o}/' for o in without)
     def records():
         for record in read_records(path, on_bad_record=on_bad_sample):
@@ -346,7 +334,7 @@ def read_captions(
 ) -> Dataset:                   # As from `read_llava`
     "Images with captions, as conversations of one turn"
     folder = Path(folder).expanduser()
-    start = _folder(images, folder)
+    start = image_folder(images, folder)
     source, pairs = _captions(folder)
     if isinstance(source, Path):
         facts = known_checksum(source)

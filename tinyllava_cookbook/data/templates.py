@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..core import IGNORE, IMAGE_TOKEN, Registry
 from .content import listed, render_chat, takes_lists, text_of
 from .messages import marked_message, read_messages, wrap_words
-from .encoding import Part, control_end, encode_parts, images_apart, supervised
+from .encoding import Part, control_end, encode_parts, images_apart, supervised_runs
 
 # %% ../../nbs/11_data.templates.ipynb #d0bcdfc6
 def user_parts(
@@ -73,8 +73,9 @@ class _Rendering:
         parts = t.parts(messages, generate)
         ids, spans = encode_parts(parts, tokenizer, image_token_id,
                                   t._adds_bos, t.vocabulary)
-        labels = [i if on else IGNORE
-                  for i, on in zip(ids, supervised(parts, spans))]
+        labels = [IGNORE]*len(ids)
+        for first, last in supervised_runs(parts, spans):
+            labels[first:last] = ids[first:last]
         return ids[:max_length], labels[:max_length]
 
 # %% ../../nbs/11_data.templates.ipynb #115d89e6

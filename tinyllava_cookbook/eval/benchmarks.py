@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MME_SUBTASKS', 'load_questions', 'load_vqav2', 'load_gqa', 'load_textvqa', 'load_mme', 'load_mmvet',
-           'load_llavabench']
+           'load_llavabench', 'load_all']
 
 # %% ../../nbs/54_eval.benchmarks.ipynb #f9958ee1
 from collections import Counter
@@ -283,3 +283,25 @@ def load_llavabench(
         items.append(Item(id, image, row['text'],
                           gold.get(id, ''), row['category']))
     return items
+
+# %% ../../nbs/54_eval.benchmarks.ipynb #2601ae7c
+def load_all(
+    benches:list[str],     # Names in `BENCHES`
+    data_dir:str|Path,     # The folder of all benchmarks
+    splits:dict|None=None, # Benchmark -> split, where not the usual one
+    graded:dict|None=None, # Benchmark -> a judge's file
+    allow_partial:bool=False, # Are files fine that lack some of the questions?
+) -> dict:                 # Benchmark -> its questions
+    "Read every benchmark, before a model is loaded or asked"
+    splits = splits or {}
+    graded = graded or {}
+    for what, some in {'split': splits, "judge's file": graded}.items():
+        if odd := [name for name in some if name not in benches]:
+            raise ValueError(f"a {what} for {odd[0]!r}, which is not asked; "
+                             f"choose from {list(benches)}")
+    for path in graded.values():
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no judge's file {str(path)!r}")
+    return {name: load_benchmark(name, data_dir,
+                                 splits.get(name), allow_partial)
+            for name in benches}

@@ -11,13 +11,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable, Iterator
 
+from ..json_records import unique_keys
+
 # %% ../../nbs/49_eval.records.ipynb #9a67b6a6
 ID_KEYS = 'question_id', 'questionId', 'id', 'index'   # The first that a record has is its id
 ASIDE = 'answer_id', 'metadata', 'model_id'            # Of an answer, what no score looks at
 
 def _load(where, text):
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as e:
         raise ValueError(f"{where}: not JSON ({e.msg} at column "
                          f"{e.colno})") from None
@@ -151,12 +153,13 @@ def _json_records(path, skip):
     if begins=='[': return _list_records(path, skip)
     if path.suffix!='.json' or not begins: return _records(path, skip)
     try:
-        found = json.loads(_read(path))
+        text = _read(path)
+        found = json.loads(text)
     except (ValueError, RecursionError):
         return _records(path, skip)
     if not isinstance(found, dict) or 'question_id' in found:
         return _records(path, skip)
-    return [_without(row, skip) for row in _by_id(path, found)]
+    return [_without(row, skip) for row in _by_id(path, _load(path, text))]
 
 # %% ../../nbs/49_eval.records.ipynb #a70e6d12
 def read_answers(

@@ -12,7 +12,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from ..core import Registry, Table, read_json, replacing, write_json
-from ..data.images import load_image
+from ..image_files import load_image
 from . import scoring
 from .benchmarks import BENCHES, mmbench_rows, need
 from .results import problem_words

@@ -7,7 +7,7 @@ __all__ = ['user_turn', 'prompt_ids', 'pixel_inputs', 'left_padded', 'images_of_
            'answer_ids', 'supervised_ids', 'answers', 'open_model', 'ChatSession', 'stream', 'chat']
 
 # %% ../../nbs/40_infer.generate.ipynb #ae845c94
-import functools, threading
+import functools, math, threading
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -127,6 +127,10 @@ def images_of_prompts(
             own.append(image)
             tokens -= processor.n_tokens(image_size(image) if anyres else None)
         found.append(own)
+    over = sum(1 for _ in left)
+    if over:
+        raise ValueError(f"{len(images)} images, but the prompts hold {len(images) - over}; "
+                         "give each prompt its own, in the order of their tokens")
     return found
 
 # %% ../../nbs/40_infer.generate.ipynb #29706f8f
@@ -225,6 +229,19 @@ def _by_generate(model, processor, prompts, images, max_new_tokens, blind, tempe
             for _ in prompts[k:k+size]: done()
     return found
 
+# %% ../../nbs/40_infer.generate.ipynb #d7e1b0c7
+def _is_count(number):
+    return type(number) is int and number >= 1
+
+def _check_asked(max_new_tokens, temperature, slots):
+    "Numbers that would give another answer than was asked for, or none"
+    for name,number in dict(max_new_tokens=max_new_tokens, slots=slots).items():
+        fine = _is_count(number) or (name == 'slots' and number is None)
+        if not fine: raise ValueError(f"{name} is {number!r}; it must be a whole number from 1 on")
+    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not number or not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature!r}; it must be a number from 0 on: 0 takes the likeliest token")
+
 # %% ../../nbs/40_infer.generate.ipynb #b4d2fdc7
 @torch.inference_mode()
 def answer_ids(
@@ -241,6 +258,7 @@ def answer_ids(
 ) -> list[list[int]]:       # Ids of each answer, without its stop
     "Answer prompts"
     if not prompts: return []
+    _check_asked(max_new_tokens, temperature, slots)
     asked = model, processor, prompts, images, max_new_tokens, blind
     was = model.training
     model.eval()
@@ -283,6 +301,8 @@ def answers(
     "Answer many questions, greedily and in batches"
     if batch_size<1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    if isinstance(questions, str) or isinstance(images, str):
+        raise ValueError("questions and images are lists, one entry for each question; for a single one: [question]")
     images = [_as_list(o) for o in (images if images is not None else [None]*len(questions))]
     if len(images)!=len(questions):
         raise ValueError(f"{len(images)} images for {len(questions)} questions; give one entry each, None for none")

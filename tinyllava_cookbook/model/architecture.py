@@ -19,9 +19,9 @@ from transformers import AutoConfig
 from ..core import Registry, UnknownName, quiet, write_json
 from ..ingredients import ingredient, openelm_code
 from .llms import trust_code
-from .vision import MoFConfig, tower_paths
+from .vision import MoFConfig
 from .vlm import VLMConfig, VLMForConditionalGeneration
-from ..trust import check_folder, read_config
+from ..trust import check_folder, read_config, tower_paths
 
 # %% ../../nbs/29_model.architecture.ipynb #a91f47de
 @dataclass

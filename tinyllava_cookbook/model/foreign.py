@@ -22,14 +22,15 @@ from .hub import code_home
 from .llms import (TOKENIZER_FILES, check_tokenizer, default_template,
     family_of, llm_families, load_tokenizer, prove_llm)
 from tinyllava_cookbook.model.names import (bench_names, factory_names, llava_names, rename,
-    tower_prefix)
+    renamed, tower_prefix)
 from .processor import greedy_generation, processor_for
 from .sentencepiece import as_sentencepiece
-from .vision import (MoFConfig, load_image_processor, load_vision,
-    n_layers, n_prefix, tower_paths)
+from tinyllava_cookbook.model.vision import (MoFConfig, load_image_processor, load_vision,
+    n_layers, n_prefix)
 from tinyllava_cookbook.model.vlm import (VLMConfig, VLMForConditionalGeneration, causal_lm,
     current_name, flat_name)
-from ..trust import check_folder, checkpoint_path, read_config, read_object, reading
+from tinyllava_cookbook.trust import (check_folder, checkpoint_path, read_config, read_object,
+    reading, tower_paths)
 from ..weights import load_strict, merge_lora, read_weights
 
 # %% ../../nbs/25_model.foreign.ipynb #baf8376d
@@ -225,8 +226,8 @@ def _factory(state, path, llm, vision):
         if any('.vision_model.' in name for name in state) else '')
     conn = peer_weights({name: tensor for name,tensor in state.items()
         if name.startswith('connector.')})
-    state = {rename(name, names): tensor for name,tensor in state.items()
-        if not name.startswith('connector.')}
+    state = renamed({name: tensor for name,tensor in state.items()
+        if not name.startswith('connector.')}, names)
     state |= {f'connector.{name}': tensor for name,tensor in conn.items()}
     return Foreign(cfg | {'connector_kwargs': _connector_kwargs(old, state)}, state, names,
         find_image_processor(path, first, _place(old)),
@@ -296,8 +297,7 @@ def _bench_vision(state, vision, layer):
 def _read_bench(path, llm, vision):
     cfg = read_object(path/'config.json')
     names = bench_names(cfg.get('mm_projector_type', 'linear'))
-    state = {rename(name, names): vision_config
-        for name,vision_config in read_weights(path).items()}
+    state = renamed(read_weights(path), names)
     text_config = _bench_text(cfg, path, state)
     place = vision or cfg['mm_vision_tower']
     image_processor = find_image_processor(path, vision, cfg['mm_vision_tower'])
@@ -385,7 +385,7 @@ def _read_llava(path, llm, vision):
     kept = {'image_mode': mode, 'template': usual} | kept
     names = llava_names(tower_prefix(hf.vision_config))
     file = path/'generation_config.json'
-    state = {rename(name, names): tensor for name,tensor in read_weights(path).items()}
+    state = renamed(read_weights(path), names)
     _zero_bias(hf.text_config, state)
     _untie(hf, state)
     return Foreign(llava_config(hf, path) | kept, state, names, image_processor, proc.tokenizer, jinja,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'PART_IDS', 'LAYOUTS', 'models', 'paper_name', 'name_of_recipe', 'PublishedModel', 'in_cache',
-           'models_table', 'hub_id', 'fetch_model', 'code_home']
+           'models_table', 'hub_id', 'fetch_settings', 'fetch_model', 'code_home']
 
 # %% ../../nbs/24_model.hub.ipynb #dce73ecc
 import difflib
@@ -14,6 +14,7 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from ..core import Registry, Table
+from ..trust import checkpoint_path
 
 # %% ../../nbs/24_model.hub.ipynb #edf01d9b
 _SHORT_VISION = {'siglip': 'Sig', 'clip': 'C'}
@@ -271,15 +272,21 @@ def _snapshot(hub, **which):
         if e.errno: raise   # of the operating system: a full disk
         raise FileNotFoundError(_why_not(hub, e)) from e
 
+def fetch_settings(
+    name:str,  # As for `hub_id`
+) -> str:      # A folder on this machine
+    "The folder of a model; of one on the Hub, only the JSON files are fetched"
+    hub = checkpoint_path(hub_id(name))
+    if Path(hub).is_dir(): return hub
+    return _snapshot(hub, allow_patterns=['*.json'])
+
 def fetch_model(
     name:str,    # As for `hub_id`
     check=None,  # Called with the folder while it holds the JSON files alone
 ) -> str:        # A folder on this machine
     "The folder of a model; what is not here is fetched from the Hub"
-    from tinyllava_cookbook.trust import checkpoint_path
-    hub = checkpoint_path(hub_id(name))
-    if Path(hub).is_dir(): return hub
-    folder = _snapshot(hub, allow_patterns=['*.json'])
+    hub, folder = hub_id(name), fetch_settings(name)
+    if Path(hub).is_dir(): return folder
     if check: check(folder)
     return _snapshot(hub, ignore_patterns=_LEFT)
 

@@ -171,6 +171,10 @@ def square_mode(
     return 'anyres' if image_mode == 'anyres' else 'squash'
 
 # %% ../../nbs/69_recipes.proxy.ipynb #c947d4fd
+def _warmup(stage, every):
+    "A fraction of the steps stays as it is; a number of them shrinks along"
+    return stage.warmup if stage.warmup < 1 else max(1, int(stage.warmup)//every)
+
 def proxy_stage(
     stage:Stage,      # Complete, from `Recipe.stage`
     size:Size,        # Of the published model
@@ -190,6 +194,7 @@ def proxy_stage(
         global_batch_size=batch, device_batch_size=None,
         image_mode=square_mode(stage.image_mode),
         max_steps=proxy_steps(stage, every),
+        warmup=_warmup(stage, every),
         max_length=384, pack=None, **how)
 
 # %% ../../nbs/69_recipes.proxy.ipynb #8dbcaf46

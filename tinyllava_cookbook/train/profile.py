@@ -160,7 +160,7 @@ def profile_stage(
         raise ValueError(f"steps={steps} and warmup={warmup}; each must be at least 1")
     if not isinstance(recipe, Recipe): recipe = find_recipe(recipe)
     chosen = recipe.stage(stage or recipe.stages[-1].name)
-    chosen = dataclasses.replace(chosen, max_steps=warmup + steps)
+    chosen = dataclasses.replace(chosen, max_steps=warmup + steps, warmup=min(chosen.warmup, .5))
     watch = StepProfiler(steps, warmup)
     Path(out).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as run:

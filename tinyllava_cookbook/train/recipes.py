@@ -11,10 +11,11 @@ __all__ = ['PARTS', 'ADAPTERS', 'MODES', 'SCHEDULES', 'OPTIMIZERS', 'ATTENTIONS'
 import copy, dataclasses, html, inspect, json, math, typing
 from dataclasses import dataclass, field
 
-from ..core import Registry, Table, read_json
+from ..core import Registry, Table
+from ..json_records import parse_json, read_strict
 from tinyllava_cookbook.train.fields import (check, check_folder_name, check_names, check_types, field_kinds,
     from_fields)
-from .settings import check_model, check_trainer
+from .settings import check_model, check_trainer, check_warmup
 
 # %% ../../nbs/30_train.recipes.ipynb #a7902678
 PARTS = 'vision', 'connector', 'llm'         # The components of a model, in the order of the data
@@ -108,6 +109,9 @@ def _check_stage(stage):
     _check_sizes(stage, at)
     _check_choices(stage, at)
     check_trainer(stage.trainer, stage.name)
+    if stage.max_steps: check_warmup(stage, stage.max_steps)
+    check(stage.optimizer == 'adamw' or 'optim' not in stage.trainer,
+          f"{at} optimizer is {stage.optimizer!r}, so trainer.optim is not used; leave it out, or set optimizer=adamw")
 
 # %% ../../nbs/30_train.recipes.ipynb #8b2695a3
 @dataclass
@@ -276,7 +280,7 @@ def _convert(text, hint, path):
     kind = next(kind for kind in kinds if kind is not type(None))
     if kind is str and not (dict in kinds and text.startswith('{')): return text
     number = kind in (int, float)
-    try: return kind(text) if number else json.loads(text)
+    try: return kind(text) if number else parse_json(text)
     except ValueError:
         want = kind.__name__ if number else 'JSON value'
         raise ValueError(f"override {path}={text}: {text!r} is not a valid {want}") from None
@@ -284,16 +288,18 @@ def _convert(text, hint, path):
 def _tune_value(text, path):
     "A mode, or a JSON object of the fields of `Tune`"
     if not text.startswith('{'): return text
-    try: return json.loads(text)
+    try: return parse_json(text)
     except ValueError as error:
         raise ValueError(f"override {path}={text}: not JSON ({error}); write e.g. {path}='"
                          '{"mode": "lora", "r": 8}' "'") from None
 
 def _any_value(text):
-    "JSON, or the text itself"
+    "JSON, a number like .5, or the text itself"
     words = {'none': None, 'true': True, 'false': False}
-    try: return json.loads(text)
-    except ValueError: return words.get(text.lower(), text)
+    for read in parse_json, float:
+        try: return read(text)
+        except ValueError: pass
+    return words.get(text.lower(), text)
 
 # %% ../../nbs/30_train.recipes.ipynb #949119bb
 def _children(node):
@@ -350,7 +356,7 @@ def override(
     return from_dict(to_dict(recipe))
 
 # %% ../../nbs/30_train.recipes.ipynb #d32a3c94
-recipes = Registry('recipe', 'recipes')   # those of chapter 7 are found when a name is missing
+recipes = Registry('recipe', 'recipes')   # published ones are found when a name is missing
 
 def recipe_names() -> list[str]:  # Sorted
     "The names of all recipes, those of later chapters included"
@@ -369,7 +375,7 @@ def recipe(
     **kwargs,  # Arguments of the recipe's function
 ) -> Recipe:   # A fresh copy
     "The recipe called `name`"
-    if str(name).endswith('.json'): return from_dict(read_json(name))
+    if str(name).endswith('.json'): return from_dict(read_strict(name))
     name,_,given = str(name).partition(':')
     kwargs |= _named_arguments(given, name)
     arguments = inspect.signature(recipes[name]).parameters

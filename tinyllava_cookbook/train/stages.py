@@ -18,14 +18,23 @@ from .parallel import join_processes, parallel_args
 from .ranks import run_lock
 from .recipes import Recipe, check_names, to_dict
 from .recipes import recipe as find_recipe
+from .settings import check_order
 from .start import start_identity, start_model, stage_weights
 from .tuning import check_tune
+
+# %% ../../nbs/37_train.stages.ipynb #c7e1b0c6
+def _todo(recipe, stages):
+    "Names of the stages to run, neighbours in the recipe's order"
+    if isinstance(stages, str): stages = [stages]
+    todo = list(stages or [stage.name for stage in recipe.stages])
+    check_order(recipe, todo)
+    return todo
 
 # %% ../../nbs/37_train.stages.ipynb #d2aa2028
 def _ready(recipe, todo, data, images, parallel, device='auto', eval_data=None, feature_cache='off', **kwargs):
     "Each stage with its data and held-out data; what is missing or does not fit is found before weights are loaded"
     names = [stage.name for stage in recipe.stages]
-    check_names([*todo, *data], names, f"stage in recipe {recipe.name!r}:")
+    check_names(data, names, f"stage in recipe {recipe.name!r}:")
     stages = {name: recipe.stage(name) for name in todo}
     check_tune(*stages.values())
     if feature_cache not in ('off', 'auto'):
@@ -84,7 +93,7 @@ def train_recipe(
 ) -> tuple:               # Model, processor and a dict of `StageResult`s
     "Run the stages of a recipe in order"
     if not isinstance(recipe, Recipe): recipe = find_recipe(recipe)
-    out,todo = Path(out), list(stages or [stage.name for stage in recipe.stages])
+    out,todo = Path(out), _todo(recipe, stages)
     options = kwargs | dict(resume=resume, parallel=parallel, accept=accept)
     options.pop('eval_data', None)   # each stage is given its own, read by `_ready`
     run,results = _Run(recipe, out, start, todo[0], trust_remote_code, options), {}

@@ -58,6 +58,7 @@ def _small_stage(s, world, steps):
         data=str(world/('pretrain.json' if s.template == 'pretrain' else 'instruct.json')),
         images=str(world/'images'),
         global_batch_size=8, device_batch_size=4, max_steps=steps,
+        warmup=min(s.warmup, .5),
         max_length=_LENGTH, pack=s.pack and _LENGTH,
         trainer=keep)
 

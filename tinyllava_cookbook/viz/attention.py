@@ -106,9 +106,9 @@ class TokenWeights:
     def on_tokens(self, layer='mean', head='mean') -> Tensor:
         "(tokens, n): values of image tokens, or of features where the connector asks"
         weights_htn = self.of_layer(layer)[..., self.places]
-        if head != 'mean' and not -len(weights_htn) <= head < len(weights_htn):
-            raise ValueError(
-                f"head {head} of {len(weights_htn)}; choose from 0 to {len(weights_htn)-1}, or 'mean'")
+        n = len(weights_htn)
+        if head != 'mean' and (type(head) is not int or not -n <= head < n):
+            raise ValueError(f"head {head!r} of {n}; choose from 0 to {n-1}, or 'mean'")
         weights_tn = weights_htn.mean(0) if head == 'mean' else weights_htn[head]
         return weights_tn if self.query_patches is None else weights_tn @ self.query_patches
 
@@ -315,8 +315,10 @@ def tower_attention(
         raise ValueError(
             f"patch {patch} is not on the grid of {rows} x {cols}; rows and columns count from 0")
     prefix = n_prefix(tower.config)
-    pixel_values = processor.pixels(load_image(
-        image, remote=True))[tile:tile+1]
+    views = processor.pixels(load_image(image, remote=True))
+    if tile not in range(len(views)):
+        raise ValueError(f"tile {tile} of {len(views)} views of this image; they count from 0")
+    pixel_values = views[tile:tile+1]
     with attention_rows(tower, [prefix + patch[0]*cols + patch[1]]) as found:
         tower_features(model, pixel_values.to(model.device, model.dtype))
     weights_lht = torch.stack([found[layer][0, :, 0] for layer in sorted(found)])

@@ -21,7 +21,7 @@ from ..model.vlm import merge_inputs
 from ..train.tuning import layer_list
 from .micro import ColorCase, object_box, recolored, unused_color
 from .places import TokenMap, token_maps
-from .probes import attention_calls, attention_rows, output_gradients, relevance, rollout
+from .probes import attention_calls, attention_rows, layer_number, output_gradients, relevance, rollout
 
 # %% ../../nbs/65_viz.causal.ipynb #f8dcb494
 @dataclass
@@ -41,6 +41,16 @@ class AnswerBatch:
         inputs = {name: x[index] for name,x in self.inputs.items()}
         return AnswerBatch(inputs, self.answer_b[index], self.places_bn[index])
 
+# %% ../../nbs/65_viz.causal.ipynb #e7e1b0d3
+def _check_cases(questions, images, answers):
+    "One image and one answer for each question, and something to measure"
+    counts = [len(o) for o in (questions, images, answers)]
+    if len(set(counts)) > 1 or not counts[0]:
+        raise ValueError("{} questions, {} images, {} answers; give one of each for every case".format(*counts))
+    for question,answer in zip(questions, answers):
+        if not answer.strip():
+            raise ValueError(f"the answer to {question!r} is empty; its first token is what is measured")
+
 # %% ../../nbs/65_viz.causal.ipynb #cefafa01
 def answer_batch(
     processor,             # Of the model; one view per image, so not 'anyres'
@@ -52,6 +62,7 @@ def answer_batch(
     if processor.image_mode == 'anyres':
         raise ValueError(
             "images of a batch need equally many tokens; take another image_mode than 'anyres'")
+    _check_cases(questions, images, answers)
     messages = [[user_turn(question, 1)] for question in questions]
     prompts = [prompt_ids(processor, one) for one in messages]
     inputs = left_padded(prompts, processor.tokenizer.pad_token_id)
@@ -94,6 +105,9 @@ def occluded(
     "An image with each cell of a grid covered in turn, in the median colour of its edge"
     c, height, width = pixels_chw.shape
     rows, cols = grid
+    if not (1 <= rows <= height and 1 <= cols <= width):
+        raise ValueError(f"an image of {height} x {width} pixels has no grid of {rows} x {cols} cells; "
+                         "each needs a pixel")
     top_bottom = pixels_chw[:, [0, -1]].flatten(1)
     left_right = pixels_chw[:, :, [0, -1]].flatten(1)
     fill_c = torch.cat([top_bottom, left_right], 1).median(1).values
@@ -182,6 +196,7 @@ def patched_log_probs(
     size:int=32,        # Rows at a time
 ) -> Tensor:            # (b, vocabulary)
     "Log-probabilities of the answer's first word, with activations of another run at some positions"
+    layer = layer_number(layer, len(decoder_layers(model.language_model)))
     parts = iter(zip(donor_btd.split(size), here_bt.split(size)))
     def change(at, h_btd):
         if at == layer:
@@ -212,6 +227,11 @@ def patching_effects(
     layer:int=0,         # What enters this layer is changed
 ) -> Tensor:             # (b, blocks): what the answer's log-probability gains
     "Effect of putting in some image tokens of another scene"
+    masks = [one.inputs['attention_mask'] for one in (batch, donor)]
+    if not torch.equal(batch.places_bn, donor.places_bn) or not torch.equal(*masks):
+        raise ValueError("the image tokens of donor and batch stand at other positions; "
+                         "ask both the same questions, in the same order")
+    layer = layer_number(layer, len(decoder_layers(model.language_model)))
     batch = embedded(model, batch)
     donor_btd = layer_activations(model, donor)[layer]
     answer_b1 = batch.answer_b[:, None]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .attention import AnswerAttention, AnswerInputs, explain_answer
 from .places import TokenMap, token_maps
+from .probes import layer_number
 
 # %% ../../nbs/62_viz.tokens.ipynb #a169a20f
 @dataclass
@@ -33,6 +34,11 @@ class NextWords:
         return '\n'.join(lines)
 
 # %% ../../nbs/62_viz.tokens.ipynb #7ce25004
+def _check_words(k):
+    "An error for a number of words that would show none, or all but the last"
+    if type(k) is not int or k < 1:
+        raise ValueError(f"k is {k!r}; it must be a whole number of words from 1 on")
+
 def _decoded(processor, ids_rk):
     "Rows of ids as rows of words, each by itself"
     rows = []
@@ -49,6 +55,7 @@ def next_words(
     k:int=5,            # Words per step
 ) -> NextWords:         # With probabilities
     "What could have been predicted instead, at each step of an answer"
+    _check_words(k)
     rows = torch.tensor(asked.rows, device=model.device)
     logits_rv = model(**asked.inputs, logits_to_keep=rows, use_cache=False).logits[0]
     top = logits_rv.float().softmax(-1).topk(min(k, logits_rv.shape[-1]))
@@ -115,6 +122,15 @@ class LogitLens:
     answer:Tensor           # (layers, positions) probability of the answer's first token
     read:list[str]          # (positions,) what stands there
 
+# %% ../../nbs/62_viz.tokens.ipynb #e7e1b0d1
+def _positions(positions, n):
+    "Positions of a prompt and its answer, each of which must be there"
+    if positions is None: return torch.arange(n)
+    at = torch.as_tensor(positions).flatten()
+    odd = [o for o in at.tolist() if type(o) is not int or not -n <= o < n]
+    if odd: raise ValueError(f"position {odd[0]} is not in a text of {n} tokens; choose from {-n} to {n-1}")
+    return at
+
 # %% ../../nbs/62_viz.tokens.ipynb #700b8a59
 @torch.no_grad()
 def logit_lens(
@@ -129,7 +145,7 @@ def logit_lens(
                            use_cache=False)
     states, norm = layer_states(model.language_model, run)
     ids = asked.inputs['input_ids'][0]
-    at = torch.arange(len(ids)) if positions is None else torch.as_tensor(positions)
+    at = _positions(positions, len(ids))
     layers = [model.output_head(norm(h_btd[:, at]))[0].float().softmax(-1) for h_btd in states]
     probs_ltv = torch.stack(layers).cpu()
     best = probs_ltv.max(-1)
@@ -179,13 +195,14 @@ def nearest_words(
     k:int=3,        # Words per image token
 ) -> tuple:         # Words (n, k) and their cosines (n, k)
     "Words whose embeddings lie nearest to each image token"
+    _check_words(k)
     sizes = asked.inputs.get('image_sizes')
     img_nd = model.image_features(asked.inputs['pixel_values'], sizes).flatten(0, -2)
     words_vd = F.normalize(model.get_input_embeddings().weight.float(), dim=-1)
     cosines_nv = F.normalize(img_nd.float(), dim=-1) @ words_vd.T
     # the placeholder of an image is no word
     cosines_nv[:, processor.image_token_id] = -1
-    top = cosines_nv.topk(k)
+    top = cosines_nv.topk(min(k, cosines_nv.shape[-1]))
     words = _decoded(processor, top.indices)
     return words, top.values.cpu()
 
@@ -197,6 +214,7 @@ def earlier_words(
     k:int=5,               # Earlier tokens for each
 ) -> list[list[tuple[str, float]]]:  # Of each token of the answer: earlier tokens and their part
     "The text tokens that each token of an answer took most from; the image counts as one"
+    _check_words(k)
     ids = asked.inputs['input_ids'][0].tolist()
     weights_tp = att.of_layer('mean').mean(0)
     found = []
@@ -206,6 +224,13 @@ def earlier_words(
         text.append(('<image>', row[att.places].sum().item()))
         found.append(sorted(text, key=lambda pair: -pair[1])[:k])
     return found
+
+# %% ../../nbs/62_viz.tokens.ipynb #e7e1b0d2
+def _first_id(processor, word):
+    "The first token of a word"
+    ids = processor.tokenizer(word, add_special_tokens=False).input_ids
+    if not ids: raise ValueError(f"the word {word!r} is empty; leave it out")
+    return ids[0]
 
 # %% ../../nbs/62_viz.tokens.ipynb #fa0a4c7a
 @torch.no_grad()
@@ -221,8 +246,9 @@ def words_to_image(
         return model.model(**asked.inputs, output_hidden_states=True,
                            use_cache=False)
     states, _ = layer_states(model.language_model, run)
+    layer = layer_number(layer, len(states))
     here = asked.inputs['input_ids'][0] == processor.image_token_id
-    ids = [processor.tokenizer(word, add_special_tokens=False).input_ids[0] for word in words]
+    ids = [_first_id(processor, word) for word in words]
     table = model.get_input_embeddings() if layer == 0 else model.get_output_embeddings()
     words_wd = F.normalize(table.weight[ids].float(), dim=-1)
     return (words_wd @ F.normalize(states[layer][0, here].float(), dim=-1).T).cpu()

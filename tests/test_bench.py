@@ -24,6 +24,10 @@ def test_json_is_all_of_standard_output(bench, capsys, tmp_path):
     assert found == json.loads((tmp_path/'b.json').read_text()) and found['tiny'] and found['runs'] == 1
     assert [o['name'] for o in found['parts']['growth']] == ['index', 'plan', 'check --fix, 10 % faults', 'score', 'resume']
     assert all(o['sizes'] == [16, 64, 256] and len(o['seconds']) == 3 for o in found['parts']['growth'])
+    bench.main(['--tiny', '--only', 'attention', '--out', str(tmp_path/'b.json')])   # the growth stays, the rest is new
+    later = json.loads((tmp_path/'b.json').read_text())
+    assert list(later['parts']) == ['attention', 'growth'] and set(later['measured']) == set(later['parts'])
+    assert later['parts']['growth'] == found['parts']['growth'] and later['parts']['attention'] != found['parts']['attention']
     rows = found['parts']['attention']
     assert all(o['spread'][0] <= o['ratio'] <= o['spread'][1] and o['ours'] > 0 for o in rows) and len(rows) == 4
 

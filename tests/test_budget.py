@@ -300,12 +300,12 @@ def test_bench_gpu_keeps_a_row_that_fails_and_tries_it_again(bench_gpu, tmp_path
 
 def test_bench_gpu_takes_each_optimisation_away(bench_gpu, tmp_path):
     "Within a row alone"
-    from tinyllava_cookbook.model import vlm
-    before = S.hold_weights, vlm.LOGITS_AT_ONCE
+    from tinyllava_cookbook.model import loss
+    before = S.hold_weights, loss.LOGITS_AT_ONCE
     with bench_gpu.changed('held', tmp_path): assert S.hold_weights(torch.nn.Linear(1, 1).bfloat16(), None) == {}
-    with bench_gpu.changed('chunks', tmp_path): assert vlm.LOGITS_AT_ONCE == 2**60
+    with bench_gpu.changed('chunks', tmp_path): assert loss.LOGITS_AT_ONCE == 2**60
     with bench_gpu.changed('cache', tmp_path) as more: assert list(more) == ['feature_cache']
-    assert (S.hold_weights, vlm.LOGITS_AT_ONCE) == before
+    assert (S.hold_weights, loss.LOGITS_AT_ONCE) == before
     assert {o for _, _, o in bench_gpu.TRAINING.values()} == {'', 'held', 'chunks', 'bytes', 'cache', 'zero2'}
 
 # ---------------------------------------------------------------------------------------------------- command

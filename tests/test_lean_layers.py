@@ -38,7 +38,7 @@ def test_every_family_keeps_its_bits(make, family):
     before = run(model)
     with lean_layers(model) as counts: after = run(model)
     assert equal(before, after) and not any('forward' in vars(m) for m in model.modules())
-    if family in ALIKE: assert {'RMSNorm', 'SwiGLU', 'apply_rotary_pos_emb'} == set(counts)
+    if family in ALIKE: assert {'Linear', 'RMSNorm', 'SwiGLU', 'apply_rotary_pos_emb'} == set(counts)
     assert equal(before, run(model))
 
 def test_other_precisions_and_frozen_weights(make):
@@ -58,3 +58,43 @@ def test_other_precisions_and_frozen_weights(make):
         1/0
     assert not is_lean(model.layers[0].mlp)
     with lean_layers(model, False) as counts: assert not counts and not is_lean(model.norm)
+
+def saved_bytes(model, work):
+    "What the forward pass of `work` keeps, weights aside"
+    held = {}
+    def note(x):
+        held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(), x
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): loss = work()
+    for p in model.parameters(): held.pop(p.untyped_storage().data_ptr(), None)
+    return sum(n for n,_ in held.values()), loss
+
+def test_inputs_of_linear_layers_are_not_kept(make):
+    "Neither what a norm nor what SwiGLU gives; twice through one graph, and with each block computed again, the same bits"
+    model, t = copy.deepcopy(make('llama')), 64
+    emb = torch.randn(1, t, model.config.hidden_size)
+    def work(): return model(inputs_embeds=emb, use_cache=False).last_hidden_state.sin().sum()
+    def gradients(loss, **how):
+        return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, **how)[1:]   # the first: embeddings
+    plain, loss = saved_bytes(model, work)
+    before = gradients(loss)
+    with lean_layers(model):
+        lean, loss = saved_bytes(model, work)
+        twice = [gradients(loss, retain_graph=True), gradients(loss)]
+        model.train().gradient_checkpointing_enable(dict(use_reentrant=False))
+        twice.append(gradients(work()))
+    c, llm = model.config, model.config.num_hidden_layers
+    # of each layer: the normalised input twice, what the norms made of it, silu(gate), and the product
+    assert plain - lean > .99*4*t*llm*(4*c.hidden_size + 2*c.intermediate_size)
+    assert all(equal(before, again) for again in twice)
+
+@pytest.mark.parametrize('dropout', [0., .5])
+def test_adapters_keep_their_bits(make, dropout):
+    peft = pytest.importorskip('peft')
+    config = peft.LoraConfig(r=4, lora_dropout=dropout, target_modules='all-linear', init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(make('llama')), config).base_model.model.train()
+    def once():
+        torch.manual_seed(1)
+        return run(model)
+    before = once()
+    with lean_layers(model): assert len(before) > 20 and equal(before, once())

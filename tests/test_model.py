@@ -37,9 +37,9 @@ def greedy(model, inputs, n=6):
 
 # ---- loss
 
-def test_loss_gradients_float64(parts, img):
+def test_loss_gradients_float64(parts, img, monkeypatch):
     "Supervised positions only, in chunks: the gradients of the plain loss"
-    import tinyllava_cookbook.model.vlm as vlm
+    from tinyllava_cookbook.model import loss as of_loss
     model,proc = compose(parts['siglip'], parts['qwen2'], dtype='float64')
     batch = proc(images=[img, img], text=['<image> a red circle', '<image> b'], return_tensors='pt')
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, IGNORE)
@@ -50,10 +50,11 @@ def test_loss_gradients_float64(parts, img):
     plain.backward()
     want = {k: p.grad.clone() for k,p in model.named_parameters() if p.grad is not None}
     for at_once in (2**26, 1):     # one chunk, and one position per chunk
-        old,vlm.LOGITS_AT_ONCE = vlm.LOGITS_AT_ONCE, at_once
+        monkeypatch.setattr(of_loss, 'LOGITS_AT_ONCE', at_once)
+        monkeypatch.setattr(of_loss, 'LEAST_AT_ONCE', 1)
         model.zero_grad()
-        try: loss = model(**batch, labels=labels).loss; loss.backward()
-        finally: vlm.LOGITS_AT_ONCE = old
+        loss = model(**batch, labels=labels).loss
+        loss.backward()
         assert abs(loss.item()-plain.item()) < 1e-13
         for k,p in model.named_parameters():
             if k in want: torch.testing.assert_close(p.grad, want[k], rtol=1e-10, atol=1e-13)

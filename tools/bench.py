@@ -10,8 +10,9 @@ and as in a stage, ours keeps the memory that a step frees; the baseline has the
 seconds at sizes that quadruple, and the slope of their logarithms: 1 is a cost in proportion. The baseline pads batches
 in random order, computes the attention and the logits of all positions and all layers of the vision tower, prepares
 samples as TinyLLaVA Factory does, and answers each question by itself. Machine: rates of one thread, and what single
-kernels reach; ledger: a step by its parts. `--tiny` runs the same code in seconds. With --json, one JSON object is all
-of standard output.
+kernels reach; ledger: a step by its parts. Memory: the samples of two packed rows, padded into two batches for the
+baseline; and two rows against two batches of 8 samples, which are fewer. `--tiny` runs the same code in seconds. With
+--json, one JSON object is all of standard output.
 """
 import argparse, gc, json, math, os, statistics, subprocess, sys, tempfile, time
 from contextlib import redirect_stdout
@@ -85,12 +86,16 @@ def mix(model, n, seed=0):
     torch.manual_seed(seed)
     return [sample(i) for i in range(n)]
 
+def packed_samples(samples, budget):
+    "The samples of each row of a token budget"
+    from tinyllava_cookbook.data.batches import plan_packs
+    packs = plan_packs([len(o['input_ids']) for o in samples], budget)[0]
+    return [[samples[i] for i in pack] for pack in packs]
+
 def packed_batches(samples, budget):
     "Rows of a token budget"
-    from tinyllava_cookbook.data.batches import plan_packs
     from tinyllava_cookbook.data.packing import PackCollator
-    collator = PackCollator()
-    return [collator([samples[i] for i in pack]) for pack in plan_packs([len(o['input_ids']) for o in samples], budget)[0]]
+    return list(map(PackCollator(), packed_samples(samples, budget)))
 
 def padded_batches(samples, size=8):
     "Batches in the order that they have"
@@ -145,14 +150,14 @@ def training_seconds(model, packs, padded, in_half=None):
     train_plain(model, padded[:1])
     return found | dict(plain=cpu_seconds(partial(train_plain, model, padded)))
 
-def memory_row(stage, model, packs, padded):
+def memory_row(name, model, packs, padded, least=None):
     "Most bytes that are alive beside the weights"
     from tinyllava_cookbook.train.memory import LiveMemory
     peaks = []
     for work in (partial(train_ours, model, packs), partial(train_plain, model, padded)):
         with LiveMemory(*model.parameters(), *model.buffers()) as live: work()
         peaks.append(live.peak - sum(p.nbytes for p in model.parameters()))
-    row = dict(name=f'{stage}, bytes beside the weights, two batches', ours=peaks[0], plain=peaks[1], ratio=peaks[1]/peaks[0], spread=None, least=None)
+    row = dict(name=f'{name}, bytes beside the weights', ours=peaks[0], plain=peaks[1], ratio=peaks[1]/peaks[0], spread=None, least=least)
     say(f"{row['name']:46}{peaks[0]/2**20:8.0f} MB {peaks[1]/2**20:9.0f} MB  {row['ratio']:6.2f}x")
     return row
 
@@ -161,6 +166,7 @@ STAGES = {'stage 1': ['connector'], 'stage 2': ['connector', 'llm', 'head']}
 def stage_rows(model, samples, budgets, a, what=''):
     "Both stages at several row budgets, a long row against short ones, peak memory"
     rows, packs, padded = [], {b: packed_batches(samples, b) for b in budgets}, padded_batches(samples)
+    same = [padded_batches(o, len(o))[0] for o in packed_samples(samples, 2048)[:2]]
     for name,parts in STAGES.items():
         set_trainable(model, parts)
         stage, half = name + what, budgets[len(budgets)//2] if name == 'stage 2' else None
@@ -171,7 +177,8 @@ def stage_rows(model, samples, budgets, a, what=''):
             row(f'{stage}, rows of {half}: bf16 against float32', 'bf16', half)
             row(f'{stage}, plain: with freed memory kept', 'kept', 'plain')   # that much of the rows above is the allocator's
             if len(budgets) > 1: row(f'a long row: {budgets[-1]} against {budgets[0]}', budgets[-1], budgets[0], 1/1.1)
-        rows.append(memory_row(stage, model, packs[2048][:2], padded[:2]))
+        rows.append(memory_row(f'{stage}, same samples', model, packs[2048][:2], same, 1/.35))
+        rows.append(memory_row(f'{stage}, a row of 2048 against 8 samples', model, packs[2048][:2], padded[:2]))
     return rows
 
 def bench_training(root, a):
@@ -468,12 +475,21 @@ def facts():
     git = subprocess.run(['git', '-C', ROOT, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
     return dict(date=time.strftime('%Y-%m-%d'), commit=git, torch=torch.__version__, cores=os.cpu_count(), load=os.getloadavg()[0])
 
+def with_earlier(found, path):
+    "A result with the parts of an earlier one that were not measured again; `measured` says when and where each was"
+    now = {name: {k: found[k] for k in ('date', 'commit', 'load')} for name in found['parts']}
+    before = json.loads(path.read_text()) if path.exists() else dict(parts={})
+    if before.get('tiny') != found['tiny']: before = dict(parts={})   # of another kind
+    earlier = before.get('measured') or {name: {k: before[k] for k in ('date', 'commit', 'load')} for name in before['parts']}
+    parts = before['parts'] | found['parts']
+    return found | dict(parts={name: parts[name] for name in PARTS if name in parts}, measured=earlier | now)
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--only', nargs='+', metavar='PART', choices=list(PARTS), default=list(PARTS), help=', '.join(PARTS))
     p.add_argument('--runs', type=int, default=3, help='of each row (default: %(default)s)')
     p.add_argument('--growth', type=int, nargs='+', default=[16_000], metavar='N', help='most samples of each growth curve (default: 16000)')
-    p.add_argument('--out', metavar='FILE', help='write the JSON there, too')
+    p.add_argument('--out', metavar='FILE', help='write the JSON there, too; other parts that it has stay')
     p.add_argument('--json', action='store_true', help='print one JSON object')
     p.add_argument('--tiny', action='store_true', help='small shapes, one run, to try the code')
     a = p.parse_args(argv)
@@ -483,7 +499,9 @@ def main(argv=None):
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     with redirect_stdout(sys.stderr): found = facts() | dict(tiny=a.tiny, runs=a.runs, parts=measure(a))
-    if a.out: Path(a.out).write_text(json.dumps(found, indent=1) + '\n')
+    if a.out:
+        found = with_earlier(found, Path(a.out))
+        Path(a.out).write_text(json.dumps(found, indent=1) + '\n')
     if a.json: print(json.dumps(found))
 
 if __name__ == '__main__': sys.exit(main())

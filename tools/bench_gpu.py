@@ -96,14 +96,14 @@ def environment(**names):
 @contextlib.contextmanager
 def changed(what, root):
     "Take an optimisation away, or add one; gives more arguments of `train_stage`"
-    from tinyllava_cookbook.model import vlm
+    from tinyllava_cookbook.model import loss
     from tinyllava_cookbook.train import stage_trainer
     def in_float32(model, precision):
         model.float()
         return {}
     with contextlib.ExitStack() as stack:
         if what == 'held': stack.enter_context(patch.object(stage_trainer, 'hold_weights', in_float32))
-        if what == 'chunks': stack.enter_context(patch.object(vlm, 'LOGITS_AT_ONCE', 2**60))
+        if what == 'chunks': stack.enter_context(patch.object(loss, 'LOGITS_AT_ONCE', 2**60))
         if what == 'zero2':
             stack.enter_context(environment(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='29533'))
         yield dict(cache=dict(feature_cache=str(Path(root)/'features')), zero2=dict(parallel='zero2')).get(what, {})

@@ -44,16 +44,56 @@ def same_bits(
             return False   # it is another kind of layer
         return all(map(torch.equal, _bits(ours, inputs), found))
 
+# %% ../../nbs/22_model.lean_layers.ipynb #c83b498b
+class _Shared:
+    "An input made again once for all layers that read it"
+    def __init__(self):
+        self.readers = 0
+        self.taken = 0
+        self.value = None
+
+    def take(self, make, tensors):
+        value = make(*tensors) if self.value is None else self.value
+        self.taken = (self.taken + 1)%self.readers
+        self.value = value if self.taken else None
+        return value
+
+def _follows(out, make, *tensors):
+    "Note on a tensor how it is made from others, which are kept anyway"
+    out.again = make, [x.detach() for x in tensors], _Shared()
+    return out
+
+# %% ../../nbs/22_model.lean_layers.ipynb #ca9f5709
+class _Linear(Function):
+    "A linear layer that makes its input again"
+    @staticmethod
+    def forward(ctx, x, weight, bias, again):
+        ctx.make, tensors, ctx.shared = again
+        ctx.shared.readers += 1
+        ctx.save_for_backward(weight, *tensors)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, *tensors = ctx.saved_tensors
+        x_td = ctx.shared.take(ctx.make, tensors).flatten(0, -2)
+        grad_td = grad.flatten(0, -2)
+        to_x = (grad_td@weight).view(*grad.shape[:-1], -1)
+        to_bias = grad_td.sum(0) if ctx.needs_input_grad[2] else None
+        return to_x, grad_td.T@x_td, to_bias, None
+
 # %% ../../nbs/22_model.lean_layers.ipynb #84f125e3
 _silu = torch.ops.aten.silu.out
 _silu_backward = torch.ops.aten.silu_backward.grad_input
+
+def _product(gate, up): return F.silu(gate).mul_(up)
 
 class _Gated(Function):
     "silu(gate)*up"
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return _product(gate, up)
 
     @staticmethod
     def backward(ctx, grad):
@@ -68,15 +108,17 @@ def gated(
     up:Tensor,    # (..., d)
 ) -> Tensor:      # (..., d)
     "SwiGLU's product; the backward pass computes silu again"
-    return _Gated.apply(gate, up)
+    return _follows(_Gated.apply(gate, up), _product, gate, up)
 
 # %% ../../nbs/22_model.lean_layers.ipynb #554dd23b
+def _normalized(x, inverse, weight): return (x*inverse).mul_(weight)
+
 class _Scaled(Function):
     "x*inverse*weight"
     @staticmethod
     def forward(ctx, x, inverse, weight):
         ctx.save_for_backward(x, inverse, weight)
-        return (x*inverse).mul_(weight)
+        return _normalized(x, inverse, weight)
 
     @staticmethod
     def backward(ctx, grad):
@@ -96,7 +138,8 @@ def rms_norm(
 ) -> Tensor:        # (..., d)
     "RMSNorm that keeps its input alone"
     square = x.pow(2).mean(-1, keepdim=True)
-    return _Scaled.apply(x, torch.rsqrt(square + eps), weight)
+    inputs = x, torch.rsqrt(square + eps), weight
+    return _follows(_Scaled.apply(*inputs), _normalized, *inputs)
 
 # %% ../../nbs/22_model.lean_layers.ipynb #51e2ed71
 def _turn(x_bhtd, cos, first, second):
@@ -173,6 +216,12 @@ def _norm_forward(self, x):
     if not _takes(x, self.weight): return type(self).forward(self, x)
     return rms_norm(x, self.weight, self.variance_epsilon)
 
+def _linear_forward(self, x):
+    again = getattr(x, 'again', None)
+    if again is None or not self.weight.requires_grad or not _takes(x, self.weight):
+        return type(self).forward(self, x)
+    return _Linear.apply(x, self.weight, self.bias, again)
+
 def _swiglu_forward(self, x):
     if not _takes(x): return type(self).forward(self, x)
     gate = self.gate_proj(x)
@@ -193,6 +242,8 @@ def _rotary(plain):
 def _lean_forward(module):
     "What takes the place of its `forward`, and how it is called; `None`: nothing"
     kind = type(module)
+    if kind is nn.Linear:
+        return 'Linear', _linear_forward
     if hasattr(module, 'variance_epsilon') and _is_norm(kind.forward):
         return 'RMSNorm', _norm_forward
     silu = 'silu' in type(getattr(module, 'act_fn', None)).__name__.lower()
@@ -243,4 +294,4 @@ def is_lean(
 ) -> bool:             # Within `lean_layers`, if it is replaced
     "Does it save less than its class does?"
     own = getattr(vars(module).get('forward'), '__func__', None)
-    return own in (_norm_forward, _swiglu_forward)
+    return own in (_norm_forward, _swiglu_forward, _linear_forward)

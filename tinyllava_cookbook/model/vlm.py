@@ -28,8 +28,8 @@ from transformers.utils.generic import can_return_tuple
 from .config import VLMConfig, set_derived
 from tinyllava_cookbook.model.features import (blank_image, connect_features, image_features, new_connector,
     tower_features)
-from .llms import family_of, llm_logits, save_code
-from .loss import LOGITS_AT_ONCE, supervised_loss
+from .llms import family_of, llm_logits, plain_logits, save_code
+from .loss import positions_at_once, supervised_loss
 from .vision import build_vision, n_layers
 
 # %% ../../nbs/23_model.vlm.ipynb #d5480f25
@@ -288,6 +288,12 @@ class OutputHead:
     def get_output_embeddings(self): return self.lm_head
     def __call__(self, h_td): return llm_logits(self, h_td)
 
+    @property
+    def plain(self):
+        "The output layer itself where logits are what it gives, else this"
+        alone = family_of(self.config).logits is plain_logits
+        return self.lm_head if alone else self
+
 def _last(h_btd, keep):
     "The positions that `logits_to_keep` means"
     if keep is None: keep = 0
@@ -305,8 +311,8 @@ def labels_loss(
     shifted = shift_labels is not None
     if shifted: labels = shift_labels
     if labels is None: return None
-    chunk = max(1, LOGITS_AT_ONCE//model.config.text_config.vocab_size)
-    return supervised_loss(h_btd, labels, model.output_head, n_items, chunk, shifted)
+    chunk = positions_at_once(model.config.text_config.vocab_size)
+    return supervised_loss(h_btd, labels, model.output_head.plain, n_items, chunk, shifted)
 
 # %% ../../nbs/23_model.vlm.ipynb #0902dcc9
 def _embeddings_name(model):

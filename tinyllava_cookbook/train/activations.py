@@ -19,6 +19,7 @@ from ..model.architecture import inner_modules, inner_parameters, meta_model
 from ..model.vision import n_layers, n_patches
 from ..model.config import VLMConfig
 from ..model.lean_layers import is_lean
+from ..model.loss import positions_at_once
 from .recipes import ADAPTERS, PARTS, Recipe, Stage
 from .tuning import layer_list, learnable, linear_names, reachable, tower_names
 
@@ -196,13 +197,18 @@ def _norm_bytes(norm, each):
     return each.stream*width*(1 + again) + 4
 
 # %% ../../nbs/37_train.activations.ipynb #611d3c83
-def _input_bytes(linears, width, each):
+def _with_dropout(linears):
+    "Those whose adapters drop some of their input"
+    adapted = [o for o in linears if getattr(o, 'adapter', None)]
+    return [o for o in adapted if o.adapter.dropout]
+
+def _input_bytes(linears, width, each, made_again=False):
     "Saved of one input that several linear layers read, per position"
-    with_dropout = [o for o in linears if getattr(
-        o, 'adapter', None) and o.adapter.dropout]
-    plain = sum(map(is_trainable, linears)) - len(with_dropout)
-    copies = each.compute*plain if each.compute != each.stream else each.stream*(plain > 0)
-    return width*(copies + (each.compute + each.drop)*len(with_dropout))
+    with_dropout = len(_with_dropout(linears))
+    plain = sum(map(is_trainable, linears)) - with_dropout
+    copies = each.compute*plain if each.mixed else each.stream*(plain > 0)
+    if made_again: copies = 0
+    return width*(copies + (each.compute + each.drop)*with_dropout)
 
 # %% ../../nbs/37_train.activations.ipynb #22322dc3
 def _eager_bytes(config, length, each):
@@ -241,7 +247,8 @@ def _mlp_bytes(block, config, linears, each):
     leaner = any(_leaner(o, each) for o in block.modules() if hasattr(o, 'gate_proj'))
     tensors = 3 - leaner if gated else 1
     tensors += _ACTIVATION_TENSORS.get(name, 0)
-    tensors += any(map(is_trainable, linears.down))
+    readers = _with_dropout(linears.down) if leaner else linears.down
+    tensors += any(map(is_trainable, readers))
     return each.compute*width*tensors
 
 # %% ../../nbs/37_train.activations.ipynb #f8655344
@@ -256,9 +263,7 @@ def _adapter_bytes(linears, each):
 # %% ../../nbs/37_train.activations.ipynb #2d873b6f
 def _dropout_bytes(linears, each):
     "Masks of dropout before the adapters that end attention and MLP"
-    def dropped(layers):
-        return any(o.adapter.dropout for o in layers if hasattr(
-            o, 'adapter'))
+    def dropped(layers): return len(_with_dropout(layers)) > 0
     query = sum(o.in_features for o in linears.write)
     width = sum(o.in_features for o in linears.down)
     return query*(
@@ -285,12 +290,14 @@ def block_bytes(
     norms = _norms(block, hidden)
     readers = [linears.read + linears.up] if len(norms) == 1 else [linears.read, linears.up]
     saved = sum(_norm_bytes(o, each) for o in norms)
-    saved += sum(_input_bytes(o, hidden, each) for o in readers)
+    made_again = all(_leaner(o, each) for o in [*norms, *linears.all()])
+    saved += sum(_input_bytes(o, hidden, each, made_again) for o in readers)
     saved += _attention_bytes(block, config, linears, each, mask, length)
     saved += _mlp_bytes(block, config, linears, each) + _adapter_bytes(linears, each) + _dropout_bytes(linears, each)
     query = sum(o.in_features for o in linears.write)
     width = sum(o.in_features for o in linears.down)
-    return saved, max(2*each.compute*width, 5*each.compute*query) + 2*each.stream*hidden
+    mlp = 3 if made_again else 2   # tensors of its width
+    return saved, each.compute*max(mlp*width, 5*query) + 2*each.stream*hidden
 
 # %% ../../nbs/37_train.activations.ipynb #43e9492d
 @dataclass
@@ -414,10 +421,12 @@ def _llm_segments(model, batch, each, checkpoint, gradient):
         m, each) for m in last)
     cast = each.mixed and gradient and (tied or head.weight.requires_grad)
     copies = each.compute*head.weight.numel()*cast
+    chunked = batch.supervised > positions_at_once(llm.config.vocab_size)
+    with_loss = 4*n_trainable(head)*chunked   # its gradient is made with the loss
     return [Segment('llm', 8*batch.positions, 0, 0 if tied else n_trainable(words)),
             *_block_segments('llm', stack(llm), llm.config, each, flow),
             Segment('llm', norm_saved, 4*each.stream*hidden*batch.positions, sum(map(n_trainable, last))),
-            Segment('llm', batch.supervised*hidden*each.stream + copies, 0, n_trainable(head))]
+            Segment('llm', batch.supervised*hidden*each.stream + copies, with_loss, n_trainable(head))]
 
 # %% ../../nbs/37_train.activations.ipynb #9af052b0
 def segments(

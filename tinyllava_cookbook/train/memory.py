@@ -18,7 +18,7 @@ from ..model.architecture import inner_modules, inner_parameters, meta_vlm
 from ..model.lean_layers import lean_layers
 from ..model.packed_attention import PACKED
 from ..model.vision import input_size, n_patches
-from ..model.loss import LOGITS_AT_ONCE
+from ..model.loss import positions_at_once
 from .activations import (ElementBytes, MicroBatch, adapter_size, annotate, each_tower,
                                                   micro_batch, n_direct,
                                                   n_trainable, segments, stack)
@@ -184,8 +184,9 @@ def _candidates(step, state):
     "`(moment, bytes by kind)` of every moment that may be the worst"
     found = segments(step.model, step.batch, step.each, step.stage.checkpointing)
     vocabulary = step.model.config.text_config.vocab_size
-    at_once = min(step.batch.supervised, max(1, LOGITS_AT_ONCE//vocabulary))
-    moments = list(_moments(found, state, step.accumulated, 12*at_once*vocabulary,
+    at_once = min(step.batch.supervised, positions_at_once(vocabulary))
+    copies = 2 if at_once < step.batch.supervised else 3   # of logits in float32
+    moments = list(_moments(found, state, step.accumulated, 4*copies*at_once*vocabulary,
                             _head_bytes(step)))
     if step.stage.checkpointing and step.each.mixed:
         copies = step.each.compute*n_direct(p for p in step.model.parameters() if p.ndim > 1)

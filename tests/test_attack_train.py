@@ -472,6 +472,13 @@ def test_the_best_model_is_what_is_left(job, tmp_path, capsys):
     assert all(weight.equal(left[name]) for name,weight in kept.items()) and 'ends with checkpoint-1' in capsys.readouterr().err
     assert [o.name for o in checkpoints(tmp_path/'run/pretrain')] == ['checkpoint-1']
 
+def test_less_than_was_asked_for_is_said(job, tmp_path, caplog):
+    big = dataclasses.replace(job[1].stages[0], global_batch_size=64, max_steps=1)
+    both = dataclasses.replace(job[1], stages=[big, job[1].stages[1]])
+    with pytest.raises(ValueError, match="no part of a run that may differ, in accept: 'seed'"): train(job, tmp_path/'run', recipe=both, accept=['seed'])
+    train(job, tmp_path/'run', recipe=both, stages=['pretrain'])
+    assert "stage 'pretrain': a step takes all 8 samples; global_batch_size is 64" in caplog.text
+
 # ---- 21: launches that cannot end
 
 @pytest.mark.parametrize('change', ['finetune.global_batch_size=1000000000000', 'finetune.global_batch_size=999999937', 'finetune.epochs=1e400',

@@ -10,6 +10,7 @@ __all__ = ['stage_trainer']
 from .tuning import apply_tune
 
 from functools import partial
+from logging import getLogger
 
 from ..core import seed_everything
 from ..data.datasets import CachedDataset
@@ -24,6 +25,8 @@ from .recipes import Stage
 from .trainer import VLMTrainer, training_args
 
 # %% ../../nbs/35_train.stage_trainer.ipynb #a4e5c03d
+_log = getLogger(__name__)
+
 def _read(processor, stage, data, eval_data, images):
     "The encoded samples, and those that are held out"
     if eval_data is not None and 'eval_steps' not in stage.trainer:
@@ -31,9 +34,16 @@ def _read(processor, stage, data, eval_data, images):
     encoded = partial(stage_dataset, processor, stage, images=images, as_bytes=True)
     return encoded(data), None if eval_data is None else encoded(eval_data)
 
+def _say_small(stage, dataset):
+    "A step takes what there is: that it is less than the recipe says is said"
+    if len(dataset) < stage.global_batch_size:
+        _log.warning("stage %r: a step takes all %d samples; global_batch_size is %d",
+                     stage.name, len(dataset), stage.global_batch_size)
+
 def _planned(model, stage, dataset, out, device, seed, parallel):
     "Packs, arguments that follow from them, and the identity of the run"
     packs = stage_packs(stage, dataset, device, seed)
+    if packs is None: _say_small(stage, dataset)
     sizes = pack_sizes(stage, packs, packs and packs.samples)
     args = training_args(stage, out, device, seed, parallel, sizes, fsdp_units(model))
     return packs, args, run_identity(model, dataset, parallel, packs)

@@ -15,6 +15,7 @@ from .feature_cache import check_frozen_tower
 from .finished import finished_result
 from .one_stage import train_stage
 from .parallel import join_processes, parallel_args
+from .plan import ACCEPT
 from .ranks import run_lock
 from .recipes import Recipe, check_names, to_dict
 from .recipes import recipe as find_recipe
@@ -51,6 +52,7 @@ def _ready(recipe, todo, data, images, parallel, device='auto', eval_data=None, 
 class _Run:
     "The stages of a recipe in one folder, one after the other"
     def __init__(self, recipe, out, start, first, trusted, options):
+        check_names(options['accept'], ACCEPT, "part of a run that may differ, in accept:")
         self.recipe,self.out = recipe, out
         self.start,self.first = start, first
         self.trusted = trusted

@@ -35,7 +35,7 @@ def _loss_and_slope(h_td, y_t, weight, bias):
     logs_tv = _precise(F.linear(h_td, weight, bias)).log_softmax(-1)
     loss = F.nll_loss(logs_tv, y_t, reduction='sum')
     slope_tv = logs_tv.exp_()
-    slope_tv[torch.arange(len(y_t)), y_t] -= 1
+    slope_tv[torch.arange(len(y_t), device=y_t.device), y_t] -= 1
     return loss, slope_tv.to(weight.dtype)
 
 # %% ../../nbs/22_model.loss.ipynb #5a0bd07a
@@ -93,6 +93,7 @@ _HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_p
 def _is_plain(head):
     "Is it a linear layer as it comes, with its whole weight here?"
     if type(head) is not nn.Linear or 'forward' in vars(head): return False
+    if torch.compiler.is_compiling(): return False
     watched = any(getattr(head, name) for name in _HOOKS)
     half = _type_of_products(head.weight) == torch.float16
     return type(head.weight) is nn.Parameter and not watched and not half

@@ -98,3 +98,15 @@ def test_adapters_keep_their_bits(make, dropout):
         return run(model)
     before = once()
     with lean_layers(model): assert len(before) > 20 and equal(before, once())
+
+def test_a_result_that_was_changed_in_place_is_kept(make):
+    "A model that multiplies what its norm gave: the gradient of the next weight is that of what it read"
+    norm, linear = copy.deepcopy(make('llama')).layers[0].input_layernorm, torch.nn.Linear(32, 8)
+    block = torch.nn.ModuleList([norm, linear])
+    def run():
+        block.zero_grad()
+        x = norm(torch.linspace(-1, 1, 96).view(1, 3, 32))
+        linear(x.mul_(2)).sin().sum().backward()
+        return [p.grad for p in block.parameters()]
+    before = run()
+    with lean_layers(block) as counts: assert equal(before, run()) and counts['RMSNorm'] == counts['Linear'] == 1

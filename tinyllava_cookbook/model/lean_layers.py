@@ -60,8 +60,15 @@ class _Shared:
 
 def _follows(out, make, *tensors):
     "Note on a tensor how it is made from others, which are kept anyway"
-    out.again = make, [x.detach() for x in tensors], _Shared()
+    if torch.is_grad_enabled():
+        out.again = make, [x.detach() for x in tensors], _Shared()
+        out.made = out._version
     return out
+
+def _made_again(x):
+    "How a tensor is made, if it is still what was made"
+    again = getattr(x, 'again', None)
+    return again if again and x._version == x.made else None
 
 # %% ../../nbs/22_model.lean_layers.ipynb #ca9f5709
 class _Linear(Function):
@@ -217,7 +224,7 @@ def _norm_forward(self, x):
     return rms_norm(x, self.weight, self.variance_epsilon)
 
 def _linear_forward(self, x):
-    again = getattr(x, 'again', None)
+    again = _made_again(x) if torch.is_grad_enabled() else None
     if again is None or not self.weight.requires_grad or not _takes(x, self.weight):
         return type(self).forward(self, x)
     return _Linear.apply(x, self.weight, self.bias, again)

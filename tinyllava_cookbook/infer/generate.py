@@ -230,14 +230,12 @@ def _by_generate(model, processor, prompts, images, max_new_tokens, blind, tempe
     return found
 
 # %% ../../nbs/40_infer.generate.ipynb #d7e1b0c7
-def _is_count(number):
-    return type(number) is int and number >= 1
-
 def _check_asked(max_new_tokens, temperature, slots):
     "Numbers that would give another answer than was asked for, or none"
-    for name,number in dict(max_new_tokens=max_new_tokens, slots=slots).items():
-        fine = _is_count(number) or (name == 'slots' and number is None)
-        if not fine: raise ValueError(f"{name} is {number!r}; it must be a whole number from 1 on")
+    counts = dict(max_new_tokens=max_new_tokens, slots=1 if slots is None else slots)
+    for name,number in counts.items():
+        if type(number) is not int or number < 1:
+            raise ValueError(f"{name} is {number!r}; it must be a whole number from 1 on")
     number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
     if not number or not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature!r}; it must be a number from 0 on: 0 takes the likeliest token")

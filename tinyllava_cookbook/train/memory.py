@@ -185,8 +185,8 @@ def _candidates(step, state):
     found = segments(step.model, step.batch, step.each, step.stage.checkpointing)
     vocabulary = step.model.config.text_config.vocab_size
     at_once = min(step.batch.supervised, positions_at_once(vocabulary))
-    copies = 2 if at_once < step.batch.supervised else 3   # of logits in float32
-    moments = list(_moments(found, state, step.accumulated, 4*copies*at_once*vocabulary,
+    held = 2 if at_once < step.batch.supervised else 3   # copies of the logits, in float32
+    moments = list(_moments(found, state, step.accumulated, 4*held*at_once*vocabulary,
                             _head_bytes(step)))
     if step.stage.checkpointing and step.each.mixed:
         copies = step.each.compute*n_direct(p for p in step.model.parameters() if p.ndim > 1)

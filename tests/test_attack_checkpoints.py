@@ -8,7 +8,8 @@ from transformers.utils import logging
 from tinyllava_cookbook.durable import mark_complete
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load, save
-from tinyllava_cookbook.model.names import factory_names, rename
+from tinyllava_cookbook.model.foreign import factory_config
+from tinyllava_cookbook.model.names import bench_names, factory_names, rename
 from tinyllava_cookbook.weights import merge_lora
 from tinyllava_cookbook.model.llms import load_llm
 from tinyllava_cookbook.model.vision import load_vision
@@ -28,6 +29,19 @@ def as_factory(model, dir):
     (dir/'config.json').write_text(json.dumps(fields))
     return dir
 
+def as_bench(model, dir, vision):
+    "The model as TinyLLaVABench saves it: without the last layer of its vision tower"
+    dir.mkdir()
+    c = model.config
+    flat = {flat_name(k): v.contiguous() for k,v in model.state_dict().items()}
+    last = f'vision_tower.encoder.layers.{c.vision_config.num_hidden_layers - 1}.'
+    state = {rename(k, bench_names(c.connector), back=True): v for k,v in flat.items() if not k.startswith(last)}
+    save_file(state, dir/'model.safetensors', metadata={'format': 'pt'})
+    fields = dict(model_type='tiny_llava', architectures=['TinyLlavaLlamaForCausalLM'], mm_vision_tower=str(vision), mm_projector_type=c.connector,
+        mm_vision_select_layer=-2, mm_vision_select_feature='patch', image_aspect_ratio='pad')
+    (dir/'config.json').write_text(json.dumps(c.text_config.to_diff_dict() | fields))
+    return dir
+
 @pytest.fixture(scope='module')
 def good(tmp_path_factory):
     "Folders that open, and how: two parts, a composed model, and as llava-hf and TinyLLaVA Factory write it"
@@ -37,14 +51,14 @@ def good(tmp_path_factory):
     model,proc = compose(parts['clip'], parts['llama'])
     tied,p = compose(parts['clip'], parts['qwen2'])
     return parts | dict(ours=save(model, proc, d/'ours'), tied=save(tied, p, d/'tied'), llava=to_llava(model, proc, d/'llava'),
-        factory=as_factory(model, d/'factory'))
+        factory=as_factory(model, d/'factory'), bench=as_bench(model, d/'bench', parts['clip']))
 
 @pytest.fixture
 def opens(good):
     "How a copy of each kind is opened"
     parts = dict(llm=good['llama'], vision=good['clip'])
     return dict(ours=lambda d, **kw: load(d, 'cpu', **kw), tied=lambda d, **kw: load(d, 'cpu', **kw), llava=lambda d, **kw: load(d, 'cpu', **kw),
-        factory=lambda d, **kw: load(d, 'cpu', **parts, **kw), llama=load_llm, qwen2=load_llm, clip=load_vision)
+        factory=lambda d, **kw: load(d, 'cpu', **parts, **kw), bench=lambda d, **kw: load(d, 'cpu', **parts, **kw), llama=load_llm, qwen2=load_llm, clip=load_vision)
 
 def copy_of(folder, to): return shutil.copytree(folder, to)
 
@@ -269,7 +283,7 @@ def test_tied_weights_that_differ(good, opens, tmp_path):
         with pytest.raises(ValueError, match='ties input and output embedding'): opens[kind](d)
 
 ALIASES = dict(ours=('lm_head.', 'language_model.lm_head.'), llama=('lm_head.', 'model.lm_head.'), clip=('vision_model.', ''), llava=('language_model.model.', 'model.language_model.'),
-               factory=('vision_tower._vision_tower.vision_model.', 'vision_tower.'))
+               factory=('vision_tower._vision_tower.vision_model.', 'vision_tower.'), bench=('model.mm_projector.', 'connector.layers.'))
 
 @pytest.mark.parametrize('kind', ALIASES)
 def test_a_tensor_under_two_names(good, opens, tmp_path, kind):
@@ -281,6 +295,57 @@ def test_a_tensor_under_two_names(good, opens, tmp_path, kind):
         w[new + name.removeprefix(old)] = w[name] + 1
     weights(d, add)
     with pytest.raises(ValueError, match='which are both .*keep one'): opens[kind](d)
+
+@pytest.mark.parametrize('kind,change,words', [
+    ('bench', dict(mm_vision_select_layer=-1), 'are those of layer 3 of the vision tower, but the file holds 2; take a complete copy'),   # was layer 0
+    ('bench', dict(image_aspect_ratio='anyres'), "image_aspect_ratio is 'anyres', but this layout opens with 'pad' or 'square'"),
+    ('bench', dict(mm_use_im_start_end=True), r'mm_use_im_start_end is True; it must be one of \[False'),
+    ('bench', dict(mm_vision_select_feature='pach'), r"mm_vision_select_feature is 'pach'; it must be one of \['patch', 'cls_patch'\]"),   # was cls_patch
+    ('bench', dict(mm_vision_select_layer='-2'), "mm_vision_select_layer is '-2'; it must be a whole number"),
+    ('bench', dict(architectures=3), "config.json is not as 'bench' folders have it"),
+    ('factory', dict(vision_feature_select_strategy=None), "vision_feature_select_strategy is None; it must be one of"),
+    ('factory', dict(connector_type=[1]), 'connector_type is 1; it must be a text'),
+    ('llava', dict(tinyllava_cookbook='x'), "config.json is not as 'llava' folders have it")])
+def test_fields_of_other_layouts(good, opens, tmp_path, kind, change, words):
+    "What was guessed, or taken for something else in silence; the error names the folder"
+    d = copy_of(good[kind], tmp_path/'d')
+    opens[kind](d)
+    fields(d, **change)
+    with pytest.raises(ValueError, match=words) as e: opens[kind](d)
+    assert str(d) in str(e.value)
+
+def test_a_tower_that_is_cut_short(good, opens, tmp_path):
+    "The file lost a layer of the vision tower: features were those of layer 0"
+    d = copy_of(good['bench'], tmp_path/'d')
+    weights(d, lambda w: [w.pop(name) for name in list(w) if 'encoder.layers.1.' in name])
+    with pytest.raises(ValueError, match='layer 2 of the vision tower, but the file holds 1'): opens['bench'](d)
+
+@pytest.mark.parametrize('kind', ['bench', 'ours', 'llava'])
+def test_two_rotary_settings(good, opens, tmp_path, kind):
+    "transformers reads one of them: an error names both"
+    d = copy_of(good[kind], tmp_path/'d')
+    half = () if kind == 'bench' else ('text_config',)
+    rope = dict(rope_type='default', rope_theta=1e4)
+    fields(d, 'config.json', *half, rope_parameters=rope, rope_theta=1e4)
+    opens[kind](d)
+    fields(d, 'config.json', *half, rope_theta=5e5)
+    with pytest.raises(ValueError, match='config.json.: rope_theta is 500000.0, but 10000.0 in rope_parameters'): opens[kind](d)
+    fields(d, 'config.json', *half, rope_theta=1e4, rope_scaling=dict(type='linear', factor=4.))
+    with pytest.raises(ValueError, match="rope_type is 'linear', but 'default' in rope_parameters"): opens[kind](d)
+
+def test_two_models_in_a_folder(good, tmp_path):
+    "A stage in three folders, and a later one in a file beside them: the older won"
+    d = copy_of(good['factory'], tmp_path/'d')
+    (d/'language_model').mkdir()
+    with pytest.raises(ValueError, match='holds a model in model.safetensors, and another in the folders language_model'): load(d, 'cpu')
+
+@pytest.mark.parametrize('name,template', [('Qwen/Qwen2-0.5B-Instruct', 'qwen2_instruct'), ('/data/Qwen2-0.5B-Chat/', 'qwen2_instruct'),
+    ('hub/models--Qwen--Qwen2-0.5B-Instruct/snapshots/c540', 'qwen2_instruct'), ('/home/chatterjee/Qwen2-0.5B', 'qwen2_base'), ('chat/Qwen2-0.5B', 'qwen2_base')])
+def test_a_template_by_the_name_of_the_model(good, tmp_path, name, template):
+    "Not by the folders that it lies in"
+    d = copy_of(good['factory'], tmp_path/'d')
+    fields(d, text_config=dict(model_type='qwen2'), llm_model_name_or_path=name)
+    assert factory_config(d)['template'] == template
 
 @pytest.mark.parametrize('change', [dict(scale_image_features='no'), dict(drop_first_patch='no'), dict(vision_feature_layer='-2')])
 def test_switches_that_are_words(good, tmp_path, change):
@@ -338,12 +403,13 @@ ADAPTERS = [
     ({}, lambda w: w.pop(B), 'the adapter has .*lora_A.weight, but not'), ({}, lambda w: w.pop(A), 'tensors of another kind: .*lora_B'),
     ({}, lambda w: (w.pop(A), w.pop(B)), 'lacks tensors for layers.0.fc.weight'), ({}, lambda w: w.update(spare=torch.ones(1)), 'tensors of another kind: spare'),
     ({}, lambda w: w.update({k.replace('.0.', '.9.'): w[k].clone() for k in (A, B)}), 'changes layers.9.fc.weight, which the weights lack'),
+    (dict(target_modules=['fc', 'up']), None, 'lacks tensors for layers.1.up.weight'),   # of which it has none
     (dict(use_dora=True), None, 'use_dora cannot be merged'), (dict(modules_to_save=['x']), None, 'modules_to_save cannot be merged')]
 
 @pytest.mark.parametrize('config,change,words', ADAPTERS)
 def test_adapters(tmp_path, config, change, words):
     "Nothing merges silently, and the weights stay as they were"
-    state = {f'layers.{i}.fc.weight': torch.zeros(4, 6) for i in (0, 1)}
+    state = {f'layers.{i}.fc.weight': torch.zeros(4, 6) for i in (0, 1)} | {'layers.1.up.weight': torch.zeros(1)}
     assert merge_lora(dict(state), adapter(tmp_path/'fine'))['layers.1.fc.weight'].unique().tolist() == [4.]
     with pytest.raises(ValueError, match=words): merge_lora(state, adapter(tmp_path/'a', config, change or (lambda w: None)))
     assert all(not v.any() for v in state.values())

@@ -185,6 +185,15 @@ def test_no_field_of_another_type_becomes_text(world, field, value):
     report = preflight(data, world, progress=False)
     assert [f.index for f in report.faults] == [1]
 
+def test_a_caption_that_changed_and_kept_its_time(tmp_path):
+    "As an archive with fixed times writes it: the cached rows told the old one"
+    from PIL import Image
+    Image.new('RGB', (8, 8)).save(tmp_path/'a.png')
+    for text in 'a cat', 'a dog':
+        (tmp_path/'a.txt').write_text(text)
+        os.utime(tmp_path/'a.txt', (1e9, 1e9))
+        assert read_captions(tmp_path)[0]['messages'][1]['content'] == text
+
 @pytest.mark.parametrize('value', ODD, ids=repr)
 def test_captions_are_text(world, value):
     put(world/'metadata.jsonl', json.dumps(dict(file_name='a.png', text=value)) + '\n' + json.dumps(dict(file_name=value, text='Red.')))

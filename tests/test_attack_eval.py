@@ -374,3 +374,26 @@ def test_nothing_to_compare_with_and_limits_from_the_end(opened, tmp_path):
         with pytest.raises(ValueError, match='question 7 has no reference answer'): R.answer_and_score(*opened, [Item(7, None, 'what?', gold)])
     for limit in -1, 0, 2.5, True:
         with pytest.raises(ValueError, match='limit is'): R.run_eval(*opened, dict(pope=[]), tmp_path, tmp_path/'out', limit=limit)
+
+@pytest.mark.parametrize('bench', ['mme', 'mmvet', 'llavabench', 'mmmu'])
+def test_a_split_that_is_not_there(home, bench):
+    "It was answered with the only one, and so named in scores.json"
+    with pytest.raises((ValueError, FileNotFoundError), match="has no split 'v2'; choose from|v2-00000-of-00001.parquet"): load_benchmark(bench, home/'data', 'v2')
+
+@pytest.mark.parametrize('odd', [3, None, ['yes'], True])
+def test_predictions_to_gqa_are_texts(home, tmp_path, odd):
+    "A number is never equal to a word: it was wrong in silence"
+    rows = [dict(questionId=item.id, prediction='yes') for item in load_benchmark('gqa', home/'data')]
+    rows[2]['prediction'] = odd
+    with pytest.raises(ValueError, match=re.escape(f"question {rows[2]['questionId']!r}: 'prediction' is {odd!r}, not a text")):
+        S.score_file('gqa', home/'data'/'gqa', write_json(tmp_path/'p.json', rows))
+
+def test_a_submission_to_mmvet_is_of_all_questions(home, tmp_path):
+    "Under ids with and without their beginning; one that lacks some was written"
+    ids = [item.id for item in load_benchmark('mmvet', home/'data')]
+    rows = [dict(question_id=id if i%2 else int(id.removeprefix('v1_')), text=f'said {id}') for i,id in enumerate(ids)]
+    answers = write_lines(tmp_path/'answers.jsonl', rows)
+    for data in home/'data', tmp_path/'no data':
+        assert read_json(R.submission('mmvet', answers, data)) == {id: f'said {id}' for id in ids}
+    write_lines(answers, rows[1:])
+    with pytest.raises(ValueError, match=f"1 questions have no answer .first: '{ids[0]}'"): R.submission('mmvet', answers, home/'data')

@@ -1,5 +1,5 @@
 "Folders of others in, folders for others out: llava-hf of any age, TinyLLaVABench, LLaVA, LoRA; and the way back."
-import copy, json, shutil, sys
+import copy, json, shlex, shutil, sys
 import pytest
 import fresh
 
@@ -422,6 +422,14 @@ def test_llama_cpp(parts, tmp_path, image, v, cls):
         'num_hidden_layers', 'hidden_act', 'vision_feature_layer'} <= cfg.keys()
     assert cfg['vision_feature_layer'] == -2
     assert ('--clip-model-is-siglip' in llama_cpp_commands(d)) == (v == 'siglip')
+
+def test_llama_cpp_in_a_folder_with_a_blank(parts, tmp_path):
+    "The commands hold it as one word, and nothing that was there is mixed in"
+    of = compose(parts['clip'], parts['llama'])
+    d = to_llama_cpp(*of, tmp_path/"mein Modell; echo ä")
+    words = shlex.split(llama_cpp_commands(d))
+    assert {str(d), str(d/'llm'), str(d/'vision'), str(d/'llava.projector'), str(d/'model-f16.gguf'), str(d/'mmproj-model-f16.gguf')} <= {*words}
+    with pytest.raises(FileExistsError, match='is not empty; give another folder'): to_llama_cpp(*of, d)
 
 # The command line
 

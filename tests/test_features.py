@@ -200,6 +200,17 @@ def test_a_second_start_reads_no_image_that_stayed_as_it_is(parts, tmp_path, mon
     encoder = feature_cache.FeatureEncoder(dataset.encoder, FeatureStore(tmp_path/'store', FACTS))
     with pytest.raises(FeatureError, match='has changed since'): encoder._features(str(paths[1]))
 
+def test_an_image_that_changed_and_kept_size_time_and_inode(tmp_path):
+    "Unpacked over the old one: its features were those of the old one"
+    keys, path = ImageKeys(tmp_path/'keys'), tmp_path/'a.bmp'
+    for content in b'one', b'two':
+        path.write_bytes(content)
+        os.utime(path, (1e9, 1e9))
+        key, note = keys.look(path)
+        assert key == image_key(content) and note
+        keys.remember({note: key})
+        assert keys.look(path) == (key, None)
+
 def test_ranks_remember_for_each_other_and_half_a_note_is_never_there(tmp_path):
     for name in ('a', 'b'):
         (tmp_path/name).write_bytes(name.encode())

@@ -150,6 +150,12 @@ LARGEST |= dict.fromkeys(_WIDTHS, 2**20)
 # %% ../nbs/09_trust.ipynb #ba4ba1a9
 _LIMITS = '_limit'   # Ends the names of ranges, which may be open
 _SWITCHES = 'drop_first_patch', 'scale_image_features'   # Where "no" would be true
+_TEXTS = 'connector_type', 'mm_projector_type', 'mm_vision_tower'
+_LAYERS = 'vision_feature_layer', 'mm_vision_select_layer'
+_CHOICES = dict(   # Of other layouts
+    vision_feature_select_strategy=['patch', 'cls_patch', 'default', 'full'],
+    mm_vision_select_feature=['patch', 'cls_patch'],
+    mm_use_im_start_end=[False, None])   # no tokens stand around an image here
 
 def _number_rule(name, value):
     "What a number of a configuration breaks; nothing if all is well"
@@ -163,15 +169,19 @@ def _number_rule(name, value):
 # %% ../nbs/09_trust.ipynb #07497860
 def _rule(name, value):
     "What a value of a configuration breaks; nothing if all is well"
+    if name in _CHOICES and value not in _CHOICES[name]:
+        return f'be one of {_CHOICES[name]}'
     if value is None:
         return None
+    if name in _TEXTS and not isinstance(value, str):
+        return 'be a text'
     if name in LARGEST and not (type(value) is int and 1 <= value <= LARGEST[name]):
         return f'be a whole number from 1 to {LARGEST[name]}'
     if name.endswith('_token_id') and type(value) is not int:
         return 'be a whole number'
     if name in _SWITCHES and type(value) is not bool:
         return 'be true or false'
-    if name == 'vision_feature_layer' and isinstance(value, (str, float, bool)):
+    if name in _LAYERS and isinstance(value, (str, float, bool)):
         return 'be a whole number'
     if 'attn_implementation' in name and '/' in str(value):
         return 'not name code on the Hub'
@@ -190,6 +200,29 @@ def check_values(
         if rule := _rule(str(names[-1]) if names else '', value):
             raise ValueError(
                 f"{str(file)!r}: {'.'.join(map(str, names))} is {value!r}; it must {rule}")
+
+# %% ../nbs/09_trust.ipynb #06d7b142
+def _old_rope(config):
+    "Rotary settings under the names of version 4"
+    scaling = config.get('rope_scaling')
+    old = dict(scaling) if isinstance(scaling, dict) else {}
+    old.setdefault('rope_type', old.pop('type', None))
+    names = 'rope_theta', 'partial_rotary_factor'
+    old |= {name: config[name] for name in names if name in config}
+    return {name: value for name,value in old.items() if value is not None}
+
+def _check_rope(config, file):
+    "An error where old and new rotary settings differ"
+    rope = config.get('rope_parameters')
+    old = _old_rope(config) if isinstance(rope, dict) else {}
+    for name,value in old.items():
+        kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]
+        new = [kind[name] for kind in kinds if name in kind]
+        if new and value not in new:
+            raise ValueError(f"{str(file)!r}: {name} is {value!r}, but {new[0]!r} in rope_parameters; "
+                             "only one of them is read, so give both the same value, or one alone")
+    for part in config.values():
+        if isinstance(part, dict): _check_rope(part, file)
 
 # %% ../nbs/09_trust.ipynb #d5726b57
 def _check_paths(config, file):
@@ -231,6 +264,7 @@ def check_folder(
         check_values(config, file)
         if file.name == 'config.json':
             _find_types(config)
+            _check_rope(config, file)
         else:
             _check_paths(config, file)
     return folder

@@ -398,9 +398,13 @@ def _check_layers(pairs, state, cfg, path):
         return
     kind = lambda name: re.sub(r'\.\d+\.', '.*.', name)
     kinds = {kind(weight) for weight in pairs}
-    if lost := [weight for weight in state if kind(weight) in kinds and weight not in pairs]:
+    named = None if cfg.get('exclude_modules') else cfg.get('target_modules')
+    ends = tuple(f'.{name}.weight' for name in named) if isinstance(named, list) else ()
+    meant = [weight for weight in state if kind(weight) in kinds or f'.{weight}'.endswith(ends)]
+    if lost := [weight for weight in meant if weight not in pairs]:
         raise ValueError(
-            f"{str(path)!r}: the adapter lacks tensors for {listed(lost)}, which it has for other layers")
+            f"{str(path)!r}: the adapter lacks tensors for {listed(lost)}, which it has for other layers "
+            "or names in target_modules; take a complete copy of it")
 
 # %% ../nbs/19_weights.ipynb #c4f5d5ce
 def merge_lora(

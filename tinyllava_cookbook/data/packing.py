@@ -15,7 +15,7 @@ from .. import __version__
 from ..core import IGNORE
 from .batches import Lengths, check_samples, join_images, parallel_map, plan_packs
 from .datasets import BAD
-from ..cached_files import find_cached, write_cached
+from ..cached_files import file_stamp, find_cached, write_cached
 from .records import Sample, image_fields, naming, read_sample
 
 # %% ../../nbs/15_data.packing.ipynb #f0a8014c
@@ -102,13 +102,12 @@ def _try_measure(encoder, pair, k:int) -> tuple:
 
 # %% ../../nbs/15_data.packing.ipynb #bae0b3ee
 def _stamp(row, i:int) -> list:
-    "Size and time of the files of a sample's images"
+    "What changes with the files of a sample's images"
     sources = row.images if isinstance(row, Sample) else image_fields(row) if isinstance(row, dict) else []
     found = []
     for path in sources:
         with contextlib.suppress(OSError, ValueError, TypeError):
-            facts = os.stat(path)
-            found.append((str(path), facts.st_size, facts.st_mtime_ns))
+            found.append((str(path), *file_stamp(path)))
     return found
 
 def _plain(o):

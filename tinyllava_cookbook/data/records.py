@@ -16,7 +16,7 @@ import pyarrow as pa
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.table import MemoryMappedTable
 from ..core import IMAGE_TOKEN, Registry
-from ..cached_files import cache_lock, find_cached, known_checksum, write_cached
+from ..cached_files import cache_lock, file_stamp, find_cached, known_checksum, write_cached
 from .fields import (conversation, image_fields, locate_image, naming, one_of, record_name,
                                             sample_id, short_repr)
 from .paths import check_data_file, guess_format, image_folder
@@ -319,9 +319,9 @@ def _captioned(name, text, prompt):
 
 # %% ../../nbs/12_data.records.ipynb #79cdc4cd
 def _text_stamps(folder, names) -> list:
-    "When each caption was written"
+    "What changes with each caption"
     texts = [(folder/o).with_suffix('.txt') for o in names]
-    return [(name, o.stat().st_mtime_ns if o.is_file() else 0)
+    return [(name, file_stamp(o) if o.is_file() else 0)
             for name, o in zip(names, texts)]
 
 # %% ../../nbs/12_data.records.ipynb #6cbc6f1c

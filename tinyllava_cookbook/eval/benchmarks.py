@@ -10,7 +10,7 @@ __all__ = ['MME_SUBTASKS', 'load_questions', 'load_vqav2', 'load_gqa', 'load_tex
 from collections import Counter
 from pathlib import Path
 from ..core import SHORT, read_json
-from .items import (BENCHES, SOURCES, Bench, Item, answer_row, bench, check_text, checked, checked_rows,
+from .items import (BENCHES, SOURCES, Bench, Item, answer_row, bench, check_split, check_text, checked, checked_rows,
                                            image_file, incomplete, lacking,
                                            load_benchmark, need)
 from .multiple_choice import (LETTERS, Encoded, load_mmbench, load_mmmu, load_scienceqa, mmbench_rows,
@@ -228,6 +228,7 @@ def load_mme(
     split:str,     # There is one
 ) -> list[Item]:   # `kind` is the subtask, `answer` 'Yes' or 'No'
     "Read MME"
+    check_split('mme', split)
     root = need(data_dir, 'mme/MME_Benchmark_release_version')
     items = []
     for task in MME_SUBTASKS:
@@ -246,6 +247,7 @@ def load_mmvet(
     split:str,     # There is one
 ) -> list[Item]:   # `kind` is the set of capabilities
     "Read MM-Vet"
+    check_split('mmvet', split)
     path = need(data_dir, 'mmvet/mm-vet.json')
     items = []
     for id,row in read_json(path).items():
@@ -270,6 +272,7 @@ def load_llavabench(
     split:str,     # There is one
 ) -> list[Item]:   # `kind` is conv, detail or complex; `answer` that of GPT-4
     "Read LLaVA-Bench in the Wild"
+    check_split('llavabench', split)
     rows = read_jsonl(need(data_dir, 'llavabench/questions.jsonl'),
                       needs=('question_id', 'image',
                              'text', 'category'))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'BENCHES', 'check_text', 'Item', 'answer_row', 'need', 'checked', 'checked_rows', 'lacking', 'image_file',
-           'find', 'Bench', 'bench', 'as_written', 'load_benchmark', 'incomplete']
+           'find', 'Bench', 'bench', 'as_written', 'check_split', 'load_benchmark', 'incomplete']
 
 # %% ../../nbs/48_eval.items.ipynb #318ca0ee
 from collections import Counter
@@ -247,6 +247,16 @@ def as_written(
         if folder in str(error):
             raise
         raise ValueError(f"{place}: {error}") from error
+
+# %% ../../nbs/48_eval.items.ipynb #0672d5f3
+def check_split(
+    name:str,  # A name in `BENCHES` of one split
+    split:str, # That is asked for; '': any
+):
+    "An error for another split than the only one, which would be answered in its name"
+    only = BENCHES[name].split
+    if split and split!=only:
+        raise ValueError(f"{name} has no split {split!r}; choose from {[only]}")
 
 # %% ../../nbs/48_eval.items.ipynb #f245a694
 def load_benchmark(

@@ -328,8 +328,14 @@ def _submit_vqav2(rows, data_dir, split, path):
 # %% ../../nbs/56_eval.report.ipynb #8b8e49bc
 @SUBMISSIONS.register('mmvet')
 def _submit_mmvet(rows, data_dir, split, path):
-    by_id,_ = match(rows, [row['question_id'] for row in rows])
-    texts = {f'v1_{key}': row['text'] for key,row in by_id.items()}
+    "The texts by MM-Vet's ids; of all questions, where its file is here"
+    file = data_dir/'mmvet'/'mm-vet.json'
+    known = read_json(file) if file.is_file() else {}
+    for row in rows:
+        row['question_id'] = str(row['question_id']).removeprefix('v1_')
+    rows = scoring.by_mmvet_id(rows, known)
+    by_id,_ = match(rows, list(known) or [row['question_id'] for row in rows])
+    texts = {key: row['text'] for key,row in by_id.items()}
     return write_json(path.with_suffix('.json'), texts, indent=2)
 
 _MMBENCH = 'index', 'question', 'A', 'B', 'C', 'D', 'prediction', 'answer', 'split'

@@ -347,7 +347,8 @@ def _gqa_files(place):
 
 # %% ../../nbs/51_eval.vqa.ipynb #c751e017
 def _gqa_said(row):
-    return row['prediction'] if 'prediction' in row else gqa_normalize(said(row))
+    if 'prediction' in row: return said(row, 'prediction')
+    return gqa_normalize(said(row))
 
 # %% ../../nbs/51_eval.vqa.ipynb #cb878853
 def gqa(

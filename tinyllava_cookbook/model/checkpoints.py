@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from ..core import pick_device, pick_dtype, write_json
+from ..core import UnknownName, pick_device, pick_dtype, write_json
 from ..data.images import target_size
 from ..durable import MARKER, checksum, mark_complete, read_marker
 from ..plugins import PLUGINS_FILE, held_plugins
@@ -23,7 +23,7 @@ from .processor import processor_for
 from .vision import input_size
 from .vlm import VLMConfig, VLMForConditionalGeneration, current_name
 from ..trust import check_folder, checkpoint_path, reading
-from ..weights import load_strict
+from ..weights import WEIGHTS, load_strict
 
 # %% ../../nbs/26_model.checkpoints.ipynb #ff0a4496
 def _plain(recipe):
@@ -181,6 +181,24 @@ def _placed(device, dtype, quantization, device_map):
     return kwargs
 
 # %% ../../nbs/26_model.checkpoints.ipynb #25ca150e
+def _check_single(path):
+    "An error where a whole model lies beside one in three folders"
+    whole = [name for name in WEIGHTS for name in (name, f'{name}.index.json') if (path/name).exists()]
+    if whole:
+        raise ValueError(f"{str(path)!r} holds a model in {whole[0]}, and another in the folders language_model, "
+                         "vision_tower and connector; move one of them to a folder of its own")
+
+def _read_foreign(kind, path, llm, vision):
+    "What a folder of another layout holds; errors name it"
+    if kind in ('factory-parts', 'factory-lora'): _check_single(path)
+    try: return readers[kind](path, llm, vision)
+    except UnknownName: raise
+    except (ValueError, TypeError, LookupError, AttributeError) as e:
+        if isinstance(e, ValueError) and str(path) in str(e): raise
+        text = e if isinstance(e, ValueError) else f"its config.json is not as {kind!r} folders have it " \
+            f"({type(e).__name__}: {e}); take a copy of the folder as it was written"
+        raise ValueError(f"{str(path)!r}: {text}") from e
+
 def _open_foreign(foreign, path, config, **kwargs):
     "Model and processor of a folder of another layout, some fields set otherwise"
     foreign.config |= config or {}
@@ -212,7 +230,7 @@ def load(
     if kind == 'ours':
         model,processor = _open_ours(path, trust_remote_code, **kwargs)
     else:
-        model,processor = _open_foreign(readers[kind](path, llm, vision), path,
+        model,processor = _open_foreign(_read_foreign(kind, path, llm, vision), path,
                                         config, **kwargs)
     if verify:
         verify_files(path)

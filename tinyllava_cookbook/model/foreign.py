@@ -75,15 +75,13 @@ _OLD_DEFAULTS = {'dinov2': {'patch_size': 16}}
 # fields of old, now inside `rope_parameters`
 _ROPE = {'rope_theta', 'rope_scaling', 'partial_rotary_factor'}
 
-# %% ../../nbs/25_model.foreign.ipynb #8e2d2245
 def old_config(
     kind:str,     # A model type of `transformers`
     fields:dict,  # Fields of an old configuration, among others
 ):                # A configuration object
     "The configuration of one half, from a file in which it is mixed with other things"
-    known = (set(AutoConfig.for_model(kind).to_dict()) | _ROPE) - {'model_type', '_name_or_path',
-        'dtype'}
-    known -= {'transformers_version'}
+    known = set(AutoConfig.for_model(kind).to_dict()) | _ROPE
+    known -= {'model_type', '_name_or_path', 'dtype', 'transformers_version'}
     return AutoConfig.for_model(kind,
         **_OLD_DEFAULTS.get(kind, {}) | {name: value for name,value in fields.items()
         if name in known})
@@ -107,8 +105,9 @@ def _select(strategy, vision_config):
 def _trained(text_config, name):
     "How TinyLLaVA trains this language model: the template of its scripts, the images multiplied or not"
     family = llm_families[text_config.model_type]
+    # the last part of a path, before the hash of a snapshot
     chat = text_config.model_type == 'qwen2' and re.search(
-        'instruct|chat', str(name), re.I)
+        '(instruct|chat)[^/]*(/snapshots/[^/]+)?/*$', str(name), re.I)
     return dict(template='qwen2_instruct' if chat
         else family.template, scale_image_features=family.scales_images)
 
@@ -117,7 +116,6 @@ def _place(cfg, i=''):
     "Where TinyLLaVA Factory took an encoder from; it writes 'mof:' in front of two"
     return str(cfg.get(f'vision_model_name_or_path{i}') or '').split(':')[-1]
 
-# %% ../../nbs/25_model.foreign.ipynb #b2f010a4
 def factory_config(
     path,               # A folder of TinyLLaVA Factory
     second=None,        # Where the second encoder is, if there are two; `None`: where the folder says
@@ -288,11 +286,22 @@ def _bench_vision(state, vision, layer):
     depth = n_layers(cfg, layer)
     cfg.num_hidden_layers = 1 + max(int(match[1]) for name in here
         if (match := re.search(r'\.layers?\.(\d+)\.', name)))
+    if depth > cfg.num_hidden_layers:
+        raise ValueError(f"features are those of layer {depth} of the vision tower, but the file holds "
+                         f"{cfg.num_hidden_layers}; take a complete copy")
     if cfg.model_type == 'siglip_vision_model':
         cfg.vision_use_head = any('.head.' in name for name in here)
     return cfg, {}, depth - (cfg.num_hidden_layers + 1)
 
 # %% ../../nbs/25_model.foreign.ipynb #8e216745
+def _bench_mode(cfg):
+    "What was done to images; LLaVA-1.6 has tiles"
+    how = cfg.get('image_aspect_ratio')
+    if 'anyres' in str(how):
+        raise ValueError(f"image_aspect_ratio is {how!r}, but this layout opens with 'pad' or 'square'; "
+                         "take the llava-hf folder of this model, whose tiles open")
+    return 'pad' if how == 'pad' else 'none'
+
 @readers.register('bench')
 def _read_bench(path, llm, vision):
     cfg = read_object(path/'config.json')
@@ -309,8 +318,7 @@ def _read_bench(path, llm, vision):
         connector=cfg.get('mm_projector_type', 'linear'),
         vision_feature_layer=layer, **select | {'drop_first_patch': False},
         **_trained(text_config, path),
-        image_mode='pad' if cfg.get('image_aspect_ratio') == 'pad' else 'none'), state | more,
-        names, image_processor,
+        image_mode=_bench_mode(cfg)), state | more, names, image_processor,
         find_tokenizer(path, llm, code_home(cfg)))
 
 # %% ../../nbs/25_model.foreign.ipynb #b715c052
@@ -341,7 +349,6 @@ def _adopt(text_config):
         text_config.llm_family = 'generic'
     return text_config
 
-# %% ../../nbs/25_model.foreign.ipynb #0716c088
 def _without_mode(image_processor):
     "The image processor, and the image mode it stands for: padding and tiles are modes here, elsewhere settings"
     tiles = getattr(image_processor, 'image_grid_pinpoints', None)
@@ -358,7 +365,6 @@ def _generation(path):
     with reading(path, 'generation_config.json'):
         return GenerationConfig.from_pretrained(path)
 
-# %% ../../nbs/25_model.foreign.ipynb #842ab1e7
 _ENDS = 'language_model.model.embed_tokens.weight', 'language_model.lm_head.weight'
 
 def _untie(hf, state):
@@ -395,7 +401,6 @@ def _read_llava(path, llm, vision):
 _ROWS = [f'language_model.{o}'
     for o in ('model.embed_tokens.weight', 'lm_head.weight', 'lm_head.bias')]
 
-# %% ../../nbs/25_model.foreign.ipynb #84ac5dc1
 def _add_image_token(f):
     "Give the image a token before there is a model: new rows are the mean of the others"
     f.tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)],

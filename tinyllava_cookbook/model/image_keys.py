@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 from xxhash import xxh3_128
 
-from ..cached_files import write_cached
+from ..cached_files import file_stamp, write_cached
 from ..core import rank_and_world
 from ..durable import checksum
 from .feature_store import image_key
@@ -20,13 +20,14 @@ from ..sources import is_remote
 
 # %% ../../nbs/29_model.image_keys.ipynb #3dae6f3e
 def _looks(source) -> tuple[bytes|None,int]:
-    "Path, size, time and inode of a local file as a hash, and the time; `None` for any other image"
+    "Path, size, times and inode of a local file as a hash, and when it changed; `None` for any other image"
     if isinstance(source, (Image.Image, bytes, bytearray, memoryview)) or is_remote(source):
         return None, 0
-    try: facts = os.stat(source)
+    try: stamp = file_stamp(source)
     except OSError: return None, 0   # who reads it says so
-    text = f'{os.path.abspath(source)} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino}'
-    return xxh3_128(text.encode('utf-8', 'surrogateescape')).digest(), facts.st_mtime_ns
+    _,changed,*_ = stamp
+    text = ' '.join([os.path.abspath(source), *map(str, stamp)])
+    return xxh3_128(text.encode('utf-8', 'surrogateescape')).digest(), changed
 
 # %% ../../nbs/29_model.image_keys.ipynb #b00097f1
 _log = logging.getLogger(__name__)

@@ -6,6 +6,7 @@
 __all__ = ['vllm_problems', 'to_llama_cpp', 'llama_cpp_commands']
 
 # %% ../../nbs/28_model.serving.ipynb #5c038954
+import shlex
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from huggingface_hub import save_torch_state_dict
 
 from ..core import read_json, write_json
 from .card import weight_shapes
-from .export import LLAVA_KINDS, llava_hf_config, llava_hf_state, llava_kind, why_not_llava
+from .export import LLAVA_KINDS, empty_folder, llava_hf_config, llava_hf_state, llava_kind, why_not_llava
 from .names import llava_names, rename, tower_prefix
 from .vlm import causal_lm
 
@@ -122,7 +123,7 @@ def to_llama_cpp(
     "Write language model, encoder and projector apart, as llama.cpp's converters want them"
     if reasons := _misfits(model, processor):
         raise ValueError(f"cannot be exported to llama.cpp: {'; '.join(reasons)}")
-    out = Path(out)
+    out = empty_folder(out)
     state = llava_hf_state(model)
     causal_lm(model).save_pretrained(out/'llm')
     processor.tokenizer.save_pretrained(out/'llm')
@@ -135,14 +136,15 @@ def llama_cpp_commands(
     folder,      # Written by `to_llama_cpp`
 ) -> str:        # Three commands, to run in a checkout of llama.cpp
     "How to make GGUF files of the pieces, and run them"
-    d = str(folder)
+    def place(name=''): return shlex.quote(str(Path(folder)/name))
     settings = read_json(Path(folder)/'vision/preprocessor_config.json')
     encoder = read_json(Path(folder)/'vision/config.json')['model_type']
     flag = 'vision' if encoder == 'clip_vision_model' else 'siglip'
     mean,std = (' '.join(map(str, settings[f'image_{name}'])) for name in ('mean', 'std'))
-    return (f"python convert_hf_to_gguf.py {d}/llm --outfile {d}/model-f16.gguf --outtype f16\n"
-        f"python tools/mtmd/legacy-models/convert_image_encoder_to_gguf.py -m {d}/vision "
-        f"--llava-projector {d}/llava.projector --output-dir {d} --clip-model-is-{flag} "
+    gguf = place('model-f16.gguf')
+    return (f"python convert_hf_to_gguf.py {place('llm')} --outfile {gguf} --outtype f16\n"
+        f"python tools/mtmd/legacy-models/convert_image_encoder_to_gguf.py -m {place('vision')} "
+        f"--llava-projector {place('llava.projector')} --output-dir {place()} --clip-model-is-{flag} "
         f"--image-mean {mean} --image-std {std}\n"
-        f"llama-mtmd-cli -m {d}/model-f16.gguf --mmproj {d}/mmproj-model-f16.gguf "
+        f"llama-mtmd-cli -m {gguf} --mmproj {place('mmproj-model-f16.gguf')} "
         "--image photo.jpg -p 'What is it?' --temp 0")

@@ -204,6 +204,8 @@ def test_depth_in_the_name_of_a_connector(good, tmp_path, name):
     d = copy_of(good['ours'], tmp_path/'d')
     fields(d, connector=name)
     with pytest.raises(ValueError, match='config.json has connector'): load(d, 'cpu')
+    fields(d, connector='own_of_2026')   # no depth
+    with pytest.raises(ValueError, match="no connector .own_of_2026."): load(d, 'cpu')
 
 @pytest.mark.parametrize('text', ['[]', '3', 'null', '{', '"', '[' * 10**5, '{"vocab_size": ' + '9'*5000 + '}', '\ud800'.encode('utf-8', 'surrogatepass')])
 @pytest.mark.parametrize('file', ['config.json', 'generation_config.json', 'processor_config.json', 'tokenizer_config.json'])

@@ -1,10 +1,13 @@
 "Connectors: what they promise, parity with TinyLLaVA Factory, opening on the meta device."
 import math
+from types import SimpleNamespace
 import pytest
 
 torch = pytest.importorskip('torch')
 from safetensors.torch import load_file
-from tinyllava_cookbook.model.connectors import connector, connectors, peer_weights
+from torch import nn
+from tinyllava_cookbook.model.connectors import MLP, Connector, connector, connectors, peer_weights
+from tinyllava_cookbook.model.features import connect_features
 
 SMALL = dict(resampler=dict(n_queries=5, depth=2, heads=2, d_head=8), qformer=dict(n_queries=5, depth=2, d=24, heads=4, d_ff=48))
 
@@ -89,3 +92,38 @@ def test_peer(shared, folder):
     c = connector(name, x.shape[-1], 64, **KW.get(name, {}))
     c.load_state_dict(peer_weights({k.removeprefix('connector_weights.'): v for k,v in g.items() if k.startswith('connector_w')}))
     torch.testing.assert_close(c(x), g['connector.output'], rtol=1e-4, atol=1e-5)
+
+@pytest.fixture
+def own(request):
+    "Registers parts for one test"
+    added = []
+    def add(registry, name, part):
+        registry.register(name, part)
+        added.append((registry, name))
+    yield add
+    for registry,name in added: registry.remove(name)
+
+class Own(nn.Module):
+    "Vectors of any width"
+    def __init__(self, d_vis, d_llm, side=1, wide=0):
+        super().__init__()
+        self.proj, self.side = nn.Linear(d_vis, d_llm + wide), side
+    n_tokens = Connector.n_tokens
+    def forward(self, x_bnv): return self.proj(x_bnv)
+
+def test_an_own_name_that_a_rule_means(own):
+    "The built-in one was built in its name"
+    own(connectors, 'mlp7x_gelu', Own)
+    with pytest.raises(ValueError, match="'mlp7x_gelu' is registered, and the rule 'mlp{n}x_gelu' means another"): connector('mlp7x_gelu', 4, 6)
+    assert isinstance(connector('mlp2x_gelu', 4, 6), MLP)
+
+def test_an_own_rule_names_its_number(own):
+    own(connectors, 'own{s}', lambda a, b, s=1: Own(a, b, side=s))
+    assert connector('own3', 4, 6).side == 3
+
+@pytest.mark.parametrize('wide', [6, -2])
+def test_vectors_of_another_width(wide):
+    "Too wide ones were cut into pieces that fitted, in silence"
+    config = SimpleNamespace(connector='own', text_config=SimpleNamespace(hidden_size=6), scale_image_features=False)
+    model = SimpleNamespace(config=config, connector=Own(4, 6, wide=wide))
+    with pytest.raises(ValueError, match=rf"connector 'own' gives \[2, 5, {6 + wide}\]; the language model reads a tensor .images, tokens, 6."): connect_features(model, torch.zeros(2, 5, 4))

@@ -1,4 +1,5 @@
 "Vision towers: layer by layer equal to transformers, any plain ViT, two at once, no more run than needed."
+from dataclasses import replace
 import pytest
 
 torch = pytest.importorskip('torch')
@@ -160,3 +161,18 @@ def test_folder_with_a_plus(tmp_path):
     "A folder's own name may hold a plus"
     p = tiny_checkpoint('siglip', tmp_path/'a + b')
     assert type(load_vision(p)[0]).__name__ == 'SiglipVisionModel'
+
+@pytest.mark.parametrize('change,words', [(dict(stem=lambda m,x: m.embeddings(x)), 'give other tokens'), (dict(layers=lambda m: m.encoder.layers[:1]), 'give other tokens'),
+    (dict(prefix=0), r'prefix and patches are \[1, 16, 32\], the tower.s own forward gives \[1, 17, 32\]'), (dict(stem=lambda m,x: m.embeddings(x)[:, 1:]), 'stem and layers give')])
+def test_an_own_family_that_is_wrong(paths, monkeypatch, change, words):
+    "As language models are proven; features of another layer, or without a norm, were trained on in silence"
+    name = 'clip_vision_model'
+    monkeypatch.setitem(vision_families.origins, name, 'own')
+    load_vision(paths['clip'])
+    right = vision_families.remove(name)
+    vision_families.register(name, replace(right, **change))
+    try:
+        with pytest.raises(ValueError, match=f"vision family '{name}': its .*{words}"): load_vision(paths['clip'])
+    finally:
+        vision_families.remove(name)
+        vision_families.register(name, right)

@@ -184,7 +184,7 @@ def _check_depth(config, shapes, path):
     words = [(place, value) for place,value in settings(config) if place and isinstance(value, int)
         and str(place[-1]) in LAYER_COUNTS]
     words += [(('connector',), int(digits))
-        for digits in re.findall(r'\d+', str(config.get('connector')))]
+        for digits in re.findall(r'mlp(\d+)x', str(config.get('connector')))]
     for names,count in words:
         if count > len(shapes):
             raise ValueError(

@@ -302,7 +302,7 @@ class MoFMLP(Connector):
         return torch.stack([self.first(a), self.second(b)], 2).flatten(1, 2)
 
 # %% ../../nbs/21_model.connectors.ipynb #3bac8c9b
-_RULE = {'n': 'depth', 'k': 'k'}   # What the number in a name is called in the class
+_RULE = {'n': 'depth'}   # What the number in a name is called in the class, if not so
 
 def _rule(name):
     "The rule that `name` follows, and the numbers in it"
@@ -311,7 +311,10 @@ def _rule(name):
     for rule in connectors.names():
         pattern = re.sub(r'\\{(\w)\\}', r'(?P<\1>[1-9]\\d*)', re.escape(rule))
         if '{' in rule and (match := re.fullmatch(pattern, name)):
-            return rule, {_RULE[letter]: int(digits) for letter,digits in match.groupdict().items()}
+            if name in connectors.origins:
+                raise ValueError(f"connector {name!r} is registered, and the rule {rule!r} means another of that name; "
+                                 "give your own another one")
+            return rule, {_RULE.get(letter, letter): int(digits) for letter,digits in match.groupdict().items()}
     return name, {}
 
 # %% ../../nbs/21_model.connectors.ipynb #470d4d93

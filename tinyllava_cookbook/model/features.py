@@ -89,6 +89,14 @@ def _join_images(config, x_tnd, image_sizes, newline):
             grid in each]
 
 # %% ../../nbs/22_model.features.ipynb #549b3afb
+def _check_width(config, x):
+    "An error for vectors that would not fit between words"
+    shape = [*x.shape] if isinstance(x, Tensor) else type(x).__name__
+    width = config.text_config.hidden_size
+    if not isinstance(x, Tensor) or x.shape[-1] != width:
+        raise ValueError(f"connector {config.connector!r} gives {shape}; the language model reads "
+                         f"a tensor (images, tokens, {width}), so let it end in that width")
+
 def connect_features(
     model,                          # Gives connector and configuration
     x_bnv:Tensor,                   # From `tower_features`
@@ -100,6 +108,7 @@ def connect_features(
     # 4-bit weights are bytes
     floats = (parameter.dtype for parameter in conn.parameters() if parameter.is_floating_point())
     x = conn(x_bnv.to(next(floats, x_bnv.dtype)))
+    _check_width(config, x)
     newline = getattr(conn, 'image_newline', None)
     scale = config.text_config.hidden_size**.5 if config.scale_image_features else 1
     if image_sizes is not None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['vision_families', 'MIXES', 'VisionFamily', 'input_size', 'patch_grid', 'build_vision', 'n_prefix',
            'load_image_processor', 'load_vision', 'n_patches', 'feature_grid', 'n_layers', 'vision_features',
-           'MoFConfig', 'MoFModel', 'pca_rgb']
+           'prove_vision', 'MoFConfig', 'MoFModel', 'pca_rgb']
 
 # %% ../../nbs/20_model.vision.ipynb #19c1748f
 import copy, inspect, re
@@ -176,6 +176,11 @@ def load_image_processor(
             path, trust_remote_code=False)
 
 # %% ../../nbs/20_model.vision.ipynb #cb86f6be
+def _is_ours(config):
+    "Is the family of a tower, if it has one, of this module, so that our tests have proven it?"
+    home = vision_families.origins.get(config.model_type, VisionFamily.__module__)
+    return home == VisionFamily.__module__
+
 def load_vision(
     path,              # A vision checkpoint, or a whole CLIP or SigLIP: the vision half is taken; two as 'one + other'
     dtype='float32',   # Precision of the weights; 'auto' keeps that of the file
@@ -197,6 +202,7 @@ def load_vision(
         checkpoint_path(path, 'preprocessor_config.json')
     processor = load_image_processor(path)
     _fit(model.config, target_size(processor))
+    if not _is_ours(model.config): prove_vision(model)
     return model, processor
 
 # %% ../../nbs/20_model.vision.ipynb #d4221297
@@ -282,6 +288,33 @@ def vision_features(
         for parameter in model.parameters())
     with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
         return _hidden(model, pixel_values, depth)[:, keep]
+
+# %% ../../nbs/20_model.vision.ipynb #13b3c438
+def _own_tokens(model, pixels):
+    "What the last layer gives by the model's own forward; `None` where that does not tell"
+    try: return _stopped(model, pixels, model.config.num_hidden_layers)
+    except (TypeError, NotImplementedError): return None
+
+@torch.no_grad()
+def prove_vision(
+    model:nn.Module, # A vision encoder whose family another module registered
+):
+    "Compare a family with the tower's own forward on random pixels; an error if they differ"
+    config = model.config
+    shape = 1, config.num_channels, *input_size(config)
+    pixels = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
+    own = _own_tokens(model, pixels)
+    if own is None: return
+    found = _hidden(model, pixels, config.num_hidden_layers)
+    rows,cols = patch_grid(config)
+    told = [*own.shape[:1], rows*cols + n_prefix(config), *own.shape[2:]]
+    for what,shape in ('stem and layers give', [*found.shape]), ('prefix and patches are', told):
+        if shape != [*own.shape]:
+            raise ValueError(f"vision family {config.model_type!r}: its {what} {shape}, the tower's own forward gives "
+                             f"{[*own.shape]}; mend the VisionFamily")
+    if (found - own).norm() > max(1e-5, 8*torch.finfo(own.dtype).eps)*own.norm():
+        raise ValueError(f"vision family {config.model_type!r}: its stem and layers give other tokens than the tower's "
+                         "own forward; mend the VisionFamily, or remove it if the tower has one list of layers")
 
 # %% ../../nbs/20_model.vision.ipynb #8def6ac1
 MIXES = dict(concat=1, interleave=2)   # How the features of two towers come, and vectors per patch

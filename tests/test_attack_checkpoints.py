@@ -427,3 +427,9 @@ def test_resuming_from_damaged_weights(good, tmp_path):
     with torch.no_grad(), pytest.raises(ValueError, match='connector.layers.0.weight is torch.int64, here torch.float32'): restore(model, d)
     (d/'model.safetensors').write_bytes(b'no')
     with torch.no_grad(), pytest.raises(ValueError, match='model.safetensors. is damaged'): restore(model, d)
+
+def test_a_link_to_itself(good, tmp_path):
+    d = copy_of(good['ours'], tmp_path/'d')
+    (d/'tokenizer.json').unlink()
+    (d/'tokenizer.json').symlink_to('tokenizer.json')
+    with pytest.raises(ValueError, match='tokenizer.json. is not a regular file'): load(d, 'cpu')

@@ -155,6 +155,21 @@ def test_a_fill_that_was_killed_keeps_its_shards_and_goes_on(parts, tmp_path, mo
     assert (again, len(store)) == (2, 6)
     assert filled(parts, tmp_path, lambda compute: compute)[0] == 0
 
+def test_an_image_that_changes_while_the_store_is_filled(parts, tmp_path, monkeypatch):
+    "The features of the new one were kept under the key of the old one, and found by it ever after"
+    own = tmp_path/'data'
+    own.mkdir()
+    for o in (*parts['images'].glob('*.png'), parts['data']): shutil.copyfile(o, own/o.name)
+    path = own/'1.png'
+    old, find = image_key(path), feature_cache.dataset_images
+    def change(*args):
+        found = find(*args)
+        Image.new('RGB', (40, 40), 'teal').save(path)
+        return found
+    monkeypatch.setattr(feature_cache, 'dataset_images', change)
+    n, store = filled(parts | dict(data=own/'data.json'), tmp_path/'store', lambda compute: compute)
+    assert (n, len(store), old in store) == (6, 5, False)
+
 def test_a_full_disk_is_told_before_the_first_shard(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(feature_cache.shutil, 'disk_usage', lambda path: SimpleNamespace(free=100))
     with pytest.raises(OSError, match='features of 6 images take .* GB left; give another folder'): filled(parts, tmp_path, lambda compute: compute)

@@ -228,3 +228,10 @@ def test_a_closed_server_ends_what_runs(model):
     batcher.close()
     assert isinstance(told[-1], Finish) and told[-1].reason == 'cancelled'
     with pytest.raises(RuntimeError, match='closed'): batcher.submit(None)
+
+def test_an_answer_before_the_first_question_is_refused():
+    "Chat templates leave it out: the model never heard its own greeting"
+    from tinyllava_cookbook.infer.requests import Message, Policy, RequestError, conversation
+    said = [Message(role=role, content='hello') for role in ('developer', 'assistant', 'user', 'assistant', 'user')]
+    assert len(conversation([said[0], *said[2:]], Policy())[0]) == 4
+    with pytest.raises(RequestError, match="an assistant's turn comes before the user's first one, and chat templates leave it out; begin with"): conversation(said, Policy())

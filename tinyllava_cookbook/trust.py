@@ -8,6 +8,7 @@ __all__ = ['CONFIGS', 'LAYER_COUNTS', 'LARGEST', 'listed', 'inside', 'check_link
 
 # %% ../nbs/09_trust.ipynb #3c53ef94
 import math
+import os
 import re
 import textwrap
 from collections.abc import Iterable
@@ -47,7 +48,7 @@ _READ = '.json', '.jinja', '.model', '.txt', '.safetensors', '.bin', '.py', '.ti
 
 def _within(file, folder):
     "Whether what a link means is in the folder, or a blob of the same repository in the Hub's cache"
-    target = file.resolve()
+    target = Path(os.path.realpath(file))   # also of a link to itself
     home = folder.resolve()
     blobs = home.parent.parent/'blobs' if home.parent.name == 'snapshots' else home
     return target.is_relative_to(home) or target.is_relative_to(blobs)

@@ -262,5 +262,9 @@ def conversation(
     if messages[-1].role != 'user':
         raise RequestError(
             f"the last turn is of the {messages[-1].role}; it must be the user's")
+    roles = [ROLES.get(m.role, m.role) for m in messages]
+    if 'assistant' in roles[:roles.index('user')]:
+        raise RequestError("an assistant's turn comes before the user's first one, and chat templates leave it out; "
+                           "begin with the user's turn")
     turns = [dict(role=ROLES.get(m.role, m.role), content=turn_text(m)) for m in messages]
     return turns, [request_image(url, policy) for url in urls]

@@ -9,6 +9,7 @@ __all__ = ['SHARD_BYTES', 'TILES_AT_ONCE', 'CACHE', 'check_frozen_tower', 'datas
 # %% ../../nbs/33_train.feature_cache.ipynb #3a90f3ec
 import shutil, sys, time
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from ..model.feature_store import DTYPES, FeatureError, FeatureStore, image_key,
 from ..model.image_keys import ImageKeys
 from ..model.features import tower_features
 from ..pixels import normalize_pixels
+from ..sources import is_remote
 from .feature_plan import FeaturePlan, views_per_run
 from .recipes import Stage
 
@@ -91,17 +93,24 @@ def dataset_images(
 
 # %% ../../nbs/33_train.feature_cache.ipynb #66f68af3
 class _Tiles(Dataset):
-    "Prepared pixels of some images; `None` for one that cannot be"
-    def __init__(self, dataset, places):
+    "Prepared pixels of some images; `None` for one that cannot be, or is another one by now"
+    def __init__(self, dataset, places, expected=(), keys=None):
         self.dataset,self.places = dataset, places
+        self.expected,self.keys = expected, keys
     def __len__(self): return len(self.places)
+
+    def _stays(self, n, source):
+        "Has a file the content of its key, still? Hours may have passed since it was hashed"
+        file = isinstance(source, (str, Path)) and not is_remote(source)
+        return not (file and self.expected) or self.keys(source) == self.expected[n]
 
     def __getitem__(self, n):
         i,k = self.places[n]
         encoder = self.dataset.encoder
         try:
             source = self.dataset.sample(i).images[k]
-            return encoder.pixels([source])['pixel_values']
+            tiles = encoder.pixels([source])['pixel_values']
+            return tiles if self._stays(n, source) else None
         except BAD: return None   # said when its sample is due
 
 def _as_is(tiles): return tiles
@@ -175,9 +184,9 @@ def _write_all(store, groups, shard_bytes, check):
         size = 0
     if held: store.add(list(held), list(held.values()))
 
-def _write_missing(store, dataset, places, compute, workers, world, shard_bytes, progress):
+def _write_missing(store, dataset, places, compute, keys, workers, world, shard_bytes, progress):
     "Compute and write the features of these images"
-    tiles = _Tiles(dataset, list(places.values()))
+    tiles = _Tiles(dataset, list(places.values()), list(places), keys)
     loader = BatchLoader(tiles, batch_size=None, num_workers=workers, collate_fn=_as_is)
     bar = tqdm(loader, desc='features', delay=1, disable=not progress)
     def check(found): _check_room(store, found, len(places) - bar.n, world)
@@ -209,7 +218,7 @@ def fill_store(
     with cache_lock(f'features-{store.key}-{rank}-{world}'):
         store.refresh()
         places = {key: place for key,place in images.items() if key not in store}
-        _write_missing(store, dataset, places, compute, workers, world, shard_bytes, progress)
+        _write_missing(store, dataset, places, compute, keys, workers, world, shard_bytes, progress)
     if dist.is_initialized(): dist.barrier()
     store.refresh()   # what the others wrote
     return len(places)

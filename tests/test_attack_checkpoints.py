@@ -433,3 +433,13 @@ def test_a_link_to_itself(good, tmp_path):
     (d/'tokenizer.json').unlink()
     (d/'tokenizer.json').symlink_to('tokenizer.json')
     with pytest.raises(ValueError, match='tokenizer.json. is not a regular file'): load(d, 'cpu')
+
+@pytest.mark.parametrize('kind', ['factory', 'llava', 'bench'])
+@pytest.mark.parametrize('halves', [('language_model', 'model.layers'), ('connector', 'projector')])
+def test_a_file_of_two_precisions_keeps_both(good, opens, tmp_path, kind, halves):
+    "With dtype='file', as convert asks: the first tensor decided, and others were rounded"
+    d = copy_of(good[kind], tmp_path/'d')
+    weights(d, lambda w: w.update({name: w[name].bfloat16() for name in w if any(half in name for half in halves)}))
+    assert len({x.dtype for x in load_file(d/'model.safetensors').values()}) == 2
+    want,found = (opens[kind](d, dtype=dtype)[0].state_dict() for dtype in ('float32', 'file'))
+    assert all(torch.equal(found[name], want[name]) for name in want)

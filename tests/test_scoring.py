@@ -274,3 +274,12 @@ def test_starts_at_once(shared):
     value, heavy, (lo, hi) = json.loads(out.stdout)
     assert (value, heavy) == (0.8594688090539114, []) and lo < value < hi
     assert best < 1
+
+def test_an_own_score_that_forgets_questions():
+    "The mean was of those that it gave"
+    from tinyllava_cookbook.eval.items import Item
+    from tinyllava_cookbook.eval.scoring import score_items, scores
+    scores.register('own', lambda items, texts: ([True], {}))
+    try:
+        with pytest.raises(ValueError, match="score 'own' gives 1 verdicts for 2 questions"): score_items([Item(i, None, 'a?', 'b') for i in range(2)], ['b', 'c'], 'own')
+    finally: scores.remove('own')

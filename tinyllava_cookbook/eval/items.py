@@ -268,7 +268,7 @@ def load_benchmark(
     "Read a benchmark from its official files"
     entry, place = BENCHES[name], f'{name} in {str(data_dir)!r}'
     with as_written(place, str(data_dir)):
-        items = entry.load(Path(data_dir), split or entry.split)
+        items = list(entry.load(Path(data_dir), split or entry.split))
     if not items:
         raise ValueError(f"{place} has no questions")
     id,times = Counter(str(item.id) for item in items).most_common(1)[0]

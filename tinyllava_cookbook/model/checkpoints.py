@@ -6,6 +6,7 @@
 __all__ = ['KEEP_PRECISE', 'saved_plugins', 'save', 'quantization_config', 'verify_files', 'load', 'with_template']
 
 # %% ../../nbs/26_model.checkpoints.ipynb #6f96f65d
+from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from .processor import processor_for
 from .vision import input_size
 from .vlm import VLMConfig, VLMForConditionalGeneration, current_name
 from ..trust import check_folder, checkpoint_path, reading
-from ..weights import WEIGHTS, load_strict
+from ..weights import WEIGHTS, load_strict, weight_shapes
 
 # %% ../../nbs/26_model.checkpoints.ipynb #ff0a4496
 def _plain(recipe):
@@ -199,8 +200,18 @@ def _read_foreign(kind, path, llm, vision):
             f"({type(e).__name__}: {e}); take a copy of the folder as it was written"
         raise ValueError(f"{str(path)!r}: {text}") from e
 
+def _file_type(foreign, path):
+    "The precision that keeps every number of a folder, whose parts may have several"
+    try: found = [dtype for dtype,_ in weight_shapes(path).values()]
+    except FileNotFoundError:   # in three folders
+        found = [tensor.dtype for tensor in foreign.state.values()]
+    floats = {dtype for dtype in found if getattr(dtype, 'is_floating_point', False)}
+    return reduce(torch.promote_types, floats) if floats else 'auto'
+
 def _open_foreign(foreign, path, config, **kwargs):
     "Model and processor of a folder of another layout, some fields set otherwise"
+    if kwargs['dtype'] == 'auto':
+        kwargs['dtype'] = _file_type(foreign, path)
     foreign.config |= config or {}
     if (config or {}).get('template', 'hf') != 'hf':
         foreign.chat_template = None   # written anew for that template

@@ -397,3 +397,10 @@ def test_a_submission_to_mmvet_is_of_all_questions(home, tmp_path):
         assert read_json(R.submission('mmvet', answers, data)) == {id: f'said {id}' for id in ids}
     write_lines(answers, rows[1:])
     with pytest.raises(ValueError, match=f"1 questions have no answer .first: '{ids[0]}'"): R.submission('mmvet', answers, home/'data')
+
+def test_answers_of_nobody_are_not_taken(tmp_path):
+    "Without run.json they were those of whoever came next"
+    from tinyllava_cookbook.eval.shards import claim
+    write_lines(tmp_path/'rank-0.jsonl', [dict(answer_id='1', prompt='a?', text='b')])
+    with pytest.raises(ValueError, match='rank-0.jsonl. holds answers, but no run.json beside it says whose they are; take another folder'): claim(tmp_path, dict(model_id='a'))
+    assert not (tmp_path/'run.json').exists()

@@ -135,7 +135,8 @@ def score_items(
                          "questions; match them by id first")
     right, result = scores[score](items, texts)
     if len(right)!=len(items):
-        raise ValueError(f"score {score!r} gives {len(right)} verdicts for {len(items)} questions; it must give one for each")
+        raise ValueError(f"score {score!r} gives {len(right)} verdicts for "
+                         f"{len(items)} questions; it must give one for each")
     rows = []
     for item,text,correct in zip(items, texts, right):
         rows.append(dict(question_id=item.id, kind=item.kind,

@@ -115,7 +115,11 @@ def claim(
 ):
     "Note in `folder` whose answers it holds; an error if they are another's"
     path = Path(folder)/'run.json'
+    held = sorted(path.parent.glob('rank-*.jsonl'))   # each is begun after run.json
     if not path.exists():
+        if held:
+            raise ValueError(f"{str(held[0])!r} holds answers, but no run.json "
+                             f"beside it says whose they are; {ANEW}")
         write_json(path, who)
     was = _flat(read_json(path))
     now = _flat(json.loads(to_json(who)))

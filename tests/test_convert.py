@@ -13,7 +13,7 @@ from transformers.utils import logging
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load, save
 from tinyllava_cookbook.model.names import bench_names, rename
-from tinyllava_cookbook.model.card import model_card
+from tinyllava_cookbook.model.card import model_card, scores_table
 from tinyllava_cookbook.model.export import compose_folder, convert_folder, push_to_hub, to_llava
 from tinyllava_cookbook.model.serving import llama_cpp_commands, to_llama_cpp, vllm_problems
 from tinyllava_cookbook.model.llms import add_image_token, load_llm
@@ -384,6 +384,18 @@ def test_card(parts, tmp_path):
     assert 'import tinyllava_cookbook' not in card and 'import tinyllava_cookbook' in model_card(ours)
     assert json.loads((d/'recipe.json').read_text()) == recipe
     assert str(tmp_path) not in card
+
+def test_what_scores_a_card_takes(parts, tmp_path):
+    "Not those of zeroed images; those that lack questions are marked"
+    pope = dict(published=dict(metric='f1', score=80., interval=None), problems=dict(missing=0, duplicates=2))
+    def table(**head): return scores_table(dict(benchmarks={'pope': pope}, **head))
+    assert '| pope |' in table(blind=False)
+    for lost in dict(missing=3), dict(incomplete=['1 of 3 categories are absent']):
+        pope['problems'] |= lost
+        assert '| pope (incomplete) |' in table()
+    with pytest.raises(ValueError, match='blind run, whose images were zeroed; give the scores.json of a run without --blind'):
+        to_llava(*compose(parts['clip'], parts['llama']), tmp_path/'d', scores=dict(blind=True, benchmarks={'pope': pope}))
+    assert not (tmp_path/'d').exists()
 
 def test_push(parts, tmp_path):
     "Only what belongs to a checkpoint is sent, to a private place, and only on demand"

@@ -105,6 +105,9 @@ def stages_table(
 def _score_row(name, result):
     "A row for one benchmark of an evaluation"
     published = result['published']
+    problems = result.get('problems') or {}
+    if problems.get('missing') or problems.get('incomplete'):
+        name = f'{name} (incomplete)'
     ends = published.get('interval')
     interval = '{:.2f} to {:.2f}'.format(*ends) if ends else ''
     return [name, result.get('split', ''), published['metric'],
@@ -115,6 +118,9 @@ def scores_table(
     scores:dict,  # Benchmark to number, or what `tinyllava eval` wrote
 ) -> str:         # Markdown
     "Scores, with their 95 % intervals where they are known"
+    if scores.get('blind'):
+        raise ValueError("these scores are of a blind run, whose images were zeroed; "
+                         "give the scores.json of a run without --blind")
     if 'benchmarks' not in scores:
         return markdown_table(['benchmark', 'score'], scores.items())
     found = scores['benchmarks'].items()

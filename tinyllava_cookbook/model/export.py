@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..core import quiet, read_json, write_json
 from ..data.images import pinpoints, prepare, target_size
-from .card import model_card
+from .card import model_card, scores_table
 from .checkpoints import load, save
 from .names import llava_names, rename, tower_prefix
 from .processor import compose
@@ -357,6 +357,7 @@ def to_llava(
     "Write a folder that `LlavaForConditionalGeneration` opens"
     if reasons := why_not_llava(model, processor, oldest):
         raise ValueError(f"cannot be exported to LLaVA: {'; '.join(reasons)}")
+    if scores: scores_table(scores)   # what cannot go on the card is said before the work
     proc = llava_hf_processor(processor, model.config)
     out = _write(out, llava_hf_config(model), llava_hf_state(model), proc,
                  model.generation_config)

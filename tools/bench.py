@@ -433,18 +433,23 @@ def growth_works(root):
         return lambda: plan_packs(sizes, 4096, seed=n)
     return {'index': index, 'plan': plan, 'check --fix, 10 % faults': check, 'score': score, 'resume': resume}
 
+ENOUGH = 5   # Seconds: a longer run is not repeated
+
 def steady_seconds(prepare, n, runs):
     "Median CPU seconds at a size; each run has a size of its own, by one, as some results are kept"
-    works = [prepare(n + k) for k in range(runs)]
-    gc.collect()
-    gc.freeze()   # else a collection of all that the libraries hold falls on some sizes and not on others
-    try: return statistics.median(map(cpu_seconds, works))
-    finally: gc.unfreeze()
+    seconds = []
+    while len(seconds) < runs and sum(seconds) <= ENOUGH*len(seconds):
+        work = prepare(n + len(seconds))
+        gc.collect()
+        gc.freeze()   # else a collection of all that the libraries hold falls on some sizes and not on others
+        try: seconds.append(cpu_seconds(work))
+        finally: gc.unfreeze()
+    return statistics.median(seconds)
 
 def growth_row(name, prepare, most, runs):
-    "Seconds up to so many samples; a single run where they are many"
+    "Seconds up to so many samples"
     sizes = [most//16, most//4, most]
-    seconds = [steady_seconds(prepare, n, runs if most <= 100_000 else 1) for n in sizes]
+    seconds = [steady_seconds(prepare, n, runs) for n in sizes]
     say(f"{name:46}" + ''.join(f'{n:>9,}: {s:.3f} s' for n,s in zip(sizes, seconds)) + f"   slope {slope(sizes, seconds):.2f}")
     return dict(name=name, sizes=sizes, seconds=seconds, slope=slope(sizes, seconds))
 

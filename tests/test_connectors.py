@@ -6,6 +6,8 @@ import pytest
 torch = pytest.importorskip('torch')
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoConfig
+from tinyllava_cookbook.model.config import set_derived
 from tinyllava_cookbook.model.connectors import MLP, Connector, connector, connectors, peer_weights
 from tinyllava_cookbook.model.features import connect_features
 
@@ -127,3 +129,11 @@ def test_vectors_of_another_width(wide):
     config = SimpleNamespace(connector='own', text_config=SimpleNamespace(hidden_size=6), scale_image_features=False)
     model = SimpleNamespace(config=config, connector=Own(4, 6, wide=wide))
     with pytest.raises(ValueError, match=rf"connector 'own' gives \[2, 5, {6 + wide}\]; the language model reads a tensor .images, tokens, 6."): connect_features(model, torch.zeros(2, 5, 4))
+
+@pytest.mark.parametrize('n', [0, 2.5, 2., None, -1, True])
+def test_tokens_of_an_image_that_are_no_number(n):
+    "An image of no tokens was never seen"
+    config = SimpleNamespace(connector='own', image_seq_length=None, vision_feature_select='patch', drop_first_patch=False,
+        vision_config=AutoConfig.for_model('siglip_vision_model', image_size=32, patch_size=8))
+    with pytest.raises(ValueError, match=f"connector 'own' says that an image becomes {n} tokens; let its n_tokens"):
+        set_derived(config, SimpleNamespace(n_tokens=lambda patches: n, token_grid=lambda grid: None))

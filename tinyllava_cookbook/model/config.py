@@ -50,6 +50,9 @@ class VLMConfig(PreTrainedConfig):
 # %% ../../nbs/22_model.config.ipynb #ed0bb0ed
 def _check_derived(config, n_tokens):
     "An error where the configuration says otherwise than its components"
+    if type(n_tokens) is not int or n_tokens < 1:
+        raise ValueError(f"connector {config.connector!r} says that an image becomes {n_tokens!r} tokens; "
+                         "let its n_tokens give a whole number from 1 on")
     if config.image_seq_length not in (None, n_tokens):
         raise ValueError(f"image_seq_length is {config.image_seq_length}, "
                          f"but encoder and connector give {n_tokens}")

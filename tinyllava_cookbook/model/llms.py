@@ -71,6 +71,10 @@ class LLMFamily:
     scales_images:bool = False            # Were image features multiplied by the root of the width, as words are?
     packs:bool = True                     # Can several samples share a row?
 
+    def __post_init__(self):
+        if isinstance(self.templates, str) or not self.templates:
+            raise ValueError(f"templates is {self.templates!r}; give a tuple of names, such as ('llama',)")
+
     @property
     def template(self) -> str:
         return self.templates[0]   # the usual one

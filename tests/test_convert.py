@@ -385,6 +385,16 @@ def test_card(parts, tmp_path):
     assert json.loads((d/'recipe.json').read_text()) == recipe
     assert str(tmp_path) not in card
 
+@pytest.mark.parametrize('to', ['ours', 'llava'])
+def test_no_checkpoint_is_written_over(parts, tmp_path, to):
+    "A new model, or the folder that is read itself: the weights of before were gone"
+    d = save(*compose(parts['clip'], parts['llama']), tmp_path/'d')
+    before = (d/'model.safetensors').read_bytes()
+    for write in (lambda: compose_folder(parts['siglip'], parts['llama'], d, to=to), lambda: convert_folder(d, d, to=to, dtype='bfloat16')):
+        with pytest.raises(FileExistsError, match="is not empty; give another folder"): write()
+    with pytest.raises(FileExistsError, match="is a file; give another folder"): convert_folder(d, d/'config.json', to=to)
+    assert (d/'model.safetensors').read_bytes() == before
+
 def test_what_scores_a_card_takes(parts, tmp_path):
     "Not those of zeroed images; those that lack questions are marked"
     pope = dict(published=dict(metric='f1', score=80., interval=None), problems=dict(missing=0, duplicates=2))

@@ -299,13 +299,17 @@ def compare_llava(
     return error
 
 # %% ../../nbs/27_model.export.ipynb #4c9acf47
+def _check_empty(out):
+    "An error where a folder holds something, such as the work of weeks"
+    if Path(out).is_file() or Path(out).is_dir() and any(Path(out).iterdir()):
+        raise FileExistsError(f"{str(out)!r} is {'a file' if Path(out).is_file() else 'not empty'}; give another folder")
+
 def empty_folder(
     out,       # Where to write
 ) -> Path:     # The folder, which exists now
     "The folder to write; an error where it holds something"
     out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{str(out)!r} is not empty; give another folder")
+    _check_empty(out)
     out.mkdir(parents=True, exist_ok=True)
     return out
 
@@ -371,9 +375,10 @@ def to_llava(
 # %% ../../nbs/27_model.export.ipynb #0f3566f6
 FORMATS = {'ours': save, 'llava': to_llava} # What a folder can be written as
 
-def _writer(to):
+def _writer(to, out):
     if to not in FORMATS:
         raise ValueError(f"no format {to!r}; choose from {sorted(FORMATS)}")
+    _check_empty(out)   # before anything is loaded
     return FORMATS[to]
 
 # %% ../../nbs/27_model.export.ipynb #8ab7e7ce
@@ -386,7 +391,7 @@ def compose_folder(
     **kwargs,                   # For `compose`: `template`, `image_mode`, `seed`, `dtype`, ...
 ) -> Path:                      # The folder
     "Join a vision encoder and a language model by a new connector, and write the result"
-    write = _writer(to)
+    write = _writer(to, out)
     model,processor = compose(vision, llm, connector, **kwargs)
     return write(model, processor, out)
 
@@ -401,7 +406,7 @@ def convert_folder(
     **kwargs,         # For `load`: `llm`, `vision`, `config`
 ) -> Path:            # The folder
     "Open a checkpoint of any layout and write it as ours or as a LLaVA; adapters become part of the weights"
-    write = _writer(to)
+    write = _writer(to, out)
     file = Path(path)/'recipe.json'
     recipe = read_json(file) if file.exists() else None
     more = {'llava': {'scores': scores}, 'onnx': {'square': square}}.get(to, {})

@@ -404,3 +404,14 @@ def test_answers_of_nobody_are_not_taken(tmp_path):
     write_lines(tmp_path/'rank-0.jsonl', [dict(answer_id='1', prompt='a?', text='b')])
     with pytest.raises(ValueError, match='rank-0.jsonl. holds answers, but no run.json beside it says whose they are; take another folder'): claim(tmp_path, dict(model_id='a'))
     assert not (tmp_path/'run.json').exists()
+
+def test_a_submission_has_the_name_that_was_given(home, tmp_path):
+    "Of 3.1B and 3.5B the second took the place of the first; answers were written over"
+    rows = [dict(question_id=item.id, text='said') for item in load_benchmark('mmvet', home/'data')]
+    answers = write_lines(tmp_path/'answers.json', rows)
+    made = [R.submission('mmvet', answers, home/'data', out=tmp_path/name) for name in ('TinyLLaVA-3.1B', 'TinyLLaVA-3.5B', 'up.json')]
+    assert [path.name for path in made] == ['TinyLLaVA-3.1B.json', 'TinyLLaVA-3.5B.json', 'up.json']
+    for name in 'answers', 'answers.json':
+        with pytest.raises(ValueError, match='answers.json. holds the answers and would be written over; give another out'):
+            R.submission('mmvet', answers, home/'data', out=tmp_path/name)
+    assert read_jsonl(answers) == rows

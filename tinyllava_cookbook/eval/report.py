@@ -312,6 +312,10 @@ def write_xlsx(
 # Benchmark -> `(rows, data folder, split, path without suffix) -> Path`
 SUBMISSIONS = Registry('submission', 'SUBMISSIONS')
 
+def _named(path, suffix):
+    "A file with the suffix of the server; '3.1B' has none"
+    return path if path.suffix==suffix else Path(f'{path}{suffix}')
+
 @SUBMISSIONS.register('vqav2')
 def _submit_vqav2(rows, data_dir, split, path):
     "All questions of *test*: the server takes test-dev answers with the others left empty"
@@ -323,7 +327,7 @@ def _submit_vqav2(rows, data_dir, split, path):
             for key,row in by_id.items()}
     lines = [dict(question_id=id, answer=said.get(str(id), ''))
              for id in ids]
-    return write_json(path.with_suffix('.json'), lines, indent=None)
+    return write_json(_named(path, '.json'), lines, indent=None)
 
 # %% ../../nbs/56_eval.report.ipynb #8b8e49bc
 @SUBMISSIONS.register('mmvet')
@@ -336,7 +340,7 @@ def _submit_mmvet(rows, data_dir, split, path):
     rows = scoring.by_mmvet_id(rows, known)
     by_id,_ = match(rows, list(known) or [row['question_id'] for row in rows])
     texts = {key: row['text'] for key,row in by_id.items()}
-    return write_json(path.with_suffix('.json'), texts, indent=2)
+    return write_json(_named(path, '.json'), texts, indent=2)
 
 _MMBENCH = 'index', 'question', 'A', 'B', 'C', 'D', 'prediction', 'answer', 'split'
 
@@ -351,7 +355,7 @@ def _submit_mmbench(rows, data_dir, split, path):
     # the test file has no answers
     names = [name for name in _MMBENCH if name in table[0]]
     cells = [[row[name] for name in names] for row in table]
-    return write_xlsx(path.with_suffix('.xlsx'), [names, *cells])
+    return write_xlsx(_named(path, '.xlsx'), [names, *cells])
 
 # %% ../../nbs/56_eval.report.ipynb #261c33f2
 def submission(
@@ -363,6 +367,8 @@ def submission(
 ) -> Path:                # The file to upload
     "Write what a benchmark's server takes"
     make, out = SUBMISSIONS[name], Path(out or Path(answers).with_name('submission'))
+    if Path(answers).resolve() in [_named(out, suffix).resolve() for suffix in ('.json', '.xlsx')]:
+        raise ValueError(f"{str(answers)!r} holds the answers and would be written over; give another out")
     rows = read_jsonl(answers, needs=('question_id', 'text'),
                       unique=None)
     out.parent.mkdir(parents=True, exist_ok=True)

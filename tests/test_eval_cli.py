@@ -144,3 +144,14 @@ def test_the_same_shape_for_every_benchmark(capsys, home, tmp_path, root):
         assert o['metrics'].keys() | o['problems'].keys()-usual <= told[name] and usual <= o['problems'].keys(), name
         assert name=='mmbench' or o['tables'].keys() <= told[name], name       # MMBench: abilities and categories of the data
     assert shapes == {('benchmark', 'main', 'score', 'interval', 'n', 'metrics', 'tables', 'problems')}
+
+def test_questions_are_not_written_over(capsys, home, tmp_path):
+    "Nor the captions that instruct reads; said before a model is loaded or anything is paid"
+    file = tmp_path/'q.jsonl'
+    write_lines(file, [dict(question_id=1, text='What?', answer='a')])
+    before = file.read_bytes()
+    for words in (('eval', home/'model', '--questions', file, '--answers', tmp_path/'.'/'q.jsonl'),
+                  ('instruct', file, '--images', tmp_path, '--out', file, '--model', 'm', '--base-url', 'http://127.0.0.1:1')):
+        code, out, err = run(capsys, *words)
+        assert code == 2 and 'is a file that is read, and would be written over; give another' in err, err
+    assert file.read_bytes() == before

@@ -9,7 +9,7 @@ __all__ = ['JUDGES', 'question_items']
 import argparse, json, sys
 from pathlib import Path
 from ..cli import (Usage, check_given, command, endpoint_arguments,
-    endpoint_of, importing, json_value, load_model, model_arguments, pairs, positive)
+    endpoint_of, importing, json_value, load_model, model_arguments, not_over, pairs, positive)
 from ..core import write_lines
 
 # %% ../../nbs/93_commands.evaluation.ipynb #570869fd
@@ -123,6 +123,7 @@ def _eval(a):
     if a.splits or a.graded:
         raise Usage("--split and --graded belong to --bench")
     # wrong files are found before the weights are loaded
+    not_over('--answers', a.answers, a.questions)
     items = question_items(a)
     model,processor = load_model(a)
     res, blind = _eval_questions(a, model, processor, items)

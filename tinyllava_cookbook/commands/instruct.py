@@ -8,7 +8,7 @@ __all__ = ['KINDS']
 # %% ../../nbs/96_commands.instruct.ipynb #23175906
 import json, sys
 from pathlib import Path
-from ..cli import command, endpoint_arguments, endpoint_of, positive
+from ..cli import command, endpoint_arguments, endpoint_of, not_over, positive
 
 # %% ../../nbs/96_commands.instruct.ipynb #77499558
 KINDS = 'conversation', 'detail', 'reasoning'   # LLaVA's three
@@ -38,6 +38,7 @@ def _asked(a):
     from tinyllava_cookbook.data.instruct import check_pictures, kinds, read_coco, requests_for
     from tinyllava_cookbook.endpoint import Endpoint
     from tinyllava_cookbook.paid_requests import Cache, estimate
+    not_over('--out', a.out, a.captions, a.instances)
     names = tuple(dict.fromkeys(a.kinds or KINDS))
     for name in names:
         kinds[name]   # a wrong name is found before anything is read

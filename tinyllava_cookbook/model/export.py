@@ -301,8 +301,9 @@ def compare_llava(
 # %% ../../nbs/27_model.export.ipynb #4c9acf47
 def _check_empty(out):
     "An error where a folder holds something, such as the work of weeks"
-    if Path(out).is_file() or Path(out).is_dir() and any(Path(out).iterdir()):
-        raise FileExistsError(f"{str(out)!r} is {'a file' if Path(out).is_file() else 'not empty'}; give another folder")
+    out = Path(out)
+    odd = 'a file' if out.is_file() else 'not empty' if out.exists() and any(out.iterdir()) else ''
+    if odd: raise FileExistsError(f"{str(out)!r} is {odd}; give another folder")
 
 def empty_folder(
     out,       # Where to write

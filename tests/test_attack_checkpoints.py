@@ -342,7 +342,7 @@ def test_two_models_in_a_folder(good, tmp_path):
     with pytest.raises(ValueError, match='holds a model in model.safetensors, and another in the folders language_model'): load(d, 'cpu')
 
 @pytest.mark.parametrize('name,template', [('Qwen/Qwen2-0.5B-Instruct', 'qwen2_instruct'), ('/data/Qwen2-0.5B-Chat/', 'qwen2_instruct'),
-    ('hub/models--Qwen--Qwen2-0.5B-Instruct/snapshots/c540', 'qwen2_instruct'), ('/home/chatterjee/Qwen2-0.5B', 'qwen2_base'), ('chat/Qwen2-0.5B', 'qwen2_base')])
+    ('hub/models--Qwen--Qwen2-0.5B-Instruct/snapshots/c540', 'qwen2_instruct'), ('/data/chatterjee/Qwen2-0.5B', 'qwen2_base'), ('chat/Qwen2-0.5B', 'qwen2_base')])
 def test_a_template_by_the_name_of_the_model(good, tmp_path, name, template):
     "Not by the folders that it lies in"
     d = copy_of(good['factory'], tmp_path/'d')

@@ -450,6 +450,14 @@ def test_numbers_that_would_mean_another_run(job, tmp_path):
         train(job, tmp_path/'run', recipe=dataclasses.replace(job[1], stages=[long, job[1].stages[1]]))
     assert override(job[1], ['pretrain.trainer.max_grad_norm=.5']).stages[0].trainer == dict(max_grad_norm=.5)
 
+@pytest.mark.parametrize('change,says', [
+    ('finetune.tune.vision.lr=2e-6', "stage 'finetune': vision: lr 2e-06 needs a part that is trained, not mode 'frozen'"),
+    ('finetune.tune.llm.r=8', "stage 'finetune': llm: {'r': 8} need one of the modes"),
+    ('finetune.tune.llm=ful', "override 'finetune.tune.llm': mode 'ful' is not one of")])
+def test_settings_of_a_part_that_does_not_use_them(job, change, says):
+    "By its place; a rate of a frozen part was taken without a word"
+    with pytest.raises(ValueError, match=re.escape(says)): override(job[1], [change])
+
 def test_a_recipe_that_says_a_thing_twice(job, tmp_path):
     text = (job[0]/'recipe.json').read_text()
     file = tmp_path/'twice.json'

@@ -38,7 +38,7 @@ def test_numbers(run):
     assert n['pope_f1'] >= .90
     assert n['blind_accuracy'] < .45
     assert {'data', 'pretrain', 'finetune', 'seeing', 'blind', 'pope', 'report'} <= set(n['seconds'])
-    assert {'torch', 'transformers', 'python'} <= set(n['versions']) and n['seed'] == 0
+    assert {'torch', 'transformers', 'python'} <= set(n['versions']) and (n['seed'], n['threads']) == (0, 1)   # as OMP_NUM_THREADS says
 
 def test_report_needs_nothing_beside_it(run):
     page = (run/'report.html').read_text(encoding='utf-8')

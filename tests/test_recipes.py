@@ -104,9 +104,9 @@ def test_a_change_of_one_stage_leaves_the_others():
     for name in recipe_names():
         old = recipe(name)
         for i,stage in enumerate(old.stages):
-            new = override(old, [f'{stage.name}.trainer.logging_steps=77', f'{stage.name}.tune.llm.lr=7e-7'])
+            new = override(old, [f'{stage.name}.trainer.logging_steps=77', f'{stage.name}.tune.connector.lr=7e-7'])
             for j,(was,now) in enumerate(zip(old.stages, new.stages)):
                 assert (now.trainer.get('logging_steps') == 77) == (i == j), (name, stage.name, was.name)
-                assert (now.tune['llm'].lr == 7e-7) == (i == j), (name, stage.name, was.name)
+                assert (now.tune['connector'].lr == 7e-7) == (i == j), (name, stage.name, was.name)
                 changed += i != j
     assert changed > 10

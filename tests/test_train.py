@@ -108,6 +108,15 @@ def test_groups_cover_what_learns_once(parts):
     assert {g['name']:g['lr'] for g in param_groups(model, st)}['connector'] == 1e-2
     assert all((g['weight_decay'] == 0) == ('no decay' in g['name']) for g in param_groups(model, st))
 
+@pytest.mark.parametrize('steps,warmup,rates', [(1, .03, [1e-3]), (2, .9, [0, 1e-3]), (3, .03, [0, 1e-3, 5e-4])])
+def test_a_fraction_of_few_steps_leaves_one_at_the_full_rate(parts, encoded, tmp_path, steps, warmup, rates):
+    "A fraction is rounded up: warmup was the whole of a stage of one step, which changed nothing"
+    model,processor = compose(parts['siglip'], parts['llama'])
+    before = model.lm_head.weight.detach().clone()
+    st = stage(max_steps=steps, warmup=warmup, global_batch_size=2)
+    log = train_stage(model, processor, st, tmp_path, encoded, progress=False, device='cpu').log
+    assert [o['lr'] for o in log] == pytest.approx(rates) and not torch.equal(before, model.lm_head.weight)
+
 # ---- the loss over the global batch
 
 def test_accumulation_changes_nothing(parts, encoded, tmp_path):

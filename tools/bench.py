@@ -181,10 +181,21 @@ def stage_rows(model, samples, budgets, a, what=''):
         rows.append(memory_row(f'{stage}, a row of 2048 against 8 samples', model, packs[2048][:2], padded[:2]))
     return rows
 
+def packing_row(model, a):
+    "Samples of one length: eight of them packed, and as rows that need no padding, each with all that makes a step fast"
+    length, n = 256, 8 if a.tiny else 32
+    long = [o for o in mix(model, 8*n) if len(o['input_ids']) >= length and 'pixel_values' in o][:n]
+    same = [o | {k: o[k][:length] for k in ('input_ids', 'labels')} for o in long]
+    set_trainable(model, STAGES['stage 2'])
+    packed, rows = packed_batches(same, 8*length), padded_batches(same)
+    return compare('stage 2, samples of 256: packed, unpadded', partial(train_ours, model, packed), partial(train_ours, model, rows), a.runs, 1)
+
 def bench_training(root, a):
     "A small model at all row budgets; one of 50M parameters at one, as it takes its time"
+    from tinyllava_cookbook.allocator import keep_freed_memory
     small, wide = (compose_model(root/name, a.tiny, shape)[0] for name,shape in dict(small=LLM, wide=WIDE).items())
     rows = stage_rows(small, mix(small, 12 if a.tiny else 72), (2048, 4096) if a.tiny else (2048, 4096, 16384), a)
+    with keep_freed_memory(): rows.append(packing_row(small, a))
     return rows + stage_rows(wide, mix(wide, 12 if a.tiny else 24), (2048,), a, ' of 50M')
 
 def bench_attention(root, a):
@@ -433,18 +444,23 @@ def growth_works(root):
         return lambda: plan_packs(sizes, 4096, seed=n)
     return {'index': index, 'plan': plan, 'check --fix, 10 % faults': check, 'score': score, 'resume': resume}
 
+ENOUGH = 5   # Seconds: a longer run is not repeated
+
 def steady_seconds(prepare, n, runs):
     "Median CPU seconds at a size; each run has a size of its own, by one, as some results are kept"
-    works = [prepare(n + k) for k in range(runs)]
-    gc.collect()
-    gc.freeze()   # else a collection of all that the libraries hold falls on some sizes and not on others
-    try: return statistics.median(map(cpu_seconds, works))
-    finally: gc.unfreeze()
+    seconds = []
+    while len(seconds) < runs and sum(seconds) <= ENOUGH*len(seconds):
+        work = prepare(n + len(seconds))
+        gc.collect()
+        gc.freeze()   # else a collection of all that the libraries hold falls on some sizes and not on others
+        try: seconds.append(cpu_seconds(work))
+        finally: gc.unfreeze()
+    return statistics.median(seconds)
 
 def growth_row(name, prepare, most, runs):
-    "Seconds up to so many samples; a single run where they are many"
+    "Seconds up to so many samples"
     sizes = [most//16, most//4, most]
-    seconds = [steady_seconds(prepare, n, runs if most <= 100_000 else 1) for n in sizes]
+    seconds = [steady_seconds(prepare, n, runs) for n in sizes]
     say(f"{name:46}" + ''.join(f'{n:>9,}: {s:.3f} s' for n,s in zip(sizes, seconds)) + f"   slope {slope(sizes, seconds):.2f}")
     return dict(name=name, sizes=sizes, seconds=seconds, slope=slope(sizes, seconds))
 

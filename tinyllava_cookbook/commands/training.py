@@ -18,7 +18,7 @@ def _quickstart_args(p):
     p.add_argument('--out', default='runs/quickstart', metavar='DIR',
                    help='where it all goes (default: %(default)s)')
     p.add_argument('--seed', type=int, default=0,
-                   help='same seed, same numbers (default: %(default)s)')
+                   help='same seed, machine and threads: same numbers (default: %(default)s)')
     p.add_argument('--bake', action='store_true',
                    help='pretrain the ingredients too, not only take the shipped ones')
 

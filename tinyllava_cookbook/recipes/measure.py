@@ -10,6 +10,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from ..core import versions
 from ..data.images import load_image
 from ..eval.benchmarks import Item
@@ -117,4 +119,5 @@ def summary(
     return dict(accuracy=accuracy, blind_accuracy=round(blind['accuracy'], 4),
         blind_by_kind=_by_kind(blind), pope_f1=round(pope['f1'], 4),
         pope_by_category=categories,
-        seconds=seconds, seed=seed, versions=versions())
+        seconds=seconds, seed=seed, threads=torch.get_num_threads(),
+        versions=versions())

@@ -104,7 +104,8 @@ _STYLE = """tr:last-child{font-weight:600} td i{display:block;height:.7rem;backg
 figure{padding:.6rem;border:1px solid #8886;border-radius:.4rem} .wrong{border-color:#c33}"""
 _REPORT = """<h1>{{ name }}: {{ '%.1f' % (100*accuracy.overall) }}% of {{ accuracy.questions }} held-out questions</h1>
 <p>95 % interval {{ '%.1f' % (100*accuracy.ci[0]) }}% to {{ '%.1f' % (100*accuracy.ci[1]) }}%;
-blind {{ '%.1f' % (100*blind_accuracy) }}%; POPE F1 {{ '%.3f' % pope_f1 }}; seed {{ seed }}.<br>
+blind {{ '%.1f' % (100*blind_accuracy) }}%; POPE F1 {{ '%.3f' % pope_f1 }}; seed {{ seed }};
+threads: {{ threads }}.<br>
 {% for phase, time in seconds.items() %}{{ phase }} {{ '%.0f' % time }} s{{ '.' if loop.last else ', ' }}
 {% endfor %}</p>
 <h2>Scores</h2>
@@ -160,7 +161,7 @@ def _report(out:Path, r:Recipe, trained:tuple, items:list[Item], results:dict,
 # %% ../../nbs/70_recipes.quickstart.ipynb #6c6d2575
 def quickstart(
     out:str|Path='runs/quickstart',  # Gets `model/`, `results.json`, `report.html`, data and logs
-    seed:int=0,                      # Same seed, same numbers on the same machine
+    seed:int=0,                      # Same seed, machine and threads: same numbers
     bake:bool=False,                 # Make the ingredients anew first?
     r:Recipe|None=None,              # What to run; `None` takes `micro`
     n_train:int=6000,                # Training scenes

@@ -65,6 +65,8 @@ class Tune:
         check_types(self, 'tune')
         check(self.mode in MODES, f"mode {self.mode!r} is not one of {MODES}")
         check(self.lr is None or self.lr > 0, f"lr {self.lr} is not above 0; to keep a part use mode 'frozen'")
+        check(self.lr is None or self.mode != 'frozen',
+              f"lr {self.lr} needs a part that is trained, not mode 'frozen'; leave lr out, or say mode full")
         check(self.from_layer >= 0, f"from_layer {self.from_layer} is negative; count blocks from 0")
         check(self.mode == 'partial' or not self.from_layer,
               f"from_layer {self.from_layer} needs mode 'partial', not {self.mode!r}")
@@ -72,10 +74,11 @@ class Tune:
         check(self.bias == 'none', f"bias {self.bias!r} is not 'none', the only choice")
 
 # %% ../../nbs/30_train.recipes.ipynb #9ff21e93
-def _tune(given):
+def _tune(given, at):
     "A `Tune` of one's own, from a `Tune`, a mode, or plain values"
     if isinstance(given, Tune): return dataclasses.replace(given)
-    return Tune(given) if isinstance(given, str) else from_fields(Tune, given, 'tune')
+    try: return Tune(given) if isinstance(given, str) else from_fields(Tune, given, 'tune')
+    except ValueError as error: raise ValueError(f"{at} {error}") from None
 
 def _check_sizes(stage, at):
     "Numbers that have to be above 0, or large enough"
@@ -146,7 +149,8 @@ class Stage:
         check_names(self.tune, PARTS, f"component in stage {self.name!r}:")
         # a stage's own, also where two were given one dict
         tune, self.trainer = copy.deepcopy((self.tune, self.trainer))
-        self.tune = {part: _tune(tune.get(part, 'frozen')) for part in PARTS}
+        self.tune = {part: _tune(tune.get(part, 'frozen'), f'stage {self.name!r}: {part}:')
+                     for part in PARTS}
         _check_stage(self)
     @property
     def trained(self) -> list[str]: return [part for part,tune in self.tune.items() if tune.mode != 'frozen']
@@ -335,7 +339,8 @@ def _set(node, way, text, path):
     child = children[name]
     free = name in ('trainer', 'model') and len(rest) == 1   # these take any key
     if free: child[rest[0]] = _any_value(text)
-    elif isinstance(child, Tune) and not rest: node[name] = _tune(_tune_value(text, path))   # tune.llm=full
+    elif isinstance(child, Tune) and not rest:   # tune.llm=full
+        node[name] = _tune(_tune_value(text, path), f'override {path!r}:')
     elif rest and isinstance(child, _NODES): _set(child, rest, text, path)
     elif rest: raise ValueError(f"override {path!r}: {name!r} has no fields of its own")
     elif isinstance(child, (*_NODES, list)): raise _too_early(child, path)

@@ -334,6 +334,8 @@ class _Scheduled(Trainer):
     "The learning rate is reached before the stage ends"
     def create_scheduler(self, num_training_steps, optimizer=None):
         check_warmup(self.stage, num_training_steps)
+        steps = self.args.get_warmup_steps(num_training_steps)
+        self.args.warmup_steps = min(steps, num_training_steps - 1)
         return super().create_scheduler(num_training_steps, optimizer)
 
 # %% ../../nbs/34_train.trainer.ipynb #8fe2c55d

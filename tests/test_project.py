@@ -87,7 +87,7 @@ def test_sidebar_lists_every_notebook():
     listed = re.findall(r'- (\S+\.ipynb)', sidebar)
     assert listed[0] == 'index.ipynb' and sorted(listed) == sorted(notebooks())
     paths = re.findall(r'- section: (.*)', sidebar)
-    assert paths == ['Start', 'How to', 'Understand', 'Train for real', 'Evaluate', 'Extend', 'Internals']
+    assert paths == ['Start', 'How to', 'Understand', 'Train for real', 'Evaluate', 'Look inside', 'Extend', 'Internals']
     assert re.findall(r'^- \*\*(.*)\*\*:', (ROOT/'README.md').read_text(), re.M) == paths
 
 def test_sidebar_is_in_step():

@@ -15,10 +15,14 @@ PATHS = {
     'How to': ['howto.own_data', 'howto.own_llm', 'howto.cluster', 'howto.memory', 'howto.speed', 'howto.coming_from', 'glossary'],
     'Understand': ['microscene', 'microworld', 'image_files', 'data.images', 'data.templates', 'data.masks', 'data.batches', 'model.vision', 'model.connectors',
                    'model.llms', 'model.vlm', 'train.recipes', 'train.trainer'],
-    'Train for real': [r'data\.(records|datasets|packing|preflight|instruct)', r'model\.(adapters|architecture)', r'train\.(?!twin|meter|displays)\w+',
-                       r'recipes\.(?!bake|ingredients|your)\w+'],
-    'Evaluate': [r'micro(vqa|bench)', r'eval\.\w+'],
-    'Extend': [r'recipes\.your\w+', r'model\.\w+', 'train.twin', r'recipes\.\w+', r'infer\.\w+', r'viz\.\w+'],
+    'Train for real': [r'recipes\.(?!bake|your|measure|variants|proxy|results|sweep)\w+', 'data.records', 'data.datasets', 'data.mixtures', 'data.training_sets', 'data.preflight',
+                       'data.instruct', 'data.packing', 'train.tuning', 'model.adapters', 'train.stages', 'train.precision', 'train.parallel',
+                       r'train\.feature_(plan|cache)', 'train.cards', 'train.memory', 'train.budget', 'train.launch', 'train.run_log', 'train.profile'],
+    'Evaluate': ['eval.benchmarks', 'eval.run', 'eval.report', 'eval.results', 'eval.zoo', 'eval.judge', 'eval.lmms', 'eval.yesno', 'eval.vqa', 'eval.choice',
+                 'eval.scoring', r'micro(vqa|bench)'],
+    'Look inside': ['viz.micro', 'viz.data', 'viz.places', 'viz.probes', 'viz.tokens', 'viz.causal', 'viz.explorer', 'viz.training', r'viz\.\w+'],
+    'Extend': [r'recipes\.your\w+', 'train.twin', r'recipes\.(measure|proxy|sweep|results|variants)', r'recipes\.\w+', 'model.config', 'model.checkpoints', 'model.hub',
+               'model.foreign', 'model.export', 'model.onnx', 'model.card', 'model.serving', 'infer.serve', 'infer.demo', 'infer.ecosystem'],
     'Internals': ['.*'],
 }
 

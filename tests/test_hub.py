@@ -16,6 +16,7 @@ from tinyllava_cookbook.model.checkpoints import load
 from tinyllava_cookbook.model.foreign import readers
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.model.hub import LAYOUTS, fetch_model, hub_id, in_cache, models, name_of_recipe
+from tinyllava_cookbook.trust import read_config
 from tinyllava_cookbook.train.recipes import recipe
 
 SHA = 'a'*40
@@ -142,10 +143,12 @@ def test_the_layout_is_known_before_the_weights_are_fetched(mirror, tmp_path):
 
 def test_what_cannot_be_fetched(mirror, monkeypatch, capsys):
     with pytest.raises(FileNotFoundError, match="no 'me/nothing' at http://127.0.0.1:.*hf auth login"): fetch_model('me/nothing')
+    with pytest.raises(FileNotFoundError, match="no 'me/nothing' at http://127.0.0.1:.*hf auth login"): read_config('me/nothing')   # a recipe's part
     with pytest.raises(ValueError, match='LLaVA adapters, which does not open here; layouts that do: .*of the same parts: LLaVA-1.5-7B'): load('LLaVA-1.5-7B-LoRA')
     with pytest.raises(FileNotFoundError, match=r"give a folder or 'owner/name' of the Hub.*did you mean 'TinyLLaVA-3.1B'\?"): load('TinyLlava-3.1B')
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     with pytest.raises(FileNotFoundError, match='HF_HUB_OFFLINE forbids'): load('TinyLLaVA-3.1B')
+    with pytest.raises(FileNotFoundError, match="^'me/part' is not in the cache .*HF_HUB_OFFLINE forbids"): read_config('me/part')
     assert cli.main(['chat', '--model', 'TinyLLaVA-3.1B', 'hi']) == 1
     assert "'bczhou/TinyLLaVA-3.1B' is not in the cache" in capsys.readouterr().err
 

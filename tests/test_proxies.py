@@ -6,7 +6,7 @@ import fresh
 
 torch = pytest.importorskip('torch')
 from tinyllava_cookbook.recipes.proxy import PROXIES, RATES, proxy, proxy_data, trained_kind, with_world
-from tinyllava_cookbook.recipes.results import accuracy, interval
+from tinyllava_cookbook.recipes.results import accuracy, interval, plot_losses
 from tinyllava_cookbook.recipes.sweep import Cell, cell_id, run_file, run_sweep, sweep_cells, sweeps
 from tinyllava_cookbook.recipes.variants import part_folder
 from tinyllava_cookbook.train.recipes import recipe, recipe_names
@@ -67,6 +67,14 @@ def test_differences_are_taken_question_by_question():
     results = dict(questions=ids, settings=dict(one=[dict(seeing_bits=one)], two=[dict(seeing_bits=two)]))
     assert accuracy(results, 'one').high > accuracy(results, 'two').low
     assert accuracy(results, 'two', minus='one').low > 0
+
+def test_losses_are_drawn_in_the_order_of_the_longest_recipe():
+    "A recipe of one stage, named first, put its finetune stage before the pretrain stage of the next"
+    curve = dict(curve=[(1, 3.), (2, .5)])
+    runs = dict(one=dict(finetune=curve), two=dict(pretrain=curve, finetune=curve))
+    fig = plot_losses(dict(settings={name: [dict(stages=stages)] for name,stages in runs.items()}))
+    assert [ax.get_title() for ax in fig.axes] == ['pretrain', 'finetune']
+    assert {tick.get_text() for ax in fig.axes for tick in ax.get_yticklabels()} <= {'0.1', '0.3', '1', '3', '10'}
 
 def test_a_world_is_written_once_and_feeds_every_stage(tmp_path):
     train,test = proxy_data(tmp_path, 1, 12, 4)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'LAYER_COUNTS', 'LARGEST', 'listed', 'inside', 'check_links', 'checkpoint_path', 'tower_paths',
-           'read_object', 'settings', 'check_values', 'check_folder', 'reading', 'read_config', 'vouched']
+           'read_object', 'settings', 'check_values', 'check_folder', 'why_not_fetched', 'reading', 'read_config',
+           'vouched']
 
 # %% ../nbs/09_trust.ipynb #3c53ef94
 import math
@@ -270,6 +271,24 @@ def check_folder(
             _check_paths(config, file)
     return folder
 
+# %% ../nbs/09_trust.ipynb #c0ffee22
+def why_not_fetched(
+    hub,    # `owner/name`
+    error,  # Of `huggingface_hub`
+) -> str:   # One line, with the next step
+    "Why files of the Hub are not here"
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    where = constants.ENDPOINT
+    if isinstance(error, GatedRepoError):
+        return f"{hub!r} asks to accept its licence: do so at {where}/{hub}, then hf auth login"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"no {hub!r} at {where}, or it is private: hf auth login; `tinyllava models` lists names"
+    if constants.is_offline_mode():
+        return (f"{hub!r} is not in the cache {constants.HF_HUB_CACHE!r}, and HF_HUB_OFFLINE forbids to fetch it; "
+                "unset it, or copy the folder to this machine and give its path")
+    return f"cannot fetch {hub!r} from {where}: {' '.join(str(error).split())[:200]}"
+
 # %% ../nbs/09_trust.ipynb #647e60ed
 @contextmanager
 def reading(
@@ -283,9 +302,10 @@ def reading(
         with quiet():
             yield
     except OSError as e:
-        # of the operating system, in words of ours already, or about a name on the Hub
-        if e.errno or isinstance(e, FileNotFoundError) or not Path(path).is_dir():
-            raise
+        # of the operating system, or in words of ours already
+        if e.errno or isinstance(e, FileNotFoundError): raise
+        if not Path(path).is_dir():
+            raise FileNotFoundError(why_not_fetched(str(path), e.__cause__ or e)) from e
         why = str(e).partition('. ')[0]   # the rest advises on names on the Hub
         raise FileNotFoundError(f"{str(path)!r}: its {what} lacks a file or an entry: {why}; "
             "save the folder again, or copy it again") from e

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from ..core import Registry, Table
-from ..trust import checkpoint_path
+from ..trust import checkpoint_path, why_not_fetched
 
 # %% ../../nbs/24_model.hub.ipynb #edf01d9b
 _SHORT_VISION = {'siglip': 'Sig', 'clip': 'C'}
@@ -252,25 +251,13 @@ def hub_id(
 _LEFT = ['*.msgpack', '*.h5', '*.ot', '*.gguf', '*.onnx', '*.pt', '*.pth',
          'training_args.bin', 'optimizer*', '*.ipynb_checkpoints*']
 
-def _why_not(hub, error):
-    "An error of the Hub in one line, with the next step"
-    where = constants.ENDPOINT
-    if isinstance(error, GatedRepoError):
-        return f"{hub!r} asks to accept its licence: do so at {where}/{hub}, then hf auth login"
-    if isinstance(error, RepositoryNotFoundError):
-        return f"no {hub!r} at {where}, or it is private: hf auth login; `tinyllava models` lists names"
-    if constants.is_offline_mode():
-        return (f"{hub!r} is not in the cache {constants.HF_HUB_CACHE!r}, and HF_HUB_OFFLINE forbids to fetch it; "
-                "unset it, or copy the folder to this machine and give its path")
-    return f"cannot fetch {hub!r} from {where}: {' '.join(str(error).split())[:200]}"
-
 # %% ../../nbs/24_model.hub.ipynb #05547a5e
 def _snapshot(hub, **which):
     "The folder in the cache with some of a repository's files; errors in our words"
     try: return snapshot_download(hub, **which)
     except OSError as e:
         if e.errno: raise   # of the operating system: a full disk
-        raise FileNotFoundError(_why_not(hub, e)) from e
+        raise FileNotFoundError(why_not_fetched(hub, e)) from e
 
 def fetch_settings(
     name:str,  # As for `hub_id`

@@ -218,16 +218,21 @@ def plot_losses(
 ):                       # The figure
     "Loss of each stage of the first run of some settings"
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
     names = list(settings or results['settings'])
     first = {name: results['settings'][name][0]['stages'] for name in names}
-    stages = list(dict.fromkeys(stage for run in first.values() for stage in run))
+    longest = sorted(first.values(), key=len, reverse=True)
+    stages = list(dict.fromkeys(stage for run in longest for stage in run))
     fig,axes = plt.subplots(1, len(stages), figsize=(3*len(stages), 2.2), dpi=72, squeeze=False)
     for ax,stage in zip(axes[0], stages):
         for name,run in first.items():
             if stage in run:
                 ax.plot(*zip(*run[stage]['curve']), label=name, lw=1)
         ax.set(title=stage, xlabel='step', yscale='log')
-        ax.legend(fontsize=7, framealpha=0, labelcolor=GREY)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        ax.yaxis.set_major_formatter('{x:g}')
+        ax.yaxis.minorticks_off()
+        ax.legend(fontsize=7, framealpha=0, labelcolor=GREY, loc='upper right')
         _plain(ax)
     axes[0][0].set_ylabel('loss')
     return fig

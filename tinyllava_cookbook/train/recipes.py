@@ -249,7 +249,8 @@ def _trained_part(part, tune):
 def _stage_row(recipe, stage):
     "A stage as a row of the table"
     trains = ', '.join(_trained_part(part, stage.tune[part]) for part in stage.trained)
-    length = f'{stage.max_steps} steps' if stage.max_steps else f'{stage.epochs:g} epochs'
+    many = 's'*(stage.epochs != 1)
+    length = f'{stage.max_steps} steps' if stage.max_steps else f'{stage.epochs:g} epoch{many}'
     return dict(
         stage=stage.name, trains=trains or 'nothing', lr=stage.lr, batch=stage.global_batch_size,
         length=length, schedule=stage.schedule, warmup=stage.warmup, decay=stage.weight_decay,

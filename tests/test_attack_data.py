@@ -20,7 +20,7 @@ from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Stage
 from tinyllava_cookbook.train.stages import train_stage
 
-pytestmark = pytest.mark.takes(55)
+pytestmark = pytest.mark.takes(50, waits=True)
 
 def turn(who, text): return {'from': who, 'value': text}
 

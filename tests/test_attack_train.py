@@ -19,7 +19,7 @@ from tinyllava_cookbook.train.recipes import Recipe, Stage, override, recipe, to
 from tinyllava_cookbook.train.stages import train_recipe, train_stage
 from tinyllava_cookbook.train.run_log import keep_lines_before
 
-pytestmark = pytest.mark.takes(40)
+pytestmark = pytest.mark.takes(45, waits=True)
 
 logging.disable_progress_bar()
 COLORS = 'red', 'green', 'blue', 'yellow'

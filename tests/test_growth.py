@@ -1,5 +1,5 @@
 "Cost that grows as the work does, and no faster: operations or bytes counted at two sizes, never seconds."
-import json, tracemalloc
+import gc, json, tracemalloc
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +9,7 @@ torch = pytest.importorskip('torch')
 import numpy as np
 from tinyllava_cookbook import cached_files
 from tinyllava_cookbook.cached_files import SMALL, find_cached, known_checksum, write_cached
-from tinyllava_cookbook.data import batches, preflight, records
+from tinyllava_cookbook.data import batches, packs, preflight, records
 from tinyllava_cookbook.data.batches import fill_packs, plan_packs
 from tinyllava_cookbook.data.datasets import VLMDataset
 from tinyllava_cookbook.data.faults import Fault
@@ -63,12 +63,25 @@ def test_packs_are_filled_once_for_all_epochs_and_ranks(monkeypatch):
 
 def test_operations_of_filling_packs(monkeypatch):
     def count(n):
-        calls = count_calls(monkeypatch, batches.Shelf, 'best')
+        calls = count_calls(monkeypatch, packs.Shelf, 'best')
         fill_packs(np.random.default_rng(1).integers(300, 1100, n).tolist(), 4096)
         monkeypatch.undo()
         return len(calls)
     looked = [count(n) for n in (2000, 4000, 8000)]
     assert looked[1] <= 2.1*looked[0] and looked[2] <= 2.1*looked[1]
+
+def test_bytes_of_a_plan():
+    "At most 80 for each sample while it is made, 12 in what it gives; as lists, 139 and 48"
+    seeds = iter(range(70, 99))   # what was planned before is kept
+    def each(n):
+        sizes = np.random.default_rng(n).integers(30, 110, n)
+        with peak_bytes() as found:
+            plan = plan_packs(sizes, 512, next(seeds))
+            found['kept'] = sum(o.nbytes for rank in plan for o in (rank.members, rank.starts, rank.ends))
+        return found['peak']/n, found['kept']/n
+    each(48)
+    small, large = (min(each(n) for _ in range(3)) for n in (5_000, 20_000))
+    assert large[0] < 80 and large[0] < 1.05*small[0] and large[1] < 12
 
 def test_a_large_file_is_hashed_once(tmp_path, monkeypatch):
     "By one of all processes, and again only when it is another file"
@@ -179,3 +192,18 @@ def test_bytes_of_a_score(tmp_path):
     each(10)   # imports, and tables of the normaliser
     small, large = least(each, 300), least(each, 1200)
     assert large < 2300 and large < 1.1*small
+
+def test_a_score_is_made_without_collections(tmp_path):
+    "Of garbage: each would pass over all answers read so far"
+    from tinyllava_cookbook.eval.scoring import score_file
+    def collections(n):
+        gold = [dict(question_id=i, question_type='q', answer_type='other', answers=[dict(answer=f'{i}')]) for i in range(n)]
+        (tmp_path/'annotations.json').write_text(json.dumps(dict(annotations=gold)))
+        (tmp_path/'a.jsonl').write_text(''.join(json.dumps(dict(question_id=i, text='red')) + '\n' for i in range(n)))
+        before = sum(o['collections'] for o in gc.get_stats())
+        score_file('vqav2', tmp_path, tmp_path/'a.jsonl')
+        return sum(o['collections'] for o in gc.get_stats()) - before
+    collections(10)
+    assert collections(2000) <= 2 and gc.isenabled()
+    with pytest.raises(FileNotFoundError): score_file('vqav2', tmp_path, tmp_path/'none.jsonl')
+    assert gc.isenabled()

@@ -9,7 +9,8 @@ from tinyllava_cookbook.ingredients import tiny_llms
 from tinyllava_cookbook.model.llms import llm_families
 from tinyllava_cookbook.model import packed_attention
 from tinyllava_cookbook.model.packed_attention import PACKED
-from tinyllava_cookbook.data.batches import GroupedSampler, Lengths, PadCollator, fill_packs, plan_packs
+from tinyllava_cookbook.data.batches import GroupedSampler, Lengths, PadCollator, balanced_runs, fill_packs, plan_packs
+from tinyllava_cookbook.data.packs import drawn_order
 from tinyllava_cookbook.data.packing import PackCollator, PackSampler, block_mask
 
 pytestmark = pytest.mark.takes(18)
@@ -160,6 +161,71 @@ def test_epochs_mix_anew():
     def pairs(epoch): return {(p[k], p[k + 1]) for p in map(sorted, plan_packs(x, 4096, 0, epoch)[0]) for k in range(len(p) - 1)}
     first, second = pairs(0), pairs(1)
     assert len(first & second) < .05*len(first)
+
+def simple_fill(sizes, budget, seed):
+    "`fill_packs` with a list of samples for each size, and all pairs of sizes looked at"
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    order = order[np.argsort([-max(sizes[i], budget//2) for i in order], kind='stable')]
+    shelf, packs, room, few = {}, [], 0, 2.5*sum(sizes)/len(sizes)
+    for i in order: shelf.setdefault(sizes[i], []).append(int(i))
+    def best():
+        fits = [n for n in shelf if shelf[n] and n <= room]
+        pairs = [min(n, m) for n in fits for m in fits if n + m == room and (n != m or len(shelf[n]) > 1)]
+        return room if room in fits else max(pairs or fits, default=0)
+    def put(n):
+        nonlocal room
+        packs[-1].append(shelf[n].pop())
+        room -= n
+    def finish():
+        while room and (n := best()): put(n)
+    for n in [sizes[i] for i in order]:
+        if n > room and packs: finish()
+        if n > room and shelf[n]:
+            packs.append([])
+            room = budget
+        if shelf[n]: put(n)
+        if room < few:
+            finish()
+            room = 0
+    return packs
+
+def simple_plan(x, budget, seed, epoch, world):
+    "`plan_packs` with lists"
+    there = [i for i, n in enumerate(x.tokens) if n]
+    sizes, rng = x.tokens[there], np.random.default_rng((seed, epoch))
+    packs = simple_fill(sorted(sizes.tolist()), budget, seed)
+    draws = rng.random(len(there))
+    mixed = [there[k] for k in sorted(range(len(there)), key=lambda k: (sizes[k], draws[k]))]
+    packs = [[mixed[i] for i in pack] for pack in packs]
+    runs, rest = balanced_runs(np.concatenate([np.add.reduceat(x.cost()[pack], [0]) for pack in packs]), 64, rng)
+    mixed = np.arange(64) ^ rng.integers(64, size=(len(runs), 1))
+    packs = [packs[k] for k in [*np.take_along_axis(runs, mixed, 1).flat, *rest]]
+    for _ in range(-len(packs) % world):
+        largest = max(range(max(0, len(packs) - max(64, world)), len(packs)), key=lambda k: len(packs[k]))
+        packs.append(packs[largest][::2])
+        packs[largest] = packs[largest][1::2]
+    return [packs[rank::world] for rank in range(world)]
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 64), min_size=1, max_size=150).filter(any), st.integers(0, 5), st.integers(0, 3), st.sampled_from([1, 2, 7, 80]),
+       st.sampled_from([64, 2**16]))
+def test_packs_are_those_of_a_simple_plan(n, seed, epoch, world, budget):
+    x = Lengths(np.array(n)*budget//64)
+    assert fill_packs(x.tokens[x.tokens > 0], budget, seed) == simple_fill(x.tokens[x.tokens > 0].tolist(), budget, seed)
+    assert plan_packs(x, budget, seed, epoch, world) == simple_plan(x, budget, seed, epoch, world)
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60))
+def test_samples_of_one_size_are_in_the_order_of_their_draws(samples):
+    "Also where draws are equal, or only in their first bits"
+    size, first, last = np.array(samples).T
+    draws = first/8 + last*2.**-53
+    assert np.array_equal(drawn_order(size.astype(np.uint16), draws), np.lexsort((draws, size)))
+
+def test_packs_are_lists_when_asked_for():
+    packs = plan_packs([700, 600, 300, 200], 1024, world_size=2)[1]
+    assert isinstance(packs[0], list) and repr(packs) == repr(list(packs)) and packs == list(packs) and packs != [[9]]
+    assert copy.deepcopy(packs)[:1] == packs[:1] == [packs[0]] and list(reversed(packs)) == packs[::-1]
 
 def test_sampler_is_the_plan():
     x = draw_mix(.002)

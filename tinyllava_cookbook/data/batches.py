@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'join_images', 'check_samples', 'pad_rows', 'PadCollator', 'padding_share', 'EpochBatches', 'balanced_runs',
-           'GroupedSampler', 'Lengths', 'Shelf', 'fill_packs', 'plan_packs', 'naming_hangs', 'BatchLoader', 'cores',
-           'parallel_map']
+           'GroupedSampler', 'Lengths', 'plan_packs', 'naming_hangs', 'BatchLoader', 'cores', 'parallel_map']
 
 # %% ../../nbs/14_data.batches.ipynb #bcb9be5d
 import contextlib, math, os
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from ..core import IGNORE
 from .datasets import BAD, WORKERS, sample_seconds, time_limit, working_on
+from .packs import Packs, check_fits, drawn_order, fill_packs, narrow
 
 # %% ../../nbs/14_data.batches.ipynb #b470fa9a
 def join_images(
@@ -232,114 +232,58 @@ class Lengths:
         "About how much each sample has to be computed"
         return self.tokens*(1 + self.tokens/(12*width)) + patch*self.patches
 
-# %% ../../nbs/14_data.batches.ipynb #f797f3dd
-class Shelf:
-    "Samples by size; bit `n` of `sizes` says whether one of size `n` is left"
-    def __init__(self,
-        sizes:np.ndarray,  # Of each sample
-        order:np.ndarray,  # Samples, those to be taken last first
-        budget:int,        # Most that fits into a pack
-    ):
-        by_size = order[np.argsort(sizes[order], kind='stable')]
-        borders = np.bincount(sizes, minlength=budget + 1).cumsum()[:-1]
-        self.items = [some.tolist() for some in np.split(by_size, borders)]
-        self.budget = budget
-        self.sizes = sum(1 << n for n, left in enumerate(self.items) if left)
-        self.mirror = sum(1 << budget - n for n, left in enumerate(self.items) if left)
-
-    def take(self, size):
-        found = self.items[size].pop()
-        if not self.items[size]:
-            self.sizes ^= 1 << size
-            self.mirror ^= 1 << self.budget - size
-        return found
-
-    def best(self, room) -> int:
-        "The size that leaves no room, alone or with a second one; else the largest that fits; 0: none does"
-        fits = self.sizes & (2 << room) - 1
-        pairs = 0 if fits >> room else self.sizes & self.mirror >> self.budget - room
-        half = room//2
-        if room % 2 == 0 and len(self.items[half]) == 1:
-            pairs &= ~(1 << half)
-        return max((pairs & (2 << half) - 1 or fits).bit_length() - 1, 0)
-
-# %% ../../nbs/14_data.batches.ipynb #7272a29d
-def fill_packs(
-    sizes,             # Of each sample, whole numbers
-    budget:int,        # Most that fits into a pack
-    seed:int=0,        # Of the draws
-) -> list[list[int]]:  # Packs of indices; each index once
-    "Packs that are as full as can be, of samples drawn at random"
-    sizes = np.asarray(sizes, dtype=np.int64)
-    order = np.random.default_rng(seed).permutation(len(sizes))
-    order = order[np.argsort(np.minimum(budget//2 - sizes[order], 0), kind='stable')]
-    shelf, packs, room = Shelf(sizes, order, budget), [], 0
-    few = 2.5*int(sizes.sum())/max(1, len(sizes))
-    def put(size):
-        nonlocal room
-        packs[-1].append(shelf.take(size))
-        room -= size
-    def finish():
-        while room and (size := shelf.best(room)): put(size)
-    for size in sizes[order].tolist():
-        if size > room and packs: finish()
-        if size > room and shelf.items[size]:
-            packs.append([])
-            room = budget
-        if shelf.items[size]: put(size)
-        if room < few:
-            finish()
-            room = 0
-    return packs
-
 # %% ../../nbs/14_data.batches.ipynb #4b5bf7a2
 def _sizes(x:Lengths, budget, max_images, max_patches) -> np.ndarray:
     "Of each sample its largest part of a budget, in tokens: packs that hold to it hold to all budgets"
+    check_fits(x.tokens, budget, 'tokens')
     size = x.tokens
-    for what, most in dict(tokens=budget, images=max_images, patches=max_patches).items():
+    for what, most in dict(images=max_images, patches=max_patches).items():
         if most is None: continue
         taken = getattr(x, what)
-        _check_fits(taken, most, what)
+        check_fits(taken, most, what)
         size = np.maximum(size, -(-taken*budget // max(most, 1)))
-    return np.where(x.tokens > 0, size, 0)
-
-# %% ../../nbs/14_data.batches.ipynb #526ab458
-def _check_fits(taken, most, what):
-    over = np.flatnonzero(taken > most)
-    if not over.size: return
-    first = over[0]
-    raise ValueError(f"{over.size} samples have more than {most} {what}; the first is number {first} with "
-                     f"{taken[first]}; raise the budget, or shorten them")
+    size = narrow(size, budget)
+    size[x.tokens <= 0] = 0
+    return size
 
 # %% ../../nbs/14_data.batches.ipynb #54d7f46f
-def _distribute(packs:list, world_size:int) -> list:
+def _halve(packs:Packs, k:int, new:int):
+    "Every second member of pack `k` becomes the pack `new`; they change places in between"
+    start, end = packs.starts[k], packs.ends[k]
+    halves = packs.members[start:end:2], packs.members[start + 1:end:2]
+    middle = start + len(halves[0])
+    packs.members[start:end] = np.concatenate(halves)
+    packs.starts[new],packs.ends[new],packs.starts[k] = start, middle, middle
+
+def _distribute(packs:Packs, world_size:int) -> list[Packs]:
     "As many packs for each rank, in turns; some of the last are halved for that"
-    for _ in range(-len(packs) % world_size):
-        last = range(max(0, len(packs) - max(64, world_size)), len(packs))
-        largest = max(last, key=lambda k: len(packs[k]))
-        packs.append(packs[largest][::2])
-        packs[largest] = packs[largest][1::2]
+    n = len(packs)
+    none = np.zeros(-n % world_size, dtype=np.int64)
+    packs = Packs(packs.members, np.append(packs.starts, none), np.append(packs.ends, none))
+    for new in range(n, len(packs)):
+        first = max(0, new - max(64, world_size))
+        counts = (packs.ends - packs.starts)[first:new]
+        _halve(packs, first + counts.argmax(), new)
     return [packs[rank::world_size] for rank in range(world_size)]
 
 # %% ../../nbs/14_data.batches.ipynb #fbb54334
 @lru_cache(maxsize=2)   # a run asks for the same in every epoch
-def _filled(sizes:bytes, budget, seed):
-    "Packs of sorted sizes: members one after the other, and where packs begin"
-    packs = fill_packs(np.frombuffer(sizes, dtype=np.int64), budget, seed)
-    return np.concatenate(packs), np.cumsum([0, *map(len, packs[:-1])])
+def _filled(sizes:bytes, dtype, budget, seed) -> Packs:
+    "Packs of sorted sizes"
+    return fill_packs(np.frombuffer(sizes, dtype), budget, seed)
 
-def _shuffled_members(size, there, budget, seed, rng):
-    "Which sample is where, pack after pack, and where packs begin: samples of one size change places"
-    members, starts = _filled(np.sort(size).astype(np.int64).tobytes(), budget, seed)
-    order = np.lexsort((rng.random(len(size)), size))
-    return there[order][members], starts
+def _shuffled(size, budget, seed, rng) -> Packs:
+    "Packs of sizes in which samples of one size change places"
+    packs = _filled(np.sort(size).tobytes(), size.dtype, budget, seed)
+    order = drawn_order(size, rng.random(len(size)))
+    return Packs(order[packs.members], packs.starts, packs.ends)
 
 # %% ../../nbs/14_data.batches.ipynb #9b9bba9f
-def _turns(cost, rng) -> list:
+def _turns(cost, rng) -> np.ndarray:
     "Numbers of packs in the order in which devices take them: neighbours cost about the same"
     runs, rest = balanced_runs(cost, 64, rng)
     mixed = np.arange(64) ^ rng.integers(64, size=(len(runs), 1))
-    return [*np.take_along_axis(runs, mixed, 1).flat, *rest]
+    return np.append(np.take_along_axis(runs, mixed, 1), rest)
 
 # %% ../../nbs/14_data.batches.ipynb #aa08ef9f
 def plan_packs(
@@ -351,20 +295,19 @@ def plan_packs(
     max_images:int|None=None,   # Most images in a pack
     max_patches:int|None=None,  # Most image tokens in a pack
     cost:np.ndarray|None=None,  # What each sample costs; `None`: `Lengths.cost`
-) -> list[list[list[int]]]:     # For each rank its packs of sample indices
+) -> list[Packs]:               # For each rank its packs: lists of sample indices
     "Which samples are packed together, and which rank computes them when"
     x = lengths if isinstance(lengths, Lengths) else Lengths(lengths)
     size = _sizes(x, budget, max_images, max_patches)
-    cost = x.cost() if cost is None else np.asarray(cost)
     there = np.flatnonzero(size)
     if not len(there):
         raise ValueError("no sample to pack: the dataset is empty, or all its lengths are 0")
     rng = np.random.default_rng((seed, epoch))
-    members, starts = _shuffled_members(size[there], there, budget, seed, rng)
-    order = _turns(np.add.reduceat(cost[members], starts), rng)
-    members, ends = members.tolist(), [*starts[1:].tolist(), len(members)]
-    packs = [members[start:end] for start, end in zip(starts.tolist(), ends)]
-    return _distribute([packs[k] for k in order], world_size)
+    packs = _shuffled(size[there], budget, seed, rng)
+    if len(there) < len(x): packs.members = there[packs.members]
+    cost = x.cost() if cost is None else np.asarray(cost)
+    order = _turns(np.add.reduceat(cost[packs.members], packs.starts), rng)
+    return _distribute(packs[order], world_size)
 
 # %% ../../nbs/14_data.batches.ipynb #e2e9daf6
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core import Registry, Table, read_json
 from .items import Item, as_written, find
 from .results import Score, compare, mean, percentile_interval, ratio
-from .records import ASIDE, match, read_answers, said
+from .records import ASIDE, collector_paused, match, read_answers, said
 from .yesno import (POPE_CATEGORIES, POPE_OFFSETS, mme, mme_answer, pope, pope_answer,
                                            pope_by_category,
                                            pope_mean_f1, pope_scores)
@@ -433,6 +433,7 @@ def score_file(
                          f"from {known}")
     if annotations is not None and not Path(annotations).exists():
         raise FileNotFoundError(f"no annotations {str(annotations)!r}")
-    rows = read_answers(answers, ASIDE)
-    with as_written(f'{bench} in {str(annotations)!r}'):
-        return scorer(annotations, rows, **options)
+    with collector_paused():
+        rows = read_answers(answers, ASIDE)
+        with as_written(f'{bench} in {str(annotations)!r}'):
+            return scorer(annotations, rows, **options)

@@ -21,9 +21,10 @@ def agreement(
     golds:list[str],  # The people's, normalized
 ) -> float:           # From 0 to 1
     "How far people agree with an answer: the mean of min(1, matches/3), one person left out each time"
-    matches = sum(gold==pred for gold in golds)
-    return sum(min(1, float(matches - (gold==pred))/3)
-               for gold in golds)/len(golds)
+    same = [gold==pred for gold in golds]
+    matches = sum(same)
+    points = min(1, matches/3), min(1, (matches-1)/3)   # where another answer is left out, and where this one is
+    return sum(points[said] for said in same)/len(golds)
 
 # %% ../../nbs/51_eval.vqa.ipynb #544f00b6
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
@@ -105,12 +106,13 @@ def _sparing():
     held = {}
     def keep(found):
         record = {name: value for name,value in found.items() if name not in _UNUSED}
+        said = record.get('answer')
+        if len(record)==1 and isinstance(said, str):
+            return held.setdefault((said,), record)
         for name in _REPEATED:
             if isinstance(value := record.get(name), str):
                 record[name] = held.setdefault(value, value)
-        said = record.get('answer')
-        alone = len(record)==1 and isinstance(said, str)
-        return held.setdefault((said,), record) if alone else record
+        return record
     return keep
 
 # %% ../../nbs/51_eval.vqa.ipynb #51fa11a7
@@ -161,9 +163,10 @@ def vqav2(
     ids = [entry['question_id'] for entry in gold]
     by_id, problems = match(answers, ids, partial,
                             _questions(path.parent))
-    items = [_vqa_item(entry, by_id.get(str(entry['question_id'])),
-                       convert)
-             for entry in gold]
+    items = gold
+    for i,entry in enumerate(gold):   # each takes the place of its annotation, so that both are never held
+        row = by_id.get(str(entry['question_id']))
+        items[i] = _vqa_item(entry, row, convert)
     tables = dict(perAnswerType=table(items, 'kind', 100.),
                   perQuestionType=table(items, 'question_type', 100.))
     metrics = dict(overall=100*mean(item['score'] for item in items))

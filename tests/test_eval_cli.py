@@ -118,6 +118,7 @@ def test_eval_with_splits_and_grades(capsys, home, judge, tmp_path):
 
 @pytest.mark.parametrize('words,code,why', [
     ('--split vqav2=test-dev', 1, "a split for 'vqav2', which is not asked"), ('--split gqa', 2, "--split 'gqa' is not NAME=VALUE"),
+    ('--split gqa=val --split gqa=tiny', 2, "--split names 'gqa' twice"), ('--model another', 2, 'two models'),
     ('--graded mmvet=g.json', 1, "a judge's file for 'mmvet', which is not asked"), ('--split gqa=tiny', 1, 'tiny_questions.json')])
 def test_eval_mistakes_before_the_model(capsys, home, tmp_path, words, code, why):
     got, out, err = run(capsys, 'eval', 'no/such/model', '--bench', 'gqa', '--data', home/'data', '--out', tmp_path/'out', *words.split())

@@ -116,6 +116,8 @@ def _eval_benches(a):
          _eval_args)
 def _eval(a):
     from tinyllava_cookbook.eval.benchmarks import score_table
+    if a.model and a.folder:
+        raise Usage(f"two models, {a.folder!r} and --model {a.model!r}; give one")
     a.model = a.model or a.folder
     if not a.model:
         raise Usage("name the model: tinyllava eval MODEL ...")

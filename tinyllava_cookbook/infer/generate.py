@@ -15,12 +15,13 @@ from tqdm.auto import tqdm
 from transformers import (LogitsProcessor, StoppingCriteria, StoppingCriteriaList,
     TextIteratorStreamer)
 from ..allocator import keep_freed_memory
+from ..cached_files import folder_stamps
 from ..core import IGNORE, IMAGE_TOKEN, pick_device, pick_dtype
 from ..data.images import image_size, load_image
 from ..data.templates import chat_template
 from ..model.checkpoints import load
 from ..model.processor import template_stops
-from tinyllava_cookbook.infer.decoding import (SlotDecoder, SlotRow, check_finite, decodes_in_slots,
+from tinyllava_cookbook.infer.decoding import (COLDEST, SlotDecoder, SlotRow, check_finite, decodes_in_slots,
     share_beginnings)
 
 # %% ../../nbs/40_infer.generate.ipynb #09081824
@@ -152,11 +153,11 @@ def answer_ends(
     return template_stops(processor.tokenizer, processor.template)
 
 # %% ../../nbs/40_infer.generate.ipynb #83dbbb43
-def _how(temperature):
+def _how(model, temperature):
     if temperature:
-        return dict(do_sample=True, temperature=temperature)
-    return dict(do_sample=False, num_beams=1, temperature=None, top_p=None,
-                top_k=None)
+        top_k = model.generation_config.top_k or 0   # 0: all; `None` would be 50
+        return dict(do_sample=True, temperature=max(temperature, COLDEST), top_k=top_k)
+    return dict(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None)
 
 # %% ../../nbs/40_infer.generate.ipynb #01a07546
 class FiniteLogits(LogitsProcessor):
@@ -173,7 +174,7 @@ def _cut(ids, ends):
 def _generated(model, processor, prompts, images, max_new_tokens, blind, temperature, **kwargs):
     "Answers of one batch by `generate`"
     pad, ends = processor.tokenizer.pad_token_id, answer_ends(processor)
-    how = dict(_how(temperature), eos_token_id=ends, pad_token_id=pad,
+    how = dict(_how(model, temperature), eos_token_id=ends, pad_token_id=pad,
                use_cache=True)
     how['logits_processor'] = [FiniteLogits(), *kwargs.pop('logits_processor', [])]
     b = _batch(model, processor, prompts, images, blind)
@@ -323,6 +324,16 @@ class _Cancel(StoppingCriteria):
         return torch.full((len(input_ids),), self.told.is_set(),
                           device=input_ids.device)
 
+class _Words(TextIteratorStreamer):
+    "Text as it comes, without the token that ends it; decoded from its beginning, where SentencePiece drops a space"
+    def put(self, value):
+        if not self.next_tokens_are_prompt and value.item() in self.ends: return
+        held = self.token_cache
+        super().put(value)
+        if held and not self.token_cache:   # a line is complete
+            self.token_cache = held
+            self.print_len = len(self.tokenizer.decode(held, **self.decode_kwargs))
+
 # %% ../../nbs/40_infer.generate.ipynb #8ffbf01f
 def _stripped(pieces):
     "The same text without white space at its ends, while it is still coming"
@@ -337,8 +348,8 @@ def _stripped(pieces):
 # %% ../../nbs/40_infer.generate.ipynb #069abe72
 def _stream(model, processor, prompt, images, **kw):
     "Pieces of the answer to one prompt, while it is generated"
-    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True,
-                                    skip_special_tokens=True)
+    streamer = _Words(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.ends = {*answer_ends(processor), processor.tokenizer.pad_token_id}
     cancel, failed = _Cancel(), []
     kw.update(streamer=streamer, stopping_criteria=StoppingCriteriaList([cancel]))
     def work():
@@ -368,9 +379,7 @@ def open_model(
 ) -> tuple:            # Model and processor
     "A model with its processor, loaded if need be"
     if isinstance(model, (str,Path)):
-        # its age tells a folder that was trained again
-        config = Path(model)/'config.json'
-        return _load_once(str(model), config.stat().st_mtime_ns if config.exists() else None, device)
+        return _load_once(str(model), frozenset(folder_stamps(model).items()), device)
     if processor is None:
         raise ValueError(f"a {type(model).__name__} needs its processor; "
                          "pass `processor=`, or a folder as `model`")

@@ -262,6 +262,14 @@ def test_sampling_is_among_all_tokens_and_cold_is_greedy(models):
     for temperature in 1e-30, 1e-40, 1e-300:
         assert draw_scores(logits, temperature, .9, torch.Generator().manual_seed(0)).argmax() == 2
 
+def test_an_answer_ends_where_the_model_reads_no_further(models):
+    "It went on at positions that the model was never trained on"
+    model, processor = models['llama']
+    prompt = [5]*(model.config.text_config.max_position_embeddings - 3)
+    def lengths(prompts, **kw): return [len(ids) for ids in G.answer_ids(model, processor, prompts, max_new_tokens=8, **kw)]
+    assert max(lengths([prompt, prompt[:9]])) > 3 >= lengths([prompt, prompt[:9]])[0]
+    assert lengths([prompt])[0] <= 3 and lengths([prompt], temperature=.5)[0] <= 3
+
 def test_stream_that_nobody_reads_ends(models):
     model, processor = models['llama']
     before = threading.active_count()

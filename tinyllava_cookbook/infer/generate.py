@@ -82,13 +82,12 @@ def pixel_inputs(
     return inputs
 
 # %% ../../nbs/40_infer.generate.ipynb #165c519f
-def _check_room(model, prompts):
-    "An error for a prompt that is longer than what the model reads"
+def _room(model, prompts):
+    "Tokens that each answer can have; an error for a prompt that is longer than what the model reads"
+    most = getattr(model.config.text_config, 'max_position_embeddings', None) or 2**30
     longest = max(map(len, prompts))
-    room = getattr(model.config.text_config, 'max_position_embeddings', None)
-    if room and longest >= room:
-        raise ValueError(
-            f"a prompt of {longest} tokens, but the model reads {room}; shorten it")
+    if longest < most: return [most - len(ids) for ids in prompts]
+    raise ValueError(f"a prompt of {longest} tokens, but the model reads {most}; shorten it")
 
 # %% ../../nbs/40_infer.generate.ipynb #9d436c79
 def left_padded(
@@ -106,7 +105,7 @@ def left_padded(
 # %% ../../nbs/40_infer.generate.ipynb #bce85df3
 def _batch(model, processor, prompts, images, blind=False):
     "Left-padded inputs of `generate`"
-    _check_room(model, prompts)
+    _room(model, prompts)
     b = left_padded(prompts, processor.tokenizer.pad_token_id, model.device)
     b |= pixel_inputs(model, processor, images)
     if images and blind: b['pixel_values'].zero_()
@@ -178,6 +177,7 @@ def _generated(model, processor, prompts, images, max_new_tokens, blind, tempera
                use_cache=True)
     how['logits_processor'] = [FiniteLogits(), *kwargs.pop('logits_processor', [])]
     b = _batch(model, processor, prompts, images, blind)
+    if len(prompts) == 1: max_new_tokens = min(max_new_tokens, *_room(model, prompts))
     out = model.generate(**b, **how, max_new_tokens=max_new_tokens, **kwargs)
     new = out[:, b['input_ids'].shape[1]:].tolist()
     return [_cut(o, {*ends, pad}) for o in new]
@@ -201,9 +201,9 @@ class _Taken:
 # %% ../../nbs/40_infer.generate.ipynb #0a3b3433
 def _decoded(model, processor, prompts, images, max_new_tokens, blind, slots, done):
     "Answers by the decoder"
-    _check_room(model, prompts)
+    rooms = _room(model, prompts)
     ends = {*answer_ends(processor), processor.tokenizer.pad_token_id}
-    taken = [_Taken(ends, max_new_tokens, done) for _ in prompts]
+    taken = [_Taken(ends, min(max_new_tokens, left), done) for left in rooms]
     owned = images_of_prompts(processor, prompts, images)
     rows = [_slot_row(processor, *o, blind) for o in zip(prompts, owned, taken)]
     slots = slots or len(prompts)

@@ -156,3 +156,19 @@ def test_questions_are_not_written_over(capsys, home, tmp_path):
         code, out, err = run(capsys, *words)
         assert code == 2 and 'is a file that is read, and would be written over; give another' in err, err
     assert file.read_bytes() == before
+
+def test_what_others_keep_beside_the_answers_stays(capsys, home, tmp_path):
+    "The folder FILE.run was deleted as a whole, whatever it held"
+    from PIL import Image
+    Image.new('RGB', (8, 8)).save(tmp_path/'a.png')
+    questions = tmp_path/'q.jsonl'
+    write_lines(questions, [dict(question_id=1, image='a.png', text='What?', answer='a')])
+    mine = tmp_path/'said.run'/'mine.txt'
+    mine.parent.mkdir()
+    mine.write_text('mine')
+    for blind in (), ('--blind',):
+        args = ['eval', home/'model', '--questions', questions, '--images', tmp_path, '--answers', tmp_path/'said', '--device', 'cpu']
+        code, out, err = run(capsys, *args, *blind)
+        assert (code, [path.name for path in mine.parent.iterdir()]) == (0, ['mine.txt']), err
+    mine.unlink()
+    assert run(capsys, *args, *blind)[0] == 0 and not mine.parent.exists()

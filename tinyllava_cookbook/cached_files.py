@@ -7,7 +7,7 @@ __all__ = ['SMALL', 'cache_lock', 'file_stamp', 'folder_stamps', 'known_checksum
            'cached_files', 'prune_cache']
 
 # %% ../nbs/08_cached_files.ipynb #f393c8df
-import contextlib, logging, os, time, uuid
+import contextlib, logging, os, re, time, uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,19 +136,23 @@ class CachedFile(NamedTuple):
     used:float    # When it was read last, in seconds since 1970
 
 # %% ../nbs/08_cached_files.ipynb #1b26e29b
+_HEX = '[0-9a-f]'
+_OURS = re.compile(   # Below the cache: what `write_cached` names, checksums, and drawn worlds
+    rf'.+/[^/]+(-[0-9]+-{_HEX}{{32}}\.\w+|\.{_HEX}{{32}}\.tmp)|checksums/{_HEX}{{32}}[^/]*|worlds/{_HEX}{{16,}}/.+')
+
 def cached_files() -> list[CachedFile]:
-    "All files of the cache but locks, those read last first"
+    "All files that were put into the cache, but locks, those read last first; other files in that folder are not ours"
     root = cache_dir()
     found = []
     for path in root.rglob('*'):
-        kind = path.relative_to(root).parts[0]
-        if kind == 'locks' or path.is_symlink() or not path.is_file():
+        place = path.relative_to(root)
+        if not _OURS.fullmatch(place.as_posix()) or path.is_symlink() or not path.is_file():
             continue
         facts = path.stat()
         used = max(facts.st_atime, facts.st_mtime)
         being_written = path.suffix == '.tmp' and used > time.time() - 86400
         if not being_written:
-            found.append(CachedFile(kind, path, facts.st_size, used))
+            found.append(CachedFile(place.parts[0], path, facts.st_size, used))
     return sorted(found, key=lambda o: -o.used)
 
 # %% ../nbs/08_cached_files.ipynb #3a9b58aa

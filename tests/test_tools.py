@@ -254,3 +254,12 @@ def test_commands_run_beside_each_other(capfd, tmp_path):
         assert beside.main(commands) == code
         said = capfd.readouterr()
         assert said.out == ('out\nwhy\n' if code == 3 else '') and said.err.startswith('failed: sh -c')
+
+def test_which_processes_of_notebooks_are_forked():
+    "Commands and code that works with the libraries; not what looks at imports, time or memory, and no other program"
+    import notebooks
+    python, source = (sys.executable, '-c'), lambda name: (ROOT/f'tinyllava_cookbook/{name}.py').read_text()
+    assert notebooks.loads([sys.executable, '-m', 'tinyllava_cookbook.cli', 'chat'])
+    assert notebooks.loads([*python, 'import sys; from transformers import AutoProcessor']) and notebooks.loads([*python, source('recipes/sweep')])
+    for args in ([*python, 'import torch'], [*python, "import sys; print('torch' in sys.modules)"], [*python, 'from tinyllava_cookbook.data.bench import measure_loading'], ['git', 'log'], 'echo', []):
+        assert not notebooks.loads(args), args

@@ -48,6 +48,13 @@ def pytest_xdist_make_scheduler(config, log):
             super()._assign_work_unit(node)
     return Lanes(config, log)
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    "While all files are imported nothing is garbage, and the collector need not look a hundred times"
+    gc.disable()
+    try: return (yield)
+    finally: gc.enable()
+
 def pytest_collection_finish():
     "What is imported stays: the collector, called at the end of each training, need not walk through a million objects"
     gc.freeze()

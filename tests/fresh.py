@@ -304,6 +304,7 @@ def preload():
     "Import the libraries, and nothing of ours; what follows PYTHONPATH on `sys.path`, and the variables they set"
     import importlib
     before, environ = random.getstate(), dict(os.environ)
+    gc.disable()     # nothing of it is garbage
     for name in LIBRARIES: importlib.import_module(name)
     sys.modules['transformers.conversion_mapping'].get_checkpoint_conversion_mapping('llama')   # builds a table of 1,000 patterns, once
     ours = [o for o in sys.modules if o.partition('.')[0] == 'tinyllava_cookbook']
@@ -311,6 +312,7 @@ def preload():
     random.setstate(before)
     gc.collect()
     gc.freeze()
+    gc.enable()
     n = len([o for o in os.environ.get('PYTHONPATH', '').split(os.pathsep) if o])
     return sys.path[1 + n:], {k:v for k,v in os.environ.items() if environ.get(k) != v}
 

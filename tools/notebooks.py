@@ -13,12 +13,14 @@ del sys.path[0]
 LOADS = 'from transformers import', 'import Cell, run_cell'   # in code: it takes the libraries only to work with them
 
 def load():
-    "Import what most notebooks do, before workers are forked; the collector leaves it alone from then on"
+    "Import what most notebooks do, before workers are forked; the collector leaves it alone, then and from then on"
     os.environ['IN_TEST'] = '1'
+    gc.disable()
     import tinyllava_cookbook.cli   # first, as it silences what transformers imports
     import datasets, matplotlib.pyplot, peft, torch, transformers
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 def loads(args):
     "Is it a command of ours, or code that works with the libraries?"

@@ -39,5 +39,5 @@ def main(commands):
     return 0
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that Ctrl-C and this one end the rest
+    for o in (signal.SIGINT, signal.SIGTERM): signal.signal(o, lambda number, _: sys.exit(128 + number))   # after what runs has been ended
     sys.exit(main(sys.argv[1:]))

@@ -21,7 +21,7 @@ NAMES = [*recipe_names(), 'train_llava:variant=use_lora', 'train_llava:variant=f
 @pytest.mark.parametrize('name', NAMES)
 def test_twin_trains_and_changes_exactly_what_it_means_to(name, tmp_path):
     r = tiny_twin(name, tmp_path/'parts')
-    before,_ = start_model(r, tmp_path/'run', 0)
+    before,_ = start_model(r)
     model,_,results = train_recipe(r, tmp_path/'run', progress=False, device='cpu')
     for i,s in enumerate(r.stages):
         folder = tmp_path/'run'/('model' if i == len(r.stages)-1 else s.name)

@@ -133,12 +133,14 @@ def _read(src, use, timeout, remote):
         return use(file, os.path.expanduser(src))
 
 # %% ../nbs/09_image_files.ipynb #b8284792
-def _check_opened(im:Image.Image, max_aspect):
+def _decode_opened(im:Image.Image, max_aspect) -> Image.Image:
     "The same rules for an image that somebody else opened, before its pixels are read"
     if isinstance(im, ImageFile.ImageFile) and im.format not in (*IMAGE_FORMATS, 'MPO'):   # MPO: a camera's JPEG
         raise ValueError(
             f"a {im.format} image is not one of the formats {', '.join(IMAGE_FORMATS)}; convert it first")
     check_size(*im.size, max_aspect)
+    im.load()
+    return to_rgb(ImageOps.exif_transpose(im))
 
 # %% ../nbs/09_image_files.ipynb #dca9e9cb
 def load_image(
@@ -148,12 +150,9 @@ def load_image(
     max_aspect:float|None=None, # Longest side over shortest, as for `check_size`
 ) -> Image.Image:               # Upright, RGB, fully decoded
     "The image at `src`, whatever it is; errors name it"
-    if not isinstance(src, Image.Image):
-        return _read(src, lambda file, name: decode_image(file, name, max_aspect),
-                     timeout, remote)
-    _check_opened(src, max_aspect)
-    src.load()
-    return to_rgb(ImageOps.exif_transpose(src))
+    if isinstance(src, Image.Image): return _decode_opened(src, max_aspect)
+    return _read(src, lambda file, name: decode_image(file, name, max_aspect),
+                 timeout, remote)
 
 # %% ../nbs/09_image_files.ipynb #8b7f738e
 def _size(
@@ -183,7 +182,7 @@ def image_size(
 ) -> tuple[int, int]:           # Height and width of what `load_image` gives
     "The size of an image, without decoding it"
     if isinstance(src, Image.Image):
-        return load_image(src, max_aspect=max_aspect).size[::-1]
+        return _decode_opened(src, max_aspect).size[::-1]
     return _read(src, lambda file, name: _size(file, name, max_aspect), timeout,
                  remote)
 

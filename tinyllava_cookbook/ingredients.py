@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['tiny_tokenizers', 'tiny_llms', 'tiny_visions', 'SHIPPED', 'tiny_text', 'tiny_tokenizer', 'openelm_code',
-           'tiny_checkpoint', 'ingredient']
+           'tiny_checkpoint', 'ingredient', 'component_path']
 
 # %% ../nbs/03_ingredients.ipynb #0f8eb155
 import random, shutil
@@ -245,3 +245,11 @@ def ingredient(
     if name not in SHIPPED:
         raise UnknownName(f"no ingredient {name!r}; choose from {sorted(SHIPPED)}")
     return package_data(name)
+
+# %% ../nbs/03_ingredients.ipynb #cfd29a72
+def component_path(
+    name:str,     # One of `SHIPPED`, a folder, or a name on the Hub
+) -> str|Path:    # The folder of a shipped one, else what was given
+    "Where a component is loaded from"
+    given = Path(name).is_dir() or '/' in str(name)
+    return name if given else ingredient(name)

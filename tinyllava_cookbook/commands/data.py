@@ -47,7 +47,7 @@ def _encoder_of(a):
         from tinyllava_cookbook.train.start import start_model
         from tinyllava_cookbook.train.data import stage_encoder
     r = recipe(a.recipe)
-    _,processor = start_model(r, '', trust_remote_code=a.trust_remote_code)
+    _,processor = start_model(r, trust_remote_code=a.trust_remote_code)
     return stage_encoder(processor, r.stage(a.stage) if a.stage else r.stages[-1])
 
 # %% ../../nbs/95_commands.data.ipynb #72593d74

@@ -33,9 +33,11 @@ from .proxy import PROXIES, SCENES, TEST_SCENES, kept_data, proxy, proxy_data, w
 from .results import LOOKED
 from .variants import shipped_parts, with_parts
 from ..train.fields import check_names
+from ..train.identity import start_identity
+from ..train.ready import stage_start
 from ..train.recipes import Recipe, from_dict, to_dict
 from ..train.stages import train_recipe
-from ..train.start import start_identity, start_model
+from ..train.start import start_model
 from ..viz.attention import answer_attention
 from transformers import TrainerCallback
 
@@ -58,7 +60,7 @@ def cell_id(
     cell:Cell,  # Any
 ) -> str:       # 32 letters
     "The identity of a run"
-    parts = start_identity(shipped_parts(cell.seeded), '')['id']
+    parts = start_identity(shipped_parts(cell.seeded))['id']
     given = to_dict(cell.seeded) | dict(name='')
     what = [parts, given, cell.scenes, cell.test_scenes]
     text = json.dumps(what, sort_keys=True)
@@ -119,7 +121,7 @@ def stage_views(
     answers,maps = {},{}
     names = ['start', *(stage.name for stage in r.stages)]
     for number,name in enumerate(names):
-        opened = start_model(r, out, number)
+        opened = start_model(r, stage_start(r, out, number))
         answers[name] = model_answers(*opened, items)
         maps[name] = model_maps(*opened, items)
     return answers, maps

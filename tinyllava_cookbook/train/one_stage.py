@@ -7,7 +7,7 @@ __all__ = ['to_device', 'train_stage']
 
 # %% ../../nbs/36_train.one_stage.ipynb #b66e4ccb
 # first, as it silences what transformers imports
-from .finished import StageResult, finish_stage, stage_result
+from .finished import finish_stage
 
 import time
 from contextlib import contextmanager
@@ -22,6 +22,7 @@ from ..model.packed_attention import row_attention
 from .precision import give_back
 from .ranks import run_lock
 from .recipes import Stage
+from .results import StageResult, stage_result
 from .stage_trainer import stage_trainer
 
 # %% ../../nbs/36_train.one_stage.ipynb #117882de

@@ -164,7 +164,7 @@ def profile_stage(
     watch = StepProfiler(steps, warmup)
     Path(out).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as run:
-        model,processor = start_model(dataclasses.replace(recipe, start=None), run, trust_remote_code=trust_remote_code)
+        model,processor = start_model(dataclasses.replace(recipe, start=None), trust_remote_code=trust_remote_code)
         train_stage(model, processor, chosen, Path(run)/'stage', data, images, recipe.seed,
                     callbacks=[watch], progress=False, device=device)
     return _written(watch, Path(out), pick_device(device))

@@ -216,16 +216,15 @@ class Recipe:
         taken = set(names) & {field.name for field in dataclasses.fields(self)}
         check(not taken, f"recipe {self.name!r}: stage name {sorted(taken)} is a field of the recipe; take another")
 
-    def stage(self,
-        name:str,  # Of one of the stages
-    ) -> Stage:    # A copy that carries the recipe's template and image mode where it had none
-        "The stage called `name`, complete"
+    def _complete(self, stage):
+        return dataclasses.replace(copy.deepcopy(stage), template=stage.template or self.template,
+                                   image_mode=stage.image_mode or self.image_mode)
+    def complete_stages(self) -> dict:   # Name -> a copy, with the recipe's template and image mode where it had none
+        return {stage.name: self._complete(stage) for stage in self.stages}
+    def stage(self, name:str) -> Stage: # One of `complete_stages`
         stages = {stage.name: stage for stage in self.stages}
         check_names([name], list(stages), f"stage in recipe {self.name!r}:")
-        stage = copy.deepcopy(stages[name])
-        return dataclasses.replace(stage, template=stage.template or self.template,
-                                   image_mode=stage.image_mode or self.image_mode)
-
+        return self._complete(stages[name])
     def to_dict(self) -> dict: return to_dict(self)
     def _title(self):
         parts = f'{self.vision} + {self.connector} + {self.llm}'

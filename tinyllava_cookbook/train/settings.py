@@ -178,9 +178,11 @@ def check_warmup(
 def check_order(
     recipe,       # A `Recipe`
     names:list,   # Of the stages to run
+    given=(),     # Names of stages that data is given for
 ):
     "An error unless these are neighbouring stages of the recipe, in its order"
     order = [stage.name for stage in recipe.stages]
+    check_names(given, order, f"stage in recipe {recipe.name!r}:")
     check_names(names, order, f"stage in recipe {recipe.name!r}:")
     check(names, f"no stage to run; choose from {order}")
     first = order.index(names[0])

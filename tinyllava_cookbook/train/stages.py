@@ -6,78 +6,45 @@
 __all__ = ['train_recipe']
 
 # %% ../../nbs/37_train.stages.ipynb #ca50f52c
+from functools import partial
 from pathlib import Path
 
-from ..core import pick_device
 from ..durable import stop_if_asked, stop_on_signal
-from .data import stage_rows
-from .feature_cache import check_frozen_tower
-from .finished import finished_result
+from .identity import start_identity
 from .one_stage import train_stage
-from .parallel import join_processes, parallel_args
-from .plan import ACCEPT
+from .parallel import join_processes
+from .plan import check_accept
 from .ranks import run_lock
-from .recipes import Recipe, check_names, to_dict
+from .ready import ready_stages
+from .recipes import Recipe
 from .recipes import recipe as find_recipe
-from .settings import check_order
-from .start import start_identity, start_model, stage_weights
-from .tuning import check_tune
+from .results import finished_result
+from .start import start_model
 
-# %% ../../nbs/37_train.stages.ipynb #c7e1b0c6
-def _todo(recipe, stages):
-    "Names of the stages to run, neighbours in the recipe's order"
-    if isinstance(stages, str): stages = [stages]
-    todo = list(stages or [stage.name for stage in recipe.stages])
-    check_order(recipe, todo)
-    return todo
-
-# %% ../../nbs/37_train.stages.ipynb #d2aa2028
-def _ready(recipe, todo, data, images, parallel, device='auto', eval_data=None, feature_cache='off', **kwargs):
-    "Each stage with its data and held-out data; what is missing or does not fit is found before weights are loaded"
-    names = [stage.name for stage in recipe.stages]
-    check_names(data, names, f"stage in recipe {recipe.name!r}:")
-    stages = {name: recipe.stage(name) for name in todo}
-    check_tune(*stages.values())
-    if feature_cache not in ('off', 'auto'):
-        for stage in stages.values(): check_frozen_tower(stage)
-    cuda = pick_device(device).type == 'cuda'
-    for stage in stages.values(): parallel_args(parallel, stage, cuda)
-    def read(given):
-        return {name: stage_rows(stage, given.get(name), images) for name,stage in stages.items()}
-    rows = read(data)
-    held_out = {} if eval_data is None else read(dict.fromkeys(todo, eval_data))
-    return stages, rows, held_out
-
-# %% ../../nbs/37_train.stages.ipynb #5ac15b41
-class _Run:
-    "The stages of a recipe in one folder, one after the other"
-    def __init__(self, recipe, out, start, first, trusted, options):
-        check_names(options['accept'], ACCEPT, "part of a run that may differ, in accept:")
-        self.recipe,self.out = recipe, out
-        self.start,self.first = start, first
-        self.trusted = trusted
-        self.options = options
-        self.names = [stage.name for stage in recipe.stages]
-        self.model = self.processor = None
-
-    def place(self, name):
-        "Number of a stage, and the folder to start it from where one was given"
-        return self.names.index(name), self.start if name == self.first else None
-
-    def open(self, number, folder=None):
-        if self.model is None:
-            self.model,self.processor = start_model(self.recipe, self.out, number, folder, self.trusted)
-
-    def train(self, name, data, eval_data=None):
-        number,folder = self.place(name)
-        stop_if_asked(f"stage {name!r}")
-        self.open(number, folder)
-        stop_if_asked(f"the first step of stage {name!r}")
-        origin = start_identity(self.recipe, self.out, number, folder)
-        final = stage_weights(self.recipe, self.out, name)
-        return train_stage(self.model, self.processor, self.recipe.stage(name), self.out/name, data,
-            seed=self.recipe.seed, eval_data=eval_data, final=final, recipe=to_dict(self.recipe), origin=origin,
-            **self.options)
+# %% ../../nbs/37_train.stages.ipynb #077afa10
+def _run(recipe, out, takes, trusted, options):
+    "One stage after the other: left out where it is finished, else trained"
+    ready = list(ready_stages(recipe, out, **takes))   # all of them, before weights are loaded
+    open_model = partial(start_model, recipe, trust_remote_code=trusted)
+    opened,results = None, {}
+    with run_lock(out):
+        join_processes(options['device'])
+        for each in ready:
+            name = each.stage.name
+            origin = start_identity(recipe, each.start)
+            found = options['resume'] and finished_result(
+                each.folder, each.stage, each.rows, recipe.seed, origin, options['accept'])
+            if not found:
+                stop_if_asked(f"stage {name!r}")
+                opened = opened or open_model(each.start)
+                stop_if_asked(f"the first step of stage {name!r}")
+                trained = train_stage(*opened, each.stage, each.folder, each.rows, seed=recipe.seed,
+                    eval_data=each.held_out, final=each.weights, recipe=recipe, origin=origin, **options)
+            results[name] = found or trained
+            # finished before, or wrapped and sharded: the next stage opens the folder
+            if found or options['parallel'] != 'ddp': opened = None
+        model,processor = opened or open_model(ready[-1].weights)
+    return model, processor, results
 
 # %% ../../nbs/37_train.stages.ipynb #19bbf070
 def train_recipe(
@@ -91,22 +58,14 @@ def train_recipe(
     start=None,           # Folder of a model that the first of them starts from instead
     accept=(),            # What may differ from the run that is resumed: some of `ACCEPT`
     trust_remote_code:bool=False, # May code in the LLM's folder run, where `transformers` has none?
-    **kwargs,             # Passed to `train_stage`: `progress`, `callbacks`, `device`, `eval_data`, `feature_cache` ...
+    eval_data=None,       # As for `train_stage`, for each of them
+    **kwargs,             # Passed to `train_stage`: `progress`, `callbacks`, `device`, `feature_cache` ...
 ) -> tuple:               # Model, processor and a dict of `StageResult`s
     "Run the stages of a recipe in order"
     if not isinstance(recipe, Recipe): recipe = find_recipe(recipe)
-    out,todo = Path(out), _todo(recipe, stages)
-    options = kwargs | dict(resume=resume, parallel=parallel, accept=accept)
-    options.pop('eval_data', None)   # each stage is given its own, read by `_ready`
-    run,results = _Run(recipe, out, start, todo[0], trust_remote_code, options), {}
-    with stop_on_signal():
-        ready,rows,held_out = _ready(recipe, todo, data or {}, images, parallel, **kwargs)
-        with run_lock(out):
-            join_processes(kwargs.get('device', 'auto'))
-            for name in todo:
-                found = resume and finished_result(recipe, out, *run.place(name), ready[name], rows[name], accept)
-                results[name] = found or run.train(name, rows[name], held_out.get(name))
-                # finished before, or wrapped and sharded: the next stage opens the folder
-                if found or parallel != 'ddp': run.model = None
-            run.open(run.names.index(todo[-1]) + 1)
-    return run.model, run.processor, results
+    check_accept(accept)
+    options = dict(device='auto', feature_cache='off') | kwargs
+    options |= dict(resume=resume, parallel=parallel, accept=accept)
+    takes = dict(names=stages, data=data, images=images, start=start, eval_data=eval_data)
+    takes |= {name: options[name] for name in ('parallel', 'device', 'feature_cache')}
+    with stop_on_signal(): return _run(recipe, Path(out), takes, trust_remote_code, options)

@@ -90,7 +90,7 @@ def site():
             self.send_response(200); self.end_headers(); self.wfile.write(picture.getvalue())
         def log_message(self, *a): pass
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Site)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(.02,), daemon=True).start()
     Site.url, Site.port = f'http://127.0.0.1:{server.server_port}', server.server_port
     yield Site
     server.shutdown(); server.server_close()

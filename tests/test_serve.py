@@ -13,7 +13,7 @@ from tinyllava_cookbook.infer.service import Service
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.processor import compose
 
-pytestmark = pytest.mark.takes(20)
+pytestmark = pytest.mark.takes(20, waits=True)
 
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):

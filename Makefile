@@ -11,6 +11,9 @@ export PYTHONNOUSERSITE = 1
 # Two workers that compute and one for files that mostly wait; a test file each, the long ones first (tests/conftest.py).
 LANES := -n 3 --dist loadfile --no-loadscope-reorder
 
+# Of two cores one would be idle while one command runs; the first failure ends both.
+BESIDE := $(BIN)/python tools/beside.py
+
 # Checks use no network, and one thread a process: workers share two cores and results do not depend on the machine.
 test check docs browser: export HF_HUB_OFFLINE = 1
 test check docs browser: export HF_DATASETS_OFFLINE = 1
@@ -31,17 +34,14 @@ quickstart: ## train, evaluate and report a small VLM on this machine (BAKE=1: f
 
 test: ## every check: pip, clean and exported tree, lint, notebooks, pytest
 	@tools/env.sh dev
-	$(BIN)/python -m pip check
-	$(BIN)/python tools/tree.py
-	$(BIN)/python tools/nb_lint.py nbs
-	$(BIN)/python tools/notebooks.py --do_print --timing --n_workers 2
+	$(BESIDE) '$(BIN)/python -m pip check' '$(BIN)/python tools/tree.py'
+	$(BESIDE) '$(BIN)/python tools/nb_lint.py nbs' '$(BIN)/python tools/notebooks.py --do_print --timing --n_workers 2'
 	$(BIN)/python -m pytest -q $(LANES) tests
 
 check: ## the inner loop, under 3 minutes: tree, lint, changed notebooks, fast tests
 	@tools/env.sh dev
 	$(BIN)/python tools/tree.py
-	$(BIN)/python tools/nb_lint.py nbs
-	$(BIN)/python tools/changed.py
+	$(BESIDE) '$(BIN)/python tools/nb_lint.py nbs' '$(BIN)/python tools/changed.py'
 	$(BIN)/python -m pytest -q $(LANES) -m 'not slow' tests
 
 docs: ## render the notebooks as a site into _docs/ (offline, no Quarto)

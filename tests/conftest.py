@@ -2,6 +2,7 @@
 import ast, functools, gc, os, random, shutil, sys
 from pathlib import Path
 import pytest
+import fresh
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGER, COMPACT = ROOT.parent/'shared', ROOT/'tests/reference'
@@ -9,7 +10,8 @@ for k,v in dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', TOKENIZERS_PARALLEL
                 OMP_NUM_THREADS='1', DS_ACCELERATOR='cpu').items(): os.environ.setdefault(k, v)
 
 def pytest_configure(config):
-    "Describe the markers of tests that take long"
+    "Describe the markers of tests that take long; workers share what they fork processes from"
+    if not hasattr(config, 'workerinput'): os.environ['FRESH'] = fresh.folder()
     config.addinivalue_line('markers', 'slow: takes more than 5 seconds of a processor; `make check` leaves it out, and files that take 15 seconds')
     config.addinivalue_line('markers', 'takes(seconds, waits=False): what a file takes on a quiet machine, where that is 10 seconds and more, and whether it '
                                        'mostly waits for others; a literal in the `pytestmark` of the file')
@@ -45,6 +47,13 @@ def pytest_xdist_make_scheduler(config, log):
             self.workqueue.move_to_end((mine or list(self.workqueue))[0], last=False)
             super()._assign_work_unit(node)
     return Lanes(config, log)
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    "While all files are imported nothing is garbage, and the collector need not look a hundred times"
+    gc.disable()
+    try: return (yield)
+    finally: gc.enable()
 
 def pytest_collection_finish():
     "What is imported stays: the collector, called at the end of each training, need not walk through a million objects"

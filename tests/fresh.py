@@ -3,14 +3,14 @@
 `run` and `Popen` take what `subprocess.run` and `subprocess.Popen` take. What starts `sys.executable` with `-m`, `-c` or a script is forked from a
 python that has imported torch, transformers and others, and nothing of this package: its registries, plugins and random numbers are as in a fresh
 process. Anything else is a real process: another program, an option, `preexec_fn` and such. Variables that the libraries read when they are imported have
-a python of their own to fork from where they are asked for twice.
+a python of their own to fork from where they are asked for twice. Workers of one run of the tests share it: it listens in the folder that `FRESH` names.
 
 What differs from a real process: libraries are imported already, so what they print or cost as they are imported is not seen (tests of that take
 `subprocess`); the seed of hashes is that of the parent; each has a session of its own; a traceback has the lines of this file above it; one that ends by itself
 waits for its threads, calls what `atexit` has and writes what it has said, but the system takes its memory back: freeing each object takes .4 s.
 `test_fresh.py` compares both kinds.
 """
-import atexit, gc, json, os, random, runpy, select, signal, socket, struct, subprocess, sys, threading, time, types, warnings
+import atexit, contextlib, fcntl, functools, gc, hashlib, json, os, random, runpy, select, shutil, signal, socket, struct, subprocess, sys, tempfile, threading, time, types, warnings
 
 DEVNULL, PIPE, STDOUT = subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT
 LIBRARIES = ('torch', 'torch._dynamo', 'transformers.trainer', 'transformers.models.auto.modeling_auto', 'transformers.models.auto.processing_auto',
@@ -24,6 +24,13 @@ HEARD = signal.SIGINT, signal.SIGHUP    # A process that is started ignores of t
 LENGTH = struct.Struct('!Q')
 
 # ---- the side of the tests
+
+@functools.cache
+def folder():
+    "A folder where workers of the tests find a python to fork from; gone with this process"
+    made, mine = tempfile.mkdtemp(prefix='fresh-'), os.getpid()
+    atexit.register(lambda: os.getpid() == mine and shutil.rmtree(made, ignore_errors=True))   # not with a fork of it
+    return made
 
 def at_import(env):
     "The variables that decide how libraries come up"
@@ -39,14 +46,40 @@ def words_of(args):
     if args[0] in ('-m', '-c'): return options, args[0], args[1:]
     return None if args[0].startswith('-') else (options, 'script', args)
 
+@contextlib.contextmanager
+def alone(folder):
+    "Nobody else starts or ends a python to fork from in this folder"
+    with open(os.path.join(folder, 'lock'), 'w') as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+def connected(path):
+    "A socket to who listens there; `None` where nobody does"
+    mine = socket.socket(socket.AF_UNIX)
+    try: mine.connect(path)
+    except (FileNotFoundError, ConnectionRefusedError): return mine.close()
+    return mine
+
+def listen(path, env):
+    "Start a python that forks for all who come to this socket, and ends when the last one has gone"
+    if os.path.exists(path): os.unlink(path)     # of one that was killed
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind(path)
+        s.listen()
+        subprocess.Popen([sys.executable, __file__, str(s.fileno()), path], pass_fds=[s.fileno()], stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL,
+                         start_new_session=True, env=env)
+
 class Parent:
-    "The python that forks, as a worker of the tests sees it: started when first needed, ended by the end of the worker"
+    "The python that forks, as a worker of the tests sees it: started when first needed by any of them"
     def __init__(self, env):
-        self.lock = threading.Lock()
-        self.socket, there = socket.socketpair()
-        self.process = subprocess.Popen([sys.executable, __file__, str(there.fileno())], pass_fds=[there.fileno()], stdin=DEVNULL, stdout=DEVNULL,
-                                        stderr=DEVNULL, start_new_session=True, env=env)
-        there.close()
+        self.lock, variables = threading.Lock(), at_import(env)
+        place = os.environ.get('FRESH') or folder()
+        path = os.path.join(place, hashlib.sha256(repr(sorted(variables.items())).encode()).hexdigest()[:12])
+        with alone(place):
+            self.socket = connected(path)
+            if self.socket: return
+            listen(path, {k:v for k,v in os.environ.items() if k not in at_import(os.environ)} | variables)
+            self.socket = connected(path)
 
     def start(self, job, fds):
         "Process number of a fork that does `job` with these files as its input, output and errors, and where its end is told"
@@ -72,7 +105,7 @@ def parent(env):
     key = mine, *sorted(variables.items())
     if key not in parents:
         if key not in seen and any(o[0] == mine for o in parents): return seen.add(key)
-        parents[key] = Parent({k:v for k,v in os.environ.items() if k not in at_import(os.environ)} | variables)
+        parents[key] = Parent(variables)
     return parents[key]
 
 class Popen(subprocess.Popen):
@@ -172,31 +205,45 @@ def reap(tell):
         except BrokenPipeError: pass     # nobody asks any more
         os.close(tell.pop(pid))
 
-def serve(server):
+def gone(clients, listener, path):
+    "Nobody is left and nobody is at the door: from now on the next one starts a python anew"
+    if clients: return False
+    if not os.path.exists(path): return True
+    with alone(os.path.dirname(path)):
+        if select.select([listener], [], [], 0)[0]: return False
+        os.unlink(path)
+        return True
+
+def serve(listener, path):
     "Fork for each job that comes; returns in a fork only, with its job and files"
-    tell = {}
+    tell, clients = {}, [listener.accept()[0]]
     awake, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake)
     while True:
-        ready = select.select([server, awake], [], [])[0]
+        ready = select.select([listener, awake, *clients], [], [])[0]
         if awake in ready: os.read(awake, 4096)
         reap(tell)
-        if server not in ready: continue
-        header, fds, *_ = socket.recv_fds(server, LENGTH.size, 4)
-        if not header: os._exit(0)
-        job = json.loads(exactly(server, LENGTH.unpack(header)[0]))
-        pid = os.fork()
-        if not pid:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for o in (awake, wake, fds[3], *tell.values()): os.close(o)
-            server.close()
-            return job, fds[:3]
-        tell[pid] = fds[3]
-        for o in fds[:3]: os.close(o)
-        server.sendall(LENGTH.pack(pid))
+        if listener in ready: clients.append(listener.accept()[0])
+        for server in [o for o in clients if o in ready]:
+            header, fds, *_ = socket.recv_fds(server, LENGTH.size, 4)
+            if not header:
+                clients.remove(server)
+                server.close()
+                if gone(clients, listener, path): os._exit(0)
+                continue
+            job = json.loads(exactly(server, LENGTH.unpack(header)[0]))
+            pid = os.fork()
+            if not pid:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for o in (awake, wake, fds[3], *tell.values()): os.close(o)
+                for o in (listener, *clients): o.close()
+                return job, fds[:3]
+            tell[pid] = fds[3]
+            for o in fds[:3]: os.close(o)
+            server.sendall(LENGTH.pack(pid))
 
 def become(job, fds, set_by_libraries):
     "Files, session, folder, variables, signals, threads and random numbers of a process of its own"
@@ -257,6 +304,7 @@ def preload():
     "Import the libraries, and nothing of ours; what follows PYTHONPATH on `sys.path`, and the variables they set"
     import importlib
     before, environ = random.getstate(), dict(os.environ)
+    gc.disable()     # nothing of it is garbage
     for name in LIBRARIES: importlib.import_module(name)
     sys.modules['transformers.conversion_mapping'].get_checkpoint_conversion_mapping('llama')   # builds a table of 1,000 patterns, once
     ours = [o for o in sys.modules if o.partition('.')[0] == 'tinyllava_cookbook']
@@ -264,13 +312,14 @@ def preload():
     random.setstate(before)
     gc.collect()
     gc.freeze()
+    gc.enable()
     n = len([o for o in os.environ.get('PYTHONPATH', '').split(os.pathsep) if o])
     return sys.path[1 + n:], {k:v for k,v in os.environ.items() if environ.get(k) != v}
 
 if __name__ == '__main__':
     base, set_by_libraries = preload()
     if sys.argv[1:]:
-        job, fds = serve(socket.socket(fileno=int(sys.argv[1])))
+        job, fds = serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
         become(job, fds, set_by_libraries)
         try: execute(*job['words'], base)
         except SystemExit as e: said = e

@@ -90,7 +90,7 @@ def site():
             self.send_response(200); self.end_headers(); self.wfile.write(picture.getvalue())
         def log_message(self, *a): pass
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Site)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(.02,), daemon=True).start()
     Site.url, Site.port = f'http://127.0.0.1:{server.server_port}', server.server_port
     yield Site
     server.shutdown(); server.server_close()
@@ -339,3 +339,20 @@ def test_no_memory_is_a_bad_image(tmp_path, monkeypatch):
     monkeypatch.setattr('PIL.PngImagePlugin.PngImageFile.load', full)
     with pytest.raises(ValueError, match=f"cannot read image '{path}': not enough memory"): load_image(path)
     assert image_fault(path)
+
+@pytest.mark.parametrize('number', range(11))
+def test_orientations_that_nobody_defined(number):
+    "9 and 10 turn nothing, but exchanged height and width of the size"
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = number
+    Image.new('RGB', (9, 6)).save(file, 'PNG', exif=exif)
+    assert image_size(file.getvalue()) == load_image(file.getvalue()).size[::-1] == ((9, 6) if 5 <= number <= 8 else (6, 9))
+
+def test_deep_grey_keeps_what_is_transparent():
+    "16 bits: the grey that stands for nothing was painted as it is"
+    file = io.BytesIO()
+    deep = Image.new('I;16', (2, 1), 0x1234)
+    deep.putpixel((1, 0), 0x8000)
+    deep.save(file, 'PNG', transparency=0x1234)
+    assert Image.open(file).info['transparency'] == 0x1234
+    assert [load_image(file.getvalue()).getpixel((x, 0))[0] for x in (0, 1)] == [255, 128]

@@ -7,6 +7,8 @@ from tinyllava_cookbook.endpoint import Endpoint, EndpointError, complete, read_
 from tinyllava_cookbook.eval import judge as J, scoring as S
 from tinyllava_cookbook.paid_requests import Asker, Cache, Request
 
+pytestmark = pytest.mark.takes(12, waits=True)
+
 GOOD = dict(choices=[dict(message=dict(role='assistant', content='0.5'))], usage=dict(prompt_tokens=100, completion_tokens=3))
 
 @pytest.fixture

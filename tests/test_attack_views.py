@@ -5,9 +5,10 @@ torch = pytest.importorskip('torch')
 from PIL import Image
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.processor import compose
-from tinyllava_cookbook.viz.attention import answer_attention, answer_inputs, explain_answer, tower_attention
+from tinyllava_cookbook.infer.generate import supervised_ids, user_turn
+from tinyllava_cookbook.viz.attention import answer_attention, answer_inputs, conversation_inputs, explain_answer, tower_attention
 from tinyllava_cookbook.viz.causal import answer_batch, layer_activations, occluded, patched_log_probs, patching_effects, token_blocks
-from tinyllava_cookbook.viz.tokens import earlier_words, logit_lens, nearest_words, next_words, words_to_image
+from tinyllava_cookbook.viz.tokens import earlier_words, lens_maps, logit_lens, nearest_words, next_words, words_to_image
 
 pytestmark = pytest.mark.takes(6)
 
@@ -76,3 +77,24 @@ def test_places_that_are_not_there(opened, asked):
     with pytest.raises(ValueError, match='is not in a model of 3 layers'): words_to_image(*opened, asked, ['red'], layer=3)
     with pytest.raises(ValueError, match="the word '' is empty"): words_to_image(*opened, asked, [''])
     with pytest.raises(ValueError, match='tile 1 of 1 views'): tower_attention(*opened, RED, (0, 0), tile=1)
+
+def test_of_several_images_the_last(opened):
+    "Its map was that of the first image, its words were of both"
+    model, processor = opened
+    turns, new = [user_turn('what?', 2)], supervised_ids(processor, [user_turn('what?', 2)], 'red and blue')[:-1]
+    asked = conversation_inputs(*opened, turns, [RED, BLUE], new)
+    places = (asked.inputs['input_ids'][0] == processor.image_token_id).nonzero()[:, 0]
+    last = places[len(places)//2:]
+    seen = explain_answer(*opened, asked)
+    assert asked.image is BLUE and seen.places.equal(last)
+    assert torch.equal(seen.maps().flatten(1), seen.of_layer()[..., last].mean(0))
+    alone = answer_inputs(*opened, BLUE, 'what?', answer='red')
+    assert torch.allclose(nearest_words(*opened, asked)[1], nearest_words(*opened, alone)[1], atol=1e-5)
+    near = words_to_image(*opened, asked, ['red'])
+    assert near.shape == (1, len(last)) and torch.allclose(near, words_to_image(*opened, alone, ['red']), atol=1e-5)
+    lens = logit_lens(*opened, asked)
+    assert lens_maps(lens, asked, processor, seen.token_maps[0]).flatten(1).equal(lens.answer[:, last])
+    whole = dict(earlier_words(seen, asked, processor, 999)[0])['<image>']
+    assert whole == pytest.approx(seen.of_layer().mean(0)[0, places].sum().item())
+    without = conversation_inputs(*opened, [user_turn('hi', 0)], [], new)
+    with pytest.raises(ValueError, match='holds no image'): explain_answer(*opened, without)

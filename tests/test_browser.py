@@ -15,7 +15,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 def address():
     "The site from a plain static server on the loopback"
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=SITE))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(.02,), daemon=True).start()
     yield f'http://127.0.0.1:{server.server_port}/'
     server.shutdown()
     server.server_close()

@@ -13,6 +13,9 @@ from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.model.vlm import VLMConfig, VLMForConditionalGeneration
 from tinyllava_cookbook.model.architecture import part_config
 from tinyllava_cookbook.train import activations as A, budget as B, memory as M, stage_trainer as S
+from tinyllava_cookbook.train.data import stage_rows
+from tinyllava_cookbook.train.meter import peak_tflops
+from tinyllava_cookbook.viz.run_page import card_of
 from tinyllava_cookbook.train.recipes import Recipe, Stage, Tune, recipe, recipe_names
 from tinyllava_cookbook.train.tuning import apply_tune
 
@@ -327,6 +330,26 @@ def test_command_errors(capsys):
         code, out, err = run(capsys, 'budget', *argv)
         assert code and out == '' and err.count('\n') <= 2 and text in err, (argv, err)
 
+
+def test_a_share_and_weights_of_data_that_is_here(tmp_path):
+    "A share was taken twice, and weights of sources were not: half of the steps and of the dollars"
+    from common import color_data
+    file = color_data(tmp_path)
+    mixed = dict(few=dict(data=file, share=.5), often=dict(data=file, weight=2))
+    for data,share,epoch in ((file, 1., 16), (file, .5, 8), (mixed, 1., 40), (mixed, .5, 20)):
+        stage = Stage('own', data=data, share=share, global_batch_size=2, epochs=3., tune=dict(connector='full'))
+        rows = stage_rows(stage)
+        assert len(getattr(rows, 'epoch', lambda _: rows)(0)) == epoch
+        found = B.corpus(recipe('micro'), stage)
+        assert B.n_steps(stage, found) == 3*epoch//2
+        assert (found.samples*share, found.source) == (epoch, '{0} of its {0} samples'.format(int(epoch/share)))
+
+@pytest.mark.parametrize('device,peak', [('NVIDIA RTX A1000 Laptop GPU', None), ('NVIDIA GeForce RTX 4090 Laptop GPU', None), ('NVIDIA GH200 480GB', None),
+    ('NVIDIA GeForce RTX 3070 Ti', None), ('NVIDIA A100-SXM4-40GB MIG 1g.5gb', None), ('NVIDIA A100 80GB PCIe', 312), ('NVIDIA H100 80GB HBM3', 989),
+    ('NVIDIA GeForce RTX 4070 Ti', 80), ('NVIDIA RTX A6000', 155)])
+def test_a_card_whose_name_holds_that_of_another(device, peak):
+    "The peak of an A100 was that of an A1000, and MFU a tenth of what it was"
+    assert peak_tflops(device) == peak and (peak or card_of(device) is None)
 
 def imported(module):
     "What the package's modules import at their start, from `module` on"

@@ -5,7 +5,7 @@ pytest.importorskip('fastapi')
 openai = pytest.importorskip('openai')
 from PIL import Image
 from tinyllava_cookbook.core import package_data
-from tinyllava_cookbook.infer import generate
+from tinyllava_cookbook.infer import demo, generate
 from tinyllava_cookbook.infer.batching import Answer
 from tinyllava_cookbook.infer.demo import add_demo
 from tinyllava_cookbook.infer.serve import new_app, open_socket, running
@@ -53,6 +53,15 @@ def test_maps_are_those_of_the_attention_notebook(site, model):
     peak = max((value, r, c) for r,row in enumerate(cells) for c,value in enumerate(row))
     top, left = divmod(int(heat.nan_to_num().argmax()), heat.shape[1])
     assert abs(peak[1]/len(cells) - top/heat.shape[0]) < .2 and abs(peak[2]/len(cells[0]) - left/heat.shape[1]) < .2
+
+def test_of_a_long_answer_only_what_is_shown_is_computed(site, monkeypatch):
+    "Maps of 20,000 characters took the memory of the machine, for 48 that the page gets"
+    asked = []
+    explain = demo.explain_answer
+    monkeypatch.setattr(demo, 'explain_answer', lambda model, processor, one: asked.append(one) or explain(model, processor, one))
+    body = dict(messages=[turn('what?', draw(sample_scene(random.Random(1)), random.Random(1)))])
+    assert len(site.post('/demo/look', json=body | dict(answer='red '*500)).json()['tokens']) == demo.MAP_TOKENS == len(asked[0].answer)
+    assert 'answer is empty' in site.post('/demo/look', json=body | dict(answer='  ')).text
 
 def test_next_words_are_those_of_the_conversation(site, model):
     "Greedy answers are the likeliest words of their steps, with earlier turns and without"

@@ -28,7 +28,7 @@ def judge(monkeypatch):
         def log_message(self, *a): pass
     class judge: bodies = []
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(.02,), daemon=True).start()
     judge.url = f'http://127.0.0.1:{server.server_port}/v1'
     yield judge
     server.shutdown(); server.server_close()
@@ -118,6 +118,7 @@ def test_eval_with_splits_and_grades(capsys, home, judge, tmp_path):
 
 @pytest.mark.parametrize('words,code,why', [
     ('--split vqav2=test-dev', 1, "a split for 'vqav2', which is not asked"), ('--split gqa', 2, "--split 'gqa' is not NAME=VALUE"),
+    ('--split gqa=val --split gqa=tiny', 2, "--split names 'gqa' twice"), ('--model another', 2, 'two models'),
     ('--graded mmvet=g.json', 1, "a judge's file for 'mmvet', which is not asked"), ('--split gqa=tiny', 1, 'tiny_questions.json')])
 def test_eval_mistakes_before_the_model(capsys, home, tmp_path, words, code, why):
     got, out, err = run(capsys, 'eval', 'no/such/model', '--bench', 'gqa', '--data', home/'data', '--out', tmp_path/'out', *words.split())
@@ -155,3 +156,19 @@ def test_questions_are_not_written_over(capsys, home, tmp_path):
         code, out, err = run(capsys, *words)
         assert code == 2 and 'is a file that is read, and would be written over; give another' in err, err
     assert file.read_bytes() == before
+
+def test_what_others_keep_beside_the_answers_stays(capsys, home, tmp_path):
+    "The folder FILE.run was deleted as a whole, whatever it held"
+    from PIL import Image
+    Image.new('RGB', (8, 8)).save(tmp_path/'a.png')
+    questions = tmp_path/'q.jsonl'
+    write_lines(questions, [dict(question_id=1, image='a.png', text='What?', answer='a')])
+    mine = tmp_path/'said.run'/'mine.txt'
+    mine.parent.mkdir()
+    mine.write_text('mine')
+    for blind in (), ('--blind',):
+        args = ['eval', home/'model', '--questions', questions, '--images', tmp_path, '--answers', tmp_path/'said', '--device', 'cpu']
+        code, out, err = run(capsys, *args, *blind)
+        assert (code, [path.name for path in mine.parent.iterdir()]) == (0, ['mine.txt']), err
+    mine.unlink()
+    assert run(capsys, *args, *blind)[0] == 0 and not mine.parent.exists()

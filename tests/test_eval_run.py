@@ -8,6 +8,8 @@ from tinyllava_cookbook.eval.benchmarks import BENCHES, Item, load_benchmark
 from tinyllava_cookbook.infer.decoding import SlotDecoder
 from tinyllava_cookbook.microbench import write_benchmarks
 
+pytestmark = pytest.mark.takes(12, waits=True)
+
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
     "A tiny random model in a folder, and five scenes in all ten formats"

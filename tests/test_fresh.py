@@ -1,5 +1,5 @@
 "Forks of a python that has the libraries, beside real processes: the same words, codes, signals and ranks."
-import json, os, signal, subprocess, sys
+import json, os, signal, socket, subprocess, sys
 import pytest
 import fresh
 
@@ -84,6 +84,27 @@ def test_what_cannot_be_forked_is_a_real_process():
     assert imported(code, env=os.environ | dict(HF_HOME='/elsewhere')) == 'False'
     assert imported([code[0], '-B', *code[1:]]) == imported(code, preexec_fn=lambda: None) == 'False'
     assert imported('echo $0', shell=True).endswith('sh')
+
+def test_workers_share_it():
+    "Two processes of one run fork from one python"
+    code = "import sys; sys.path.insert(0, {!r}); import fresh; print(fresh.run([sys.executable, '-c', 'import os; print(os.getppid())'], stdout=-1, text=True).stdout)"
+    here = fresh.run([sys.executable, '-c', 'import os; print(os.getppid())'], stdout=fresh.PIPE, text=True).stdout
+    there = subprocess.run([sys.executable, '-c', code.format(os.path.dirname(__file__))], stdout=subprocess.PIPE, text=True).stdout
+    assert int(here) == int(there) != os.getpid()
+
+def test_it_ends_when_all_have_gone(tmp_path):
+    "Not while somebody is connected or at the door"
+    path = str(tmp_path/'x')
+    assert fresh.connected(path) is None
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        assert not fresh.gone(['somebody'], listener, path)
+        with fresh.connected(path):
+            assert not fresh.gone([], listener, path)
+            listener.accept()[0].close()
+            assert fresh.gone([], listener, path) and not os.path.exists(path)
+    assert fresh.connected(path) is None
 
 RANKS = "import os, torch.distributed as d; d.init_process_group('gloo'); t = __import__('torch').ones(1); d.all_reduce(t)\n" \
         "os.write(1, ' '.join([str(int(t)), *(os.environ[k] for k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))]).encode() + b'\\n'); d.barrier(); d.destroy_process_group()"

@@ -118,6 +118,22 @@ def test_prune_keeps_what_was_read_last(tmp_path):
     part.write_bytes(b'being written')
     assert [o.path for o in cached_files.prune_cache(megabytes=0)] == [new] and part.is_file()
 
+def test_prune_deletes_what_the_cache_wrote_alone(tmp_path):
+    "Where TINYLLAVA_CACHE named a folder that held more, all of it was deleted"
+    def write(file): file.write(b'x'); return 1
+    ours = [write_cached('arrow', 'key', '.arrow', write), write_cached('features/tower', 'key', '.safetensors', write)]
+    big = tmp_path/'big.json'
+    big.write_bytes(b'x'*(SMALL + 1))
+    known_checksum(big)
+    drawn = cached_files.cache_dir('worlds', 'ab'*8, 'train-1-9', 'images')/'0.png'
+    mine = [tmp_path/'cache'/name for name in ('thesis.txt', 'arrow/mine.arrow', 'features/notes.md', 'worlds/mine/0.png', 'checksums/sums.txt', 'runs/model-00001-of-00002.safetensors')]
+    for path in (drawn, *mine):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b'x')
+    gone = {o.path for o in cached_files.prune_cache(megabytes=0)}
+    assert gone - {o for o in gone if o.parent.name == 'checksums'} == {*ours, drawn}
+    assert len(gone) == 4 and all(path.is_file() for path in mine)
+
 def test_bytes_of_the_list_of_bad_samples():
     "Grow with the bad ones, not with all"
     def peak(n):

@@ -111,7 +111,7 @@ def test_urls(monkeypatch):
             self.send_response(200); self.end_headers(); self.wfile.write(buffer.getvalue()[:None if self.path == '/a' else 30])
         def log_message(self, *a): pass
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Site)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(.02,), daemon=True).start()
     url = f'http://127.0.0.1:{server.server_port}'
     monkeypatch.setattr(sources, 'fetch', lambda url, timeout: fetch(url, timeout, allowed=lambda address: address == '127.0.0.1'))
     try:

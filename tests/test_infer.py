@@ -1,10 +1,13 @@
 "Answering: batches, streams, conversations, pictures of all kinds, attention."
-import threading
+import shutil, threading
 from functools import partial
+from types import SimpleNamespace
 import pytest, torch
 from PIL import Image, ImageDraw
+from transformers import AutoTokenizer
 from tinyllava_cookbook.data.templates import chat_template
 from tinyllava_cookbook.infer import generate as G
+from tinyllava_cookbook.infer.batching import draw_scores
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import save
 from tinyllava_cookbook.model.processor import compose
@@ -221,6 +224,51 @@ def test_stream_joins_to_the_answer(models):
         pieces = list(G.stream(model, picture(1), 'what is it?', processor, max_new_tokens=12))
         assert ''.join(pieces) == G.answers(model, processor, ['what is it?'], [picture(1)], max_new_tokens=12, progress=False)[0]
         assert ''.join(pieces) == ''.join(pieces).strip()
+
+@pytest.mark.parametrize('name', ['spm_llama_legacy', 'spm_gemma', 'bpe_phi'])
+def test_streams_keep_white_space_and_leave_the_end_out(root, name, monkeypatch):
+    "SentencePiece takes the space off what is decoded first: each line of a stream lost one; an end of turn that is a word was said"
+    tokenizer = AutoTokenizer.from_pretrained(root/'tests/reference/goldens/tokenizers'/name)
+    processor = SimpleNamespace(template='llama', tokenizer=tokenizer, image_token_id=-1, image_mode='pad', n_tokens=len)
+    end = tokenizer('#', add_special_tokens=False).input_ids[-1]
+    monkeypatch.setattr(G, 'answer_ends', lambda processor: [end])
+    for text in 'a list:\n - one\n   - two\nend', 'a\n\n\n  b', 'def f():\n    return 1':
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        def says(model, processor, prompts, images, streamer, **kwargs):
+            for value in (prompts, *([token] for token in (*ids, end))): streamer.put(torch.tensor(value))
+            streamer.end()
+        monkeypatch.setattr(G, 'answer_ids', says)
+        assert ''.join(G.stream(object(), None, 'a', processor)) == tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+
+def test_a_folder_whose_weights_are_exchanged_is_opened_again(models, tmp_path):
+    "Its config.json stays as old as it was, and the model that answered was the old one"
+    model, processor = models['llama']
+    save(model, processor, tmp_path/'model')
+    first = G.open_model(tmp_path/'model', device='cpu')[0]
+    assert G.open_model(tmp_path/'model', device='cpu')[0] is first
+    weights = tmp_path/'model/model.safetensors'
+    shutil.copyfile(weights, tmp_path/'new')
+    (tmp_path/'new').replace(weights)
+    assert G.open_model(tmp_path/'model', device='cpu')[0] is not first
+
+def test_sampling_is_among_all_tokens_and_cold_is_greedy(models):
+    "`generate` takes 50 where nothing is said; a temperature of 1e-40 gave logits that are no numbers"
+    model, processor = models['llama']
+    prompts = [G.prompt_ids(processor, [dict(role='user', content='who?')])]*200
+    torch.manual_seed(0)
+    def drawn(temperature): return {tuple(ids) for ids in G.answer_ids(model, processor, prompts, max_new_tokens=1, temperature=temperature)}
+    assert len(drawn(1000.)) > 100 and drawn(1e-40) == drawn(0)
+    logits = torch.tensor([1., 5., 20., 3.])
+    for temperature in 1e-30, 1e-40, 1e-300:
+        assert draw_scores(logits, temperature, .9, torch.Generator().manual_seed(0)).argmax() == 2
+
+def test_an_answer_ends_where_the_model_reads_no_further(models):
+    "It went on at positions that the model was never trained on"
+    model, processor = models['llama']
+    prompt = [5]*(model.config.text_config.max_position_embeddings - 3)
+    def lengths(prompts, **kw): return [len(ids) for ids in G.answer_ids(model, processor, prompts, max_new_tokens=8, **kw)]
+    assert max(lengths([prompt, prompt[:9]])) > 3 >= lengths([prompt, prompt[:9]])[0]
+    assert lengths([prompt])[0] <= 3 and lengths([prompt], temperature=.5)[0] <= 3
 
 def test_stream_that_nobody_reads_ends(models):
     model, processor = models['llama']

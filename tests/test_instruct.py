@@ -35,7 +35,7 @@ class Local:
                 self.end_headers(); self.wfile.write(text.encode())
             def log_message(self, *a): pass
         self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(.02,), daemon=True).start()
         self.url = f'http://127.0.0.1:{self.server.server_port}/v1'
 
     def answer(self, text, body):

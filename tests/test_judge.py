@@ -28,7 +28,7 @@ def replay():
         def log_message(self, *a): pass
     class replay: bodies, reply, url = [], None, None
     lock, server = threading.Lock(), http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(.02,), daemon=True).start()
     replay.url = f'http://127.0.0.1:{server.server_port}/v1'
     yield replay
     server.shutdown(); server.server_close()

@@ -31,9 +31,9 @@ def world(tmp_path_factory):
     "Ten thousand conversations, each with a file of its own, under a name that trips careless code"
     folder = tmp_path_factory.mktemp('Bilder & Töne')
     write_world(folder, 250, seed=1)
-    base, rows = read_json(folder/'instruct.json'), []
+    base, rows = [json.dumps(o) for o in read_json(folder/'instruct.json')], []
     for i in range(10_000):
-        r = copy.deepcopy(base[i % 250])
+        r = json.loads(base[i % 250])
         r['id'] = f's{i}'
         r['conversations'] = r['conversations'][:4]
         if 'image' in r:
@@ -79,7 +79,7 @@ INJECT = {   # Kind to (how many, what to do to the n-th of them)
 def spoilt(world):
     "The world with 216 samples spoilt: the file, and what was done to whom"
     folder, rows = world
-    rows, truth = copy.deepcopy(rows), {}
+    rows, truth = json.loads(json.dumps(rows)), {}
     bad_files(folder)
     able = random.Random(0).sample([i for i, r in enumerate(rows) if 'image' in r and i > 100], 216)   # the first keep their ids
     for kind, (n, spoil) in INJECT.items():

@@ -64,9 +64,22 @@ def test_differences_are_taken_question_by_question():
     ids = [f'{i}-color' for i in range(100)]
     one = ''.join('01'[i % 2] for i in range(100))
     two = ''.join('01'[i % 2 or i % 20 == 0] for i in range(100))
-    results = dict(questions=ids, settings=dict(one=[dict(seeing_bits=one)], two=[dict(seeing_bits=two)]))
+    results = dict(questions=ids, settings=dict(one=[dict(seeing_bits=one, seed=1)], two=[dict(seeing_bits=two, seed=1)]))
     assert accuracy(results, 'one').high > accuracy(results, 'two').low
     assert accuracy(results, 'two', minus='one').low > 0
+
+def test_differences_are_between_runs_of_one_seed():
+    "Runs were subtracted by their place: where one was missing, seed 3 from seed 2"
+    runs = lambda **seeds: [dict(seeing_bits=bits, seed=int(name[1:])) for name,bits in seeds.items()]
+    results = dict(questions=['0-color', '1-color'], settings=dict(base=runs(s1='00', s2='01', s3='11'), part=runs(s1='00', s3='11'), other=runs(s4='11')))
+    found = accuracy(results, 'part', minus='base')
+    assert (found.mean, found.low, found.high) == (0, 0, 0) == tuple(accuracy(results, 'base', minus='part').__dict__.values())
+    with pytest.raises(ValueError, match='a difference needs a common one'): accuracy(results, 'other', minus='base')
+
+@pytest.mark.parametrize('twice', [dict(seeds=(1, 1, 2)), dict(settings=['llava_v15', 'llava_v15'])])
+def test_a_run_counts_once(twice):
+    "Three times seed 1 were three seeds of a table, with an interval as narrow"
+    with pytest.raises(ValueError, match='one is there twice'): sweep_cells('recipes', **twice)
 
 def test_losses_are_drawn_in_the_order_of_the_longest_recipe():
     "A recipe of one stage, named first, put its finetune stage before the pretrain stage of the next"

@@ -15,7 +15,7 @@ from tinyllava_cookbook.train.recipes import Recipe, Stage, recipe, to_dict
 from tinyllava_cookbook.train.stages import train_recipe, train_stage
 from tinyllava_cookbook.train.data import stage_dataset
 
-pytestmark = pytest.mark.takes(12)
+pytestmark = pytest.mark.takes(12, waits=True)
 
 logging.disable_progress_bar()
 

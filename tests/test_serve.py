@@ -13,7 +13,7 @@ from tinyllava_cookbook.infer.service import Service
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.processor import compose
 
-pytestmark = pytest.mark.takes(20)
+pytestmark = pytest.mark.takes(20, waits=True)
 
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
@@ -117,7 +117,8 @@ def test_refusals_are_json_and_logged(site, caplog):
         (dict(content=b'\xff\xfe{', headers=kind), 400, ''), (dict(content=b'['*100_000, headers=kind), 400, ''),
         (dict(content=json.dumps(ask('a \ud800')).encode(), headers=kind), 400, ''), (dict(data=dict(a=1)), 415, 'application/json'),
         (dict(json=ask('hi', model='gpt-4')), 404, "choose from ['tiny']"), (dict(json=ask('hi', messages=[])), 400, 'messages'),
-        (dict(json=ask('hi', max_tokens=0)), 400, 'max_tokens'), (dict(json=ask('hi', max_tokens=10**6)), 400, 'writes up to 1024'), (dict(json=ask('hi', tools=[{}])), 400, 'tools'),
+        (dict(json=ask('hi', max_tokens=0)), 400, 'max_tokens'), (dict(json=ask('hi', max_tokens=10**6)), 400, 'writes up to 1024'), (dict(json=ask('hi', stop=['x'*10**6])), 400, 'up to 16 texts'),
+        (dict(json=ask('hi', stop=['x']*17)), 400, 'up to 16 texts'), (dict(json=ask('hi', tools=[{}])), 400, 'tools'),
         (dict(json=ask('hi', temperature=-1)), 400, 'temperature'), (dict(json=ask('hi', seed=-1)), 400, 'seed'), (dict(json=ask('hi', n=2)), 400, 'n: '),
         (dict(json=ask('long '*3000)), 400, 'shorten it'), (dict(json=ask('is <image> red?')), 400, 'image_url'), (dict(json=ask('hi', *[png]*9)), 400, '9 images'),
         (dict(json=ask('hi', 'data:image/png;base64,AAAA')), 400, 'not an image'), (dict(json=ask('hi', png[:200])), 400, ''), (dict(json=ask('hi', '')), 400, 'no data URL'),

@@ -5,7 +5,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
-import changed, colab, figures, nb_lint, outputs, readme # noqa: E402
+import beside, changed, colab, figures, nb_lint, outputs, readme # noqa: E402
 
 def md(s): return dict(cell_type='markdown', source=s, metadata={}, id=f'{abs(hash(s)):x}'[:8])
 def code(s, *outs): return dict(cell_type='code', source=s, metadata={}, outputs=list(outs), execution_count=None, id=f'{abs(hash(s)):x}'[:8])
@@ -243,3 +243,23 @@ def test_colab_cell_fetches_and_installs(tmp_path, monkeypatch):
 
 def test_colab_cell_does_nothing_here(tmp_path, monkeypatch):
     assert run_cell(tmp_path, monkeypatch, absent=False) == [] and Path.cwd().samefile(tmp_path)
+
+def test_commands_run_beside_each_other(capfd, tmp_path):
+    "Both run at once; what the first one says stays in one piece; the code is that of the first that fails, which ends the other"
+    meet = f"sh -c 'cd {tmp_path}; touch {{}}; while [ ! -e {{}} ]; do sleep .01; done; echo {{}}'"
+    assert beside.main([meet.format('a', 'b', 'one'), meet.format('b', 'a', 'two')]) == 0
+    said = capfd.readouterr()
+    assert sorted(said.out.split()) == ['one', 'two'] and not said.err
+    for code,commands in ((3, ["sh -c 'echo out; echo why >&2; exit 3'", 'sleep 60']), (4, ['sleep 60', "sh -c 'exit 4'"]), (137, ["sh -c 'kill -9 $$'", 'sleep 60'])):
+        assert beside.main(commands) == code
+        said = capfd.readouterr()
+        assert said.out == ('out\nwhy\n' if code == 3 else '') and said.err.startswith('failed: sh -c')
+
+def test_which_processes_of_notebooks_are_forked():
+    "Commands and code that works with the libraries; not what looks at imports, time or memory, and no other program"
+    import notebooks
+    python, source = (sys.executable, '-c'), lambda name: (ROOT/f'tinyllava_cookbook/{name}.py').read_text()
+    assert notebooks.loads([sys.executable, '-m', 'tinyllava_cookbook.cli', 'chat'])
+    assert notebooks.loads([*python, 'import sys; from transformers import AutoProcessor']) and notebooks.loads([*python, source('recipes/sweep')])
+    for args in ([*python, 'import torch'], [*python, "import sys; print('torch' in sys.modules)"], [*python, 'from tinyllava_cookbook.data.bench import measure_loading'], ['git', 'log'], 'echo', []):
+        assert not notebooks.loads(args), args

@@ -55,6 +55,8 @@ TURNS = ('Which is a liquid?\nContext: N/A\nOptions: (A) a rock (B) milk', 'Matt
 
 def test_scienceqa_converter(tmp_path):
     assert scienceqa_turns(PROBLEM) == TURNS
+    for wrong in -1, 2, None:   # the last letter, or one that no choice has
+        with pytest.raises(ValueError, match='is none of 2 choices'): scienceqa_turns(PROBLEM | dict(answer=wrong))
     plain = dict(PROBLEM, image=None, lecture='', solution='', hint=' Look. ')
     assert scienceqa_turns(plain) == ('Which is a liquid?\nContext: Look.\nOptions: (A) a rock (B) milk', ' The answer is B.')   # as there, with the space of an empty lecture
     (tmp_path/'problems.json').write_text(json.dumps({'3': PROBLEM, '4': plain}))

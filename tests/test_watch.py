@@ -3,7 +3,7 @@ import json, random
 import pytest
 from tinyllava_cookbook.train import run_log as L
 
-pytestmark = pytest.mark.takes(13)
+pytestmark = pytest.mark.takes(13, waits=True)
 
 def lines(*rows): return ''.join(map(L.json_line, rows))
 def begin(step, most=20, **more): return dict(step=step, event='begin', max_steps=most, **more)

@@ -63,7 +63,11 @@ def pairs(
     "A dict of NAME=VALUE words"
     if odd := [o for o in texts if '=' not in o]:
         raise Usage(f"{option} {odd[0]!r} is not NAME=VALUE")
-    return dict(o.split('=', 1) for o in texts)
+    found = [o.split('=', 1) for o in texts]
+    names = [name for name,_ in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise Usage(f"{option} names {twice[0]!r} twice; say it once")
+    return dict(found)
 
 # %% ../nbs/90_cli.ipynb #e70561bf
 def json_value(

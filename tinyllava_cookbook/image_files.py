@@ -25,7 +25,9 @@ def _grey(
     scale = 1
     if im.mode.startswith('I;16') or top > 255: scale = 1/257
     elif im.mode == 'F' and top <= 1: scale = 255
-    return Image.fromarray((x_hw * scale).round().clip(0, 255).astype('uint8'))
+    grey = (x_hw * scale).round().clip(0, 255)
+    if 'transparency' in im.info: grey[x_hw == im.info['transparency']] = 255   # over white
+    return Image.fromarray(grey.astype('uint8'))
 
 # %% ../nbs/09_image_files.ipynb #78279f36
 def to_rgb(
@@ -170,7 +172,7 @@ def _size(
 def _turned(im:Image.Image) -> bool:
     "Does the EXIF orientation exchange height and width? PIL turns TIFF by itself"
     if im.format == 'TIFF': return False
-    try: return im.getexif().get(0x0112, 1) > 4
+    try: return im.getexif().get(0x0112) in (5, 6, 7, 8)
     except Exception: return False   # broken metadata
 
 # %% ../nbs/09_image_files.ipynb #993653cd

@@ -3,7 +3,8 @@
 
 Usage: python tools/bench.py [--only NAME ...] [--runs 3] [--growth 16000 ...] [--out FILE] [--json] [--tiny]
 
-CPU seconds of one thread, so that other work on the machine matters little; ours and the baseline take turns. A row has
+CPU seconds of one thread, so that other work on the machine matters little (answers also by the clock on two cores, which
+wants a machine that does nothing else); ours and the baseline take turns. A row has
 the median of both, the median of the ratios of neighbours and their spread over the runs; rows of less than a second
 are run more often. Training is measured as it goes on, not as it starts: a batch goes before the clock on both sides,
 and as in a stage, ours keeps the memory that a step frees; the baseline has the allocator as it comes. Growth: median CPU
@@ -37,11 +38,11 @@ TINY = dict(LLM, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num
 
 # ------------------------------------------------------------------------------------------------ measuring
 
-def cpu_seconds(work):
-    "CPU seconds of this process that `work()` takes"
-    start = time.process_time()
+def cpu_seconds(work, clock=time.process_time):
+    "CPU seconds of this process that `work()` takes; or seconds of another clock"
+    start = clock()
     work()
-    return time.process_time() - start
+    return clock() - start
 
 def as_row(name, pairs, least=None):
     "A row of pairs of seconds, ours and plain, each measured one after the other"
@@ -51,12 +52,12 @@ def as_row(name, pairs, least=None):
     say(f"{name:46}{row['ours']:9.3f} s  {row['plain']:9.3f} s  {row['ratio']:6.2f}x  ({min(ratios):.2f} to {max(ratios):.2f})")
     return row
 
-def compare(name, ours, plain, runs, least=None, warm=None):
+def compare(name, ours, plain, runs, least=None, warm=None, clock=time.process_time):
     "A row: both in turns, and how many times faster ours is; quick ones run more often"
     for work in warm or (ours, plain): work()   # what is built once is not counted
     pairs, start = [], time.process_time()
     while len(pairs) < runs or runs > 1 and len(pairs) < 5*runs and time.process_time() - start < 3:
-        pairs.append((cpu_seconds(ours), cpu_seconds(plain)))
+        pairs.append((cpu_seconds(ours, clock), cpu_seconds(plain, clock)))
     return as_row(name, pairs, least)
 
 def say(text): print(text, file=sys.stderr, flush=True)
@@ -176,7 +177,7 @@ def stage_rows(model, samples, budgets, a, what=''):
         if half:
             row(f'{stage}, rows of {half}: bf16 against float32', 'bf16', half)
             row(f'{stage}, plain: with freed memory kept', 'kept', 'plain')   # that much of the rows above is the allocator's
-            if len(budgets) > 1: row(f'a long row: {budgets[-1]} against {budgets[0]}', budgets[-1], budgets[0], 1/1.1)
+            if len(budgets) > 1: row(f'a long row{what}: {budgets[-1]} against {budgets[0]}', budgets[-1], budgets[0], 1/1.1)
         rows.append(memory_row(f'{stage}, same samples', model, packs[2048][:2], same, 1/.35))
         rows.append(memory_row(f'{stage}, a row of 2048 against 8 samples', model, packs[2048][:2], padded[:2]))
     return rows
@@ -191,12 +192,13 @@ def packing_row(model, a):
     return compare('stage 2, samples of 256: packed, unpadded', partial(train_ours, model, packed), partial(train_ours, model, rows), a.runs, 1)
 
 def bench_training(root, a):
-    "A small model at all row budgets; one of 50M parameters at one, as it takes its time"
+    "A small model and one of 50M parameters, at all row budgets"
     from tinyllava_cookbook.allocator import keep_freed_memory
     small, wide = (compose_model(root/name, a.tiny, shape)[0] for name,shape in dict(small=LLM, wide=WIDE).items())
-    rows = stage_rows(small, mix(small, 12 if a.tiny else 72), (2048, 4096) if a.tiny else (2048, 4096, 16384), a)
+    budgets = (2048, 4096) if a.tiny else (2048, 4096, 16384)
+    rows = stage_rows(small, mix(small, 12 if a.tiny else 72), budgets, a)
     with keep_freed_memory(): rows.append(packing_row(small, a))
-    return rows + stage_rows(wide, mix(wide, 12 if a.tiny else 24), (2048,), a, ' of 50M')
+    return rows + stage_rows(wide, mix(wide, 12 if a.tiny else 48), budgets, a, ' of 50M')
 
 def bench_attention(root, a):
     "One layer's attention of a packed row, against the dense mask and against rows of one sample each"
@@ -385,12 +387,12 @@ def bench_answers(root, a):
     rng, side = np.random.default_rng(0), model.config.vision_config.image_size
     pictures = [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(16)]
     prompts = [prompt_ids(processor, [user_turn(f'what is number {k} in the image?', 1)]) for k in range(16)]
-    def row_of(new, what='', least=8):
+    def row_of(new, what='', least=8, **clock):
         ask = partial(answer_ids, model, processor, max_new_tokens=new)
         def together(): return ask(prompts, pictures)
         def one_by_one(): return [ask([p], [o]) for p,o in zip(prompts, pictures)]
         warm = [lambda: ask(prompts[:2], pictures[:2], max_new_tokens=2)]*2   # a whole round would take as long as a run
-        return compare(f'answers of {new} tokens{what}, batch 16 against 1', together, one_by_one, a.runs, least, warm)
+        return compare(f'answers of {new} tokens{what}, batch 16 against 1', together, one_by_one, a.runs, least, warm, **clock)
     # reading the prompts is bound by arithmetic, in a batch or not; writing the answers by memory
     lengths = (2, 4) if a.tiny else (16, 64)
     rows = [row_of(new) for new in lengths]
@@ -398,6 +400,9 @@ def bench_answers(root, a):
     def shared(): return ten(prompts[:10], pictures[:1]*10)
     def each(): return [ten([p], pictures[:1]) for p in prompts[:10]]
     rows.append(compare('ten questions on an image, short answers', shared, each, a.runs, 3))
+    torch.set_num_threads(2)   # reading weights for one row does not get faster by a second core, products for 16 do
+    rows += [row_of(new, ', two cores, by the clock', clock=time.perf_counter) for new in lengths]
+    torch.set_num_threads(1)
     model.bfloat16()   # AMX multiplies it; a batch then rounds otherwise than a single row does
     return rows + [row_of(lengths[-1], ' in bf16', None)]
 

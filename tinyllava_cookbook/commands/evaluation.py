@@ -73,9 +73,15 @@ def question_items(
     return items[:a.limit]
 
 # %% ../../nbs/93_commands.evaluation.ipynb #39f081dc
+def _remove_answers(folder):
+    "Delete what an evaluation has written, and nothing of anybody else's"
+    for part in (folder/'blind', folder):
+        for name in ('run.json', 'answers.jsonl', 'rank-*.jsonl'):
+            for file in part.glob(name): file.unlink()
+        if part.is_dir() and not any(part.iterdir()): part.rmdir()
+
 def _eval_questions(a, model, processor, items):
     "Scores with the images and, with --blind, without; answers are written as they come"
-    import shutil
     with importing():
         from tinyllava_cookbook.eval.run import answer_and_score
     folder = Path(a.out) if a.out else Path(f'{a.answers}.run') if a.answers else None
@@ -86,7 +92,7 @@ def _eval_questions(a, model, processor, items):
     if res is None or a.blind and blind is None: return None, None
     if a.answers: write_lines(a.answers, res['answers'])
     if a.answers and not a.out:
-        shutil.rmtree(folder)      # all of it is in that file now
+        _remove_answers(folder)   # all of them are in that file now
     return res, blind
 
 # %% ../../nbs/93_commands.evaluation.ipynb #25f72f79
@@ -116,6 +122,8 @@ def _eval_benches(a):
          _eval_args)
 def _eval(a):
     from tinyllava_cookbook.eval.benchmarks import score_table
+    if a.model and a.folder:
+        raise Usage(f"two models, {a.folder!r} and --model {a.model!r}; give one")
     a.model = a.model or a.folder
     if not a.model:
         raise Usage("name the model: tinyllava eval MODEL ...")

@@ -169,6 +169,9 @@ def scienceqa_turns(
                        choice in enumerate(problem['choices']))
     question = _single(
         f"Question: {problem['question']}\nContext: {context}\nOptions: {choices}\n")
+    if problem['answer'] not in range(len(problem['choices'])):
+        raise ValueError(f"answer {problem['answer']!r} is none of {len(problem['choices'])} choices, "
+                         "counted from 0; mend problems.json")
     letter = _LETTERS[problem['answer']]
     answer = _single(
         f"Answer: {problem['lecture']} {problem['solution']} The answer is {letter}.")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+from .decoding import COLDEST
 from .generate import answer_ends, answer_ids
 
 # %% ../../nbs/41_infer.batching.ipynb #369fcb2d
@@ -87,7 +88,7 @@ def draw_scores(
     generator:torch.Generator,  # On the CPU
 ) -> Tensor:                    # Its largest is the sampled token
     "Logits with Gumbel noise"
-    kept_v = nucleus(logits_v.float() / temperature, top_p)
+    kept_v = nucleus(logits_v.float() / max(temperature, COLDEST), top_p)
     uniform_v = torch.rand(len(kept_v), generator=generator, dtype=torch.float64)
     noise_v = -(-uniform_v.clamp_min(1e-300).log()).log()
     return kept_v + noise_v.to(kept_v)

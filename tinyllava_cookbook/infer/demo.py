@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 from starlette.concurrency import run_in_threadpool
 from ..core import IMAGE_TOKEN, package_data
-from .generate import prompt_ids, supervised_ids
+from .generate import prompt_ids, supervised_ids, user_turn
 from .requests import Message, RequestError, Strict, conversation
 from .service import Service
-from ..viz.attention import answer_attention, conversation_inputs
+from ..viz.attention import conversation_inputs, explain_answer
 from ..viz.tokens import next_words
 
 # %% ../../nbs/67_infer.demo.ipynb #a5a0a03e
@@ -71,9 +71,12 @@ def where_it_looked(
     "Attention of each word of an answer over the last image"
     if not images: return dict(image=None, tokens=[])
     question = turns[-1]['content'].replace(IMAGE_TOKEN, '').strip()
-    found = answer_attention(service.model, service.processor,
-                             small_copy(images[-1]), question, answer)
-    maps = coarse(found.heat()[:MAP_TOKENS])
+    if not answer.strip(): raise ValueError("the answer is empty; there is nothing to look into")
+    of = service.model, service.processor
+    turn = [user_turn(question, 1)]
+    new = supervised_ids(service.processor, turn, answer)[:-1][:MAP_TOKENS]
+    found = explain_answer(*of, conversation_inputs(*of, turn, [small_copy(images[-1])], new))
+    maps = coarse(found.heat())
     shares = found.on_image().tolist()
     tokens = [dict(text=text, share=share, map=one) for text, share,
               one in zip(found.tokens, shares, maps)]

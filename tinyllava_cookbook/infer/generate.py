@@ -15,12 +15,13 @@ from tqdm.auto import tqdm
 from transformers import (LogitsProcessor, StoppingCriteria, StoppingCriteriaList,
     TextIteratorStreamer)
 from ..allocator import keep_freed_memory
+from ..cached_files import folder_stamps
 from ..core import IGNORE, IMAGE_TOKEN, pick_device, pick_dtype
 from ..data.images import image_size, load_image
 from ..data.templates import chat_template
 from ..model.checkpoints import load
 from ..model.processor import template_stops
-from tinyllava_cookbook.infer.decoding import (SlotDecoder, SlotRow, check_finite, decodes_in_slots,
+from tinyllava_cookbook.infer.decoding import (COLDEST, SlotDecoder, SlotRow, check_finite, decodes_in_slots,
     share_beginnings)
 
 # %% ../../nbs/40_infer.generate.ipynb #09081824
@@ -81,13 +82,12 @@ def pixel_inputs(
     return inputs
 
 # %% ../../nbs/40_infer.generate.ipynb #165c519f
-def _check_room(model, prompts):
-    "An error for a prompt that is longer than what the model reads"
+def _room(model, prompts):
+    "Tokens that each answer can have; an error for a prompt that is longer than what the model reads"
+    most = getattr(model.config.text_config, 'max_position_embeddings', None) or 2**30
     longest = max(map(len, prompts))
-    room = getattr(model.config.text_config, 'max_position_embeddings', None)
-    if room and longest >= room:
-        raise ValueError(
-            f"a prompt of {longest} tokens, but the model reads {room}; shorten it")
+    if longest < most: return [most - len(ids) for ids in prompts]
+    raise ValueError(f"a prompt of {longest} tokens, but the model reads {most}; shorten it")
 
 # %% ../../nbs/40_infer.generate.ipynb #9d436c79
 def left_padded(
@@ -105,7 +105,7 @@ def left_padded(
 # %% ../../nbs/40_infer.generate.ipynb #bce85df3
 def _batch(model, processor, prompts, images, blind=False):
     "Left-padded inputs of `generate`"
-    _check_room(model, prompts)
+    _room(model, prompts)
     b = left_padded(prompts, processor.tokenizer.pad_token_id, model.device)
     b |= pixel_inputs(model, processor, images)
     if images and blind: b['pixel_values'].zero_()
@@ -152,11 +152,11 @@ def answer_ends(
     return template_stops(processor.tokenizer, processor.template)
 
 # %% ../../nbs/40_infer.generate.ipynb #83dbbb43
-def _how(temperature):
+def _how(model, temperature):
     if temperature:
-        return dict(do_sample=True, temperature=temperature)
-    return dict(do_sample=False, num_beams=1, temperature=None, top_p=None,
-                top_k=None)
+        top_k = model.generation_config.top_k or 0   # 0: all; `None` would be 50
+        return dict(do_sample=True, temperature=max(temperature, COLDEST), top_k=top_k)
+    return dict(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None)
 
 # %% ../../nbs/40_infer.generate.ipynb #01a07546
 class FiniteLogits(LogitsProcessor):
@@ -173,10 +173,11 @@ def _cut(ids, ends):
 def _generated(model, processor, prompts, images, max_new_tokens, blind, temperature, **kwargs):
     "Answers of one batch by `generate`"
     pad, ends = processor.tokenizer.pad_token_id, answer_ends(processor)
-    how = dict(_how(temperature), eos_token_id=ends, pad_token_id=pad,
+    how = dict(_how(model, temperature), eos_token_id=ends, pad_token_id=pad,
                use_cache=True)
     how['logits_processor'] = [FiniteLogits(), *kwargs.pop('logits_processor', [])]
     b = _batch(model, processor, prompts, images, blind)
+    if len(prompts) == 1: max_new_tokens = min(max_new_tokens, *_room(model, prompts))
     out = model.generate(**b, **how, max_new_tokens=max_new_tokens, **kwargs)
     new = out[:, b['input_ids'].shape[1]:].tolist()
     return [_cut(o, {*ends, pad}) for o in new]
@@ -200,9 +201,9 @@ class _Taken:
 # %% ../../nbs/40_infer.generate.ipynb #0a3b3433
 def _decoded(model, processor, prompts, images, max_new_tokens, blind, slots, done):
     "Answers by the decoder"
-    _check_room(model, prompts)
+    rooms = _room(model, prompts)
     ends = {*answer_ends(processor), processor.tokenizer.pad_token_id}
-    taken = [_Taken(ends, max_new_tokens, done) for _ in prompts]
+    taken = [_Taken(ends, min(max_new_tokens, left), done) for left in rooms]
     owned = images_of_prompts(processor, prompts, images)
     rows = [_slot_row(processor, *o, blind) for o in zip(prompts, owned, taken)]
     slots = slots or len(prompts)
@@ -323,6 +324,16 @@ class _Cancel(StoppingCriteria):
         return torch.full((len(input_ids),), self.told.is_set(),
                           device=input_ids.device)
 
+class _Words(TextIteratorStreamer):
+    "Text as it comes, without the token that ends it; decoded from its beginning, where SentencePiece drops a space"
+    def put(self, value):
+        if not self.next_tokens_are_prompt and value.item() in self.ends: return
+        held = self.token_cache
+        super().put(value)
+        if held and not self.token_cache:   # a line is complete
+            self.token_cache = held
+            self.print_len = len(self.tokenizer.decode(held, **self.decode_kwargs))
+
 # %% ../../nbs/40_infer.generate.ipynb #8ffbf01f
 def _stripped(pieces):
     "The same text without white space at its ends, while it is still coming"
@@ -337,8 +348,8 @@ def _stripped(pieces):
 # %% ../../nbs/40_infer.generate.ipynb #069abe72
 def _stream(model, processor, prompt, images, **kw):
     "Pieces of the answer to one prompt, while it is generated"
-    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True,
-                                    skip_special_tokens=True)
+    streamer = _Words(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.ends = {*answer_ends(processor), processor.tokenizer.pad_token_id}
     cancel, failed = _Cancel(), []
     kw.update(streamer=streamer, stopping_criteria=StoppingCriteriaList([cancel]))
     def work():
@@ -368,9 +379,7 @@ def open_model(
 ) -> tuple:            # Model and processor
     "A model with its processor, loaded if need be"
     if isinstance(model, (str,Path)):
-        # its age tells a folder that was trained again
-        config = Path(model)/'config.json'
-        return _load_once(str(model), config.stat().st_mtime_ns if config.exists() else None, device)
+        return _load_once(str(model), frozenset(folder_stamps(model).items()), device)
     if processor is None:
         raise ValueError(f"a {type(model).__name__} needs its processor; "
                          "pass `processor=`, or a folder as `model`")

@@ -59,6 +59,14 @@ class Service:
             code='context_length_exceeded', param='messages')
 
 # %% ../../nbs/43_infer.service.ipynb #1cf64bff
+def _stops(request):
+    "Texts that end an answer; few and short, as they are looked for after each token"
+    stops = [request.stop] if isinstance(request.stop, str) else request.stop
+    if len(stops) > 16 or any(len(stop) > 1000 for stop in stops):
+        raise RequestError("stop takes up to 16 texts of up to 1,000 characters; send fewer or shorter ones",
+                           param='stop')
+    return tuple(filter(None, stops))
+
 def new_job(
     service:Service,      # Who answers
     request:ChatRequest,  # What is asked
@@ -71,11 +79,11 @@ def new_job(
     if asked and asked > most:
         raise RequestError(f"max_tokens is {asked}; this server writes up to {most}",
                            param='max_tokens')
+    stops = _stops(request)
     prompt,images = service.prompt(request.messages)
-    stops = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
     seed = {} if request.seed is None else dict(seed=request.seed)
     return Job(prompt, images, tell, min(asked or most, service.room(prompt)), request.temperature, request.top_p,
-        stops=tuple(filter(None, stops)), **seed)
+        stops=stops, **seed)
 
 # %% ../../nbs/43_infer.service.ipynb #2d99a417
 class Listener:

@@ -82,7 +82,7 @@ def accuracy(
     results:dict,        # From `collect`
     setting:str,         # One of its settings
     kind:str|None=None,  # Of question; `None`: all
-    minus:str|None=None, # Another setting, to be subtracted
+    minus:str|None=None, # Another setting, to be subtracted run by run, where both have the seed
     which:str='seeing',  # Or 'blind'
 ) -> Interval:
     "Accuracy of a setting, or how much it is above another, with its interval"
@@ -90,9 +90,13 @@ def accuracy(
     chosen = [i for i,o in enumerate(questions) if kind in (None, o.split('-')[1])]
     values = bits(results, setting, which)
     if minus is not None:
-        other = bits(results, minus, which)
-        shared = min(len(values), len(other))
-        values = values[:shared] - other[:shared]
+        mine, theirs = ([run['seed'] for run in results['settings'][o]] for o in (setting, minus))
+        shared = [seed for seed in mine if seed in theirs]
+        if not shared:
+            raise ValueError(
+                f"{setting!r} has the seeds {mine}, {minus!r} {theirs}; a difference needs a common one")
+        other = bits(results, minus, which)[[theirs.index(seed) for seed in shared]]
+        values = values[[mine.index(seed) for seed in shared]] - other
     return interval(values[:, chosen], [scene_of(questions[i]) for i in chosen])
 
 # %% ../../nbs/69_recipes.results.ipynb #498601fa

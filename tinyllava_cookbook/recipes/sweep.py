@@ -337,4 +337,7 @@ def sweep_cells(
     recipes = sweeps[name]()
     check_names(settings or (), list(recipes), f"setting in sweep {name!r}:")
     chosen = settings or list(recipes)
+    for what,given in dict(seeds=seeds, settings=chosen).items():
+        if len(set(given)) < len(given):
+            raise ValueError(f"{what} {[*given]}: one is there twice; its run would count twice")
     return [Cell(setting, recipes[setting], seed) for seed in seeds for setting in chosen]

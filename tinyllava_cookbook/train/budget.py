@@ -31,7 +31,7 @@ from .parallel import PARALLEL
 @dataclass
 class Corpus:
     "What one sample is like, on average"
-    samples:int       # How many
+    samples:int       # How many, before a stage's `share`
     text:float        # Tokens of text
     supervised:float  # Of them, supervised
     images:float      # Images
@@ -64,16 +64,16 @@ def _own_data(stage):
     "The corpus of a stage whose files are here, from 256 of its samples"
     from tinyllava_cookbook.data.records import read_sample
     from tinyllava_cookbook.train.data import stage_rows
-    rows = stage_rows(stage)
-    every = max(1, len(rows)//256)
-    samples = [read_sample(rows[i], i) for i in range(0, len(rows), every)]
+    rows = stage_rows(dataclasses.replace(stage, share=1.))   # `n_steps` takes its share
+    due = rows.epoch(0) if hasattr(rows, 'epoch') else range(len(rows))
+    some = map(int, due[::max(1, len(due)//256)])
+    samples = [read_sample(rows[i], i) for i in some]
     text = [_tokens(o, ('system', 'user', 'assistant')) for o in samples]
     supervised = [_tokens(o, ('assistant',)) for o in samples]
     images = [len(o.images) for o in samples]
     def mean(values): return sum(values)/len(values)
-    source = f'{len(samples)} of its {len(rows)} samples'
-    return Corpus(len(rows), mean(text), mean(supervised), mean(images),
-                  int(max(text)), source)
+    return Corpus(len(due), mean(text), mean(supervised), mean(images), int(max(text)),
+                  f'{len(samples)} of its {len(due)} samples')
 
 # %% ../../nbs/39_train.budget.ipynb #bd52b7c6
 def _files(data):

@@ -21,6 +21,7 @@ from ..core import IMAGE_TOKEN, Table, rank_and_world, read_json
 from ..data.images import load_image
 from ..pages import image_tag, render, write_page
 from ..train.cards import gpus
+from ..train.meter import is_card
 from ..train.recipes import Recipe, from_dict
 from ..train.run_log import (SPENT, RunLog, StageLog, has_run, read_rows, read_run,
                                                speed_ledger)
@@ -45,7 +46,7 @@ def card_of(
     device:str,       # As `torch.cuda.get_device_name` gives it
 ) -> str|None:        # Name in `gpus`; `None` where none is like it
     "The card that a device is"
-    found = [name for name in gpus if gpus[name].name in device]
+    found = [name for name in gpus if is_card(gpus[name].name, device)]
     longest = max((len(gpus[name].name) for name in found), default=0)
     found = [name for name in found if len(gpus[name].name) == longest]
     exact = [name for name in found if name.partition('-')[2] and name.partition('-')[2] in device]

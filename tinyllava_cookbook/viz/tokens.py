@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .attention import AnswerAttention, AnswerInputs, explain_answer
+from .attention import AnswerAttention, AnswerInputs, explain_answer, image_places
 from .places import TokenMap, token_maps
 from .probes import layer_number
 
@@ -183,8 +183,7 @@ def lens_maps(
     one:TokenMap,        # From `token_maps`
 ) -> Tensor:             # (layers, rows, columns)
     "Probability of the answer at each image token"
-    places = (asked.inputs['input_ids'][0] == processor.image_token_id).nonzero()[:, 0].cpu()
-    return one.values(lens.answer[:, places])
+    return one.values(lens.answer[:, image_places(processor, asked)])
 
 # %% ../../nbs/62_viz.tokens.ipynb #98a36cdf
 @torch.no_grad()
@@ -198,6 +197,7 @@ def nearest_words(
     _check_words(k)
     sizes = asked.inputs.get('image_sizes')
     img_nd = model.image_features(asked.inputs['pixel_values'], sizes).flatten(0, -2)
+    img_nd = img_nd[-len(image_places(processor, asked)):]
     words_vd = F.normalize(model.get_input_embeddings().weight.float(), dim=-1)
     cosines_nv = F.normalize(img_nd.float(), dim=-1) @ words_vd.T
     # the placeholder of an image is no word
@@ -213,15 +213,16 @@ def earlier_words(
     processor,             # Of the model
     k:int=5,               # Earlier tokens for each
 ) -> list[list[tuple[str, float]]]:  # Of each token of the answer: earlier tokens and their part
-    "The text tokens that each token of an answer took most from; the image counts as one"
+    "The text tokens that each token of an answer took most from; images count as one"
     _check_words(k)
-    ids = asked.inputs['input_ids'][0].tolist()
+    ids_p = asked.inputs['input_ids'][0].cpu()
+    ids, images_p = ids_p.tolist(), ids_p == processor.image_token_id
     weights_tp = att.of_layer('mean').mean(0)
     found = []
     for row in weights_tp:
         text = [(processor.tokenizer.decode([id_]), w) for id_,w in zip(ids, row.tolist())
             if id_ != processor.image_token_id]
-        text.append(('<image>', row[att.places].sum().item()))
+        text.append(('<image>', row[images_p].sum().item()))
         found.append(sorted(text, key=lambda pair: -pair[1])[:k])
     return found
 
@@ -247,7 +248,7 @@ def words_to_image(
                            use_cache=False)
     states, _ = layer_states(model.language_model, run)
     layer = layer_number(layer, len(states))
-    here = asked.inputs['input_ids'][0] == processor.image_token_id
+    here = image_places(processor, asked)
     ids = [_first_id(processor, word) for word in words]
     table = model.get_input_embeddings() if layer == 0 else model.get_output_embeddings()
     words_wd = F.normalize(table.weight[ids].float(), dim=-1)

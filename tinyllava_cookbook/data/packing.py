@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from .. import __version__
 from ..core import IGNORE
-from .batches import Lengths, check_samples, join_images, parallel_map, plan_packs
+from .batches import Lengths, collate, parallel_map, plan_packs
 from .datasets import BAD
 from ..cached_files import file_stamp, find_cached, write_cached
 from .records import Sample, image_fields, naming, read_sample
@@ -40,13 +40,15 @@ def _filled_up(collator, samples) -> list:
     return [*samples, {k: v for k, v in fill.items() if not samples or k in samples[0]}]
 
 # %% ../../nbs/15_data.packing.ipynb #dd659d02
-def _packed(samples) -> dict:
+def _packed(collator, samples) -> dict:
     "Ids, positions and labels, one sample after the other"
+    samples = _filled_up(collator, samples)
     ids = [s['input_ids'] for s in samples]
     out = dict(input_ids=_row(ids), position_ids=_row(range(len(o)) for o in ids))
     if 'labels' in samples[0]:
         out['labels'] = _row(s['labels'] for s in samples)
         out['labels'][out['position_ids'] == 0] = IGNORE
+    if collator.seq_lens: out |= _cu_seqlens(out['position_ids'])
     return out
 
 # %% ../../nbs/15_data.packing.ipynb #ce215795
@@ -62,10 +64,7 @@ class PackCollator:
         samples:list[dict],           # From an `Encoder`; none gives one token that teaches nothing
     ) -> dict[str, torch.Tensor]:     # input_ids, position_ids, labels (1, t); images as for `PadCollator`
         "One row; `pixel_values` is absent when no sample has an image"
-        check_samples(samples)
-        out = _packed(_filled_up(self, samples))
-        if self.seq_lens: out |= _cu_seqlens(out['position_ids'])
-        return out | join_images(samples)
+        return collate(samples, partial(_packed, self))
 
 # %% ../../nbs/15_data.packing.ipynb #835caa89
 def block_mask(

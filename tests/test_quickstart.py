@@ -1,5 +1,5 @@
 "The main job: the shipped ingredients, the tiny twin, and the whole of it with the numbers it must reach."
-import json, os, subprocess, sys
+import json, os, shlex, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
@@ -19,12 +19,24 @@ def chat(model, image, question):
     return fresh.run([sys.executable, '-m', 'tinyllava_cookbook.cli', *map(str, words)], capture_output=True, text=True)
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory):
-    "Folder of one real quickstart, in a place with a space and an umlaut"
+def run_and_said(tmp_path_factory):
+    "Folder of one real quickstart, in a place with a space and an umlaut, and what it printed"
     folder = tmp_path_factory.mktemp('run')/'quick störung'
     r = tinyllava('quickstart', '--out', folder)
     assert r.returncode == 0, r.stderr[-3000:]
-    return folder
+    return folder, r.stdout
+
+@pytest.fixture(scope='module')
+def run(run_and_said): return run_and_said[0]
+
+def test_last_line_is_a_command_that_answers(run_and_said):
+    "Its image is there, in a folder whose name a shell would cut"
+    line = run_and_said[1].splitlines()[-1]
+    words = shlex.split(line.removeprefix('ask it: '))
+    assert line.startswith('ask it: ') and Path(words[0]).name == 'tinyllava' and words[1] == 'chat', line
+    assert Path(words[5]).is_file(), line
+    r = fresh.run([sys.executable, '-m', 'tinyllava_cookbook.cli', *words[1:]], capture_output=True, text=True)
+    assert r.returncode == 0 and r.stdout.strip() in ('yes', 'no'), (r.stdout, r.stderr)
 
 @pytest.mark.slow
 def test_numbers(run):

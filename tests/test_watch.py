@@ -152,11 +152,16 @@ def launched(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_launched_run_leaves_its_page(launched):
+    from tinyllava_cookbook.viz.run_page import stage_recipe
     folder, _ = launched
     page = (folder/'index.html').read_text()
     for heading in ('Curves', 'Samples over time', 'Where the time went', 'Forecast against measured'): assert f'<h2>{heading}</h2>' in page
     assert 'Not available' not in page and page.count('<img') == 4     # the curves, and attention for the three samples
     run = L.read_run(folder)
+    kept = {name: stage_recipe(run, name).stage(name) for name in ('pretrain', 'finetune')}
+    root = folder.parent
+    assert [stage.data for stage in kept.values()] == [f'{root}/pretrain.json', f'{root}/instruct.json']   # what was trained on, not the recipe's
+    assert {stage.images for stage in kept.values()} == {f'{root}/images'}
     assert run.state == 'finished' and [log.name for log in run.stages] == ['pretrain', 'finetune']
     for log in run.stages:
         assert log.values('loss')[0] == [1, 2] == log.values('memory')[0] and log.begin['device'] == 'cpu'
@@ -240,4 +245,6 @@ def test_the_forecast_is_the_budget_of_the_card_in_the_log(tmp_path):
     told = stage_budget(micro, micro.stage('pretrain'), '8xA100-80G', 'zero2')
     assert planned == dict(steps=told.steps, hours=told.hours, gib=need(told.memory)/2**30, tflop=told.flops/1e12, mfu=.36)
     assert found == dict(steps=3, hours=1., gib=8., tflop=2.*1200*8, mfu=pytest.approx(.3))
-    assert [row['measured'] for row in budget_table(run, micro)][:3] == ['3', '1', '8.00']
+    assert not budget_table(run)                                      # no weights, no recipe
+    (tmp_path/'pretrain/recipe.json').write_text(json.dumps(micro.to_dict()))
+    assert [row['measured'] for row in budget_table(run)][:3] == ['3', '1', '8.00']

@@ -6,9 +6,12 @@
 __all__ = ['train_recipe']
 
 # %% ../../nbs/37_train.stages.ipynb #ca50f52c
+import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from ..core import read_json
 from ..durable import stop_if_asked, stop_on_signal
 from .identity import start_identity
 from .one_stage import train_stage
@@ -20,6 +23,40 @@ from .recipes import Recipe
 from .recipes import recipe as find_recipe
 from .results import finished_result
 from .start import start_model
+
+# %% ../../nbs/37_train.stages.ipynb #2a470ca9
+def _are_files(data):
+    "Are they named, not rows from Python?"
+    if isinstance(data, dict): return all(map(_are_files, data.values()))
+    return data is None or isinstance(data, (str, Path, int, float))
+
+def _with_given(stage, data, images):
+    "A stage with the files that it is given; rows from Python have none, and are no published data"
+    if images: stage = replace(stage, images=str(images))
+    file = data.get(stage.name, stage.data)
+    if not _are_files(file): return replace(stage, data=None, corpus=None)
+    return replace(stage, data=json.loads(json.dumps(file, default=str)))
+
+def _with_kept(stage, folder):
+    "A stage with the files that earlier weights name, where they are of it"
+    file = Path(folder)/'recipe.json'
+    found = read_json(file) if file.exists() else {}
+    rows = found.get('stages', []) if isinstance(found, dict) else []
+    for row in rows:
+        if row['name'] == stage.name:
+            return replace(stage, **{name: row.get(name) for name in ('data', 'images', 'corpus')})
+    return stage
+
+# %% ../../nbs/37_train.stages.ipynb #d11ad446
+def _as_trained(recipe, out, names, data, images, start):
+    "The recipe as the weights keep it: each stage with the files that it was trained on, here or before"
+    if isinstance(names, str): names = [names]
+    stages = []
+    for stage in recipe.stages:
+        here = names is None or stage.name in names
+        stages.append(_with_given(stage, data or {}, images) if here
+                      else _with_kept(stage, start or out/stage.name))
+    return replace(recipe, stages=stages)
 
 # %% ../../nbs/37_train.stages.ipynb #077afa10
 def _run(recipe, out, takes, trusted, options):
@@ -39,7 +76,7 @@ def _run(recipe, out, takes, trusted, options):
                 opened = opened or open_model(each.start)
                 stop_if_asked(f"the first step of stage {name!r}")
                 trained = train_stage(*opened, each.stage, each.folder, each.rows, seed=recipe.seed,
-                    eval_data=each.held_out, final=each.weights, recipe=recipe, origin=origin, **options)
+                    eval_data=each.held_out, final=each.weights, origin=origin, **options)
             results[name] = found or trained
             # finished before, or wrapped and sharded: the next stage opens the folder
             if found or options['parallel'] != 'ddp': opened = None
@@ -65,7 +102,8 @@ def train_recipe(
     if not isinstance(recipe, Recipe): recipe = find_recipe(recipe)
     check_accept(accept)
     options = dict(device='auto', feature_cache='off') | kwargs
-    options |= dict(resume=resume, parallel=parallel, accept=accept)
+    kept = _as_trained(recipe, Path(out), stages, data, images, start)
+    options |= dict(resume=resume, parallel=parallel, accept=accept, recipe=kept)
     takes = dict(names=stages, data=data, images=images, start=start, eval_data=eval_data)
     takes |= {name: options[name] for name in ('parallel', 'device', 'feature_cache')}
     with stop_on_signal(): return _run(recipe, Path(out), takes, trust_remote_code, options)

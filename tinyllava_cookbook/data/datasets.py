@@ -174,7 +174,7 @@ def time_limit(
         signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
 
 # %% ../../nbs/13_data.datasets.ipynb #ec6e927b
-BAD = ValueError, TypeError, LookupError, OSError, MemoryError   # What a sample can be guilty of
+BAD = ValueError, TypeError, LookupError, OSError, MemoryError   # Errors that make a sample a bad one
 ON_BAD = 'raise', 'substitute'                                   # What to do with a bad sample in training
 _log = logging.getLogger(__name__)
 

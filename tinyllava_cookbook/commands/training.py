@@ -113,7 +113,8 @@ def _with_given(a, r, todo):
     for stage in r.stages:
         if stage.name in todo:
             trainer = stage.trainer | dict(report_to=a.report_to) if a.report_to else stage.trainer
-            stage = replace(stage, data=data.get(stage.name, stage.data), images=a.images or stage.images, trainer=trainer)
+            file = data.get(stage.name, stage.data)
+            stage = replace(stage, data=file, images=a.images or stage.images, trainer=trainer)
         stages.append(stage)
     return replace(r, stages=stages)
 

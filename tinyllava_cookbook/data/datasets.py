@@ -92,7 +92,7 @@ def _tokens(encoder, sample):
     out = expand(ids, labels, encoder.image_token_id, counts, encoder.max_length)
     if _nothing(out[1]):
         raise ValueError(
-            f"nothing to learn: max_length {encoder.max_length} cuts the answer off")
+            f"nothing to learn: max_length {encoder.max_length} cuts the answer off; raise it")
     return out
 
 # %% ../../nbs/13_data.datasets.ipynb #181aa05c

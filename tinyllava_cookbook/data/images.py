@@ -119,7 +119,8 @@ def canvases(
     for canvas in found:
         if canvas[0] % height or canvas[1] % width:
             raise ValueError(
-                f"pinpoint {canvas} is not made of whole tiles of {height}x{width}")
+                f"pinpoint {canvas} is not made of whole tiles of {height}x{width}; "
+                "give multiples of these")
     return found
 
 # %% ../../nbs/10_data.images.ipynb #ebe58872

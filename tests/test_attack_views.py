@@ -3,14 +3,21 @@ import pytest
 
 torch = pytest.importorskip('torch')
 from PIL import Image
+from transformers import CLIPImageProcessorPil
+from tinyllava_cookbook.core import quiet
+from tinyllava_cookbook.data.records import Sample
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.infer.generate import supervised_ids, user_turn
+from tinyllava_cookbook.viz import attention, checkpoints, data as D
 from tinyllava_cookbook.viz.attention import answer_attention, answer_inputs, conversation_inputs, explain_answer, tower_attention
-from tinyllava_cookbook.viz.causal import answer_batch, layer_activations, occluded, patched_log_probs, patching_effects, token_blocks
+from tinyllava_cookbook.viz.causal import (answer_batch, answer_log_probs, attention_values, layer_activations, object_tokens, occluded,
+                                           patched_log_probs, patching_effects, relevance_values, rollout_values, token_blocks)
+from tinyllava_cookbook.viz.explorer import DatasetExplorer, explore_attention
+from tinyllava_cookbook.viz.places import TokenMap, merge_maps, shown_box, token_maps
 from tinyllava_cookbook.viz.tokens import earlier_words, lens_maps, logit_lens, nearest_words, next_words, words_to_image
 
-pytestmark = pytest.mark.takes(6)
+pytestmark = pytest.mark.takes(8)
 
 RED, BLUE = (Image.new('RGB', (40, 32), color) for color in ('red', 'blue'))
 
@@ -98,3 +105,123 @@ def test_of_several_images_the_last(opened):
     assert whole == pytest.approx(seen.of_layer().mean(0)[0, places].sum().item())
     without = conversation_inputs(*opened, [user_turn('hi', 0)], [], new)
     with pytest.raises(ValueError, match='holds no image'): explain_answer(*opened, without)
+
+def cut(**settings): return CLIPImageProcessorPil(crop_size=dict(height=32, width=32), **settings)
+
+def test_boxes_of_a_processor_that_squashes_and_then_cuts():
+    "Only a shortest edge was heeded: of 48 pixels, of which 32 stay, the map was laid over all"
+    squashes = cut(size=dict(height=48, width=64))
+    assert shown_box((90, 120), 'none', squashes) == (30, 15, 90, 75)
+    assert shown_box((90, 120), 'squash', squashes) == (30, 15, 90, 75)
+    assert shown_box((90, 120), 'none', cut(size=dict(height=48, width=48), do_resize=False)) == (44, 29, 76, 61)
+
+@pytest.mark.parametrize('size', [(2, 300), (300, 2), (20, 30), (500, 300)])
+def test_no_value_is_lost_between_the_pixels_of_a_thin_image(size):
+    "One row of a picture showed one row of cells: the others, or all, were gone"
+    x = torch.rand(3, 24*24, generator=torch.manual_seed(0))
+    one = TokenMap('image', torch.arange(24*24).unflatten(0, (24, 24)), (0, 0, *size[::-1]))
+    heat = merge_maps([one], x, size)
+    assert torch.allclose(heat.sum((1, 2)), x.sum(-1), rtol=1e-5)
+    half = TokenMap('image', one.index_rc, (0, -size[0]/2, size[1], size[0]/2))   # its upper rows are padding
+    assert torch.allclose(merge_maps([half], x, size).sum((1, 2)), x[:, 12*24:].sum(-1), rtol=1e-5)
+    flat = merge_maps([one], torch.ones(24*24), size)
+    assert flat.max() == flat.min()
+
+def test_colours_of_pixels_that_were_not_normalized():
+    bytes_nchw = torch.randint(256, (1, 3, 32, 32), generator=torch.manual_seed(0)).byte()
+    image = Image.fromarray(bytes_nchw[0].permute(1, 2, 0).numpy())
+    for how in dict(), dict(do_normalize=False), dict(do_normalize=False, do_rescale=False), dict(rescale_factor=1/127.5):
+        processor = cut(size=dict(shortest_edge=32), **how)
+        pixels = processor(image, return_tensors='pt')['pixel_values']
+        assert torch.allclose(D.tile_pixels(pixels, processor), bytes_nchw/255, atol=1e-5), how
+    assert torch.equal(D.tile_pixels(bytes_nchw, processor), bytes_nchw/255)
+
+@pytest.fixture(scope='module')
+def parts(tmp_path_factory):
+    root = tmp_path_factory.mktemp('parts')
+    @quiet()
+    def build(vision, llm='phi3', over=(), **config):
+        eyes = [str(tiny_checkpoint(name, root/name)) for name in vision.split(' + ')]
+        return compose(' + '.join(eyes), tiny_checkpoint(llm, root/llm, **dict(over)), **config)
+    return build
+
+ASKS = dict(connector='resampler', connector_kwargs=dict(n_queries=20, depth=1, heads=2, d_head=8))
+
+def test_two_towers_side_by_side_have_one_map(parts):
+    "Their features are one for each patch; the map was that of towers whose tokens alternate"
+    for config in ASKS, dict(vision_feature_select='cls_patch'):
+        seen = answer_attention(*parts('clip + dinov2', **config), RED, 'what?', answer='red')
+        assert [one.grid for one in seen.token_maps] == [(4, 4)]
+        assert seen.heat().sum() > 0
+
+def test_tokens_that_ask_have_no_places(parts):
+    "With more queries than features a map of features was filled with the values of tokens"
+    model, processor = parts('siglip', **ASKS)
+    asked = answer_inputs(model, processor, RED, 'what?', answer='red')
+    one = token_maps(model, processor, asked.size)[0]
+    batch = answer_batch(processor, ['what?'], [RED], ['red'])
+    for look in (lambda: lens_maps(logit_lens(model, processor, asked), asked, processor, one),
+                 lambda: object_tokens(one, batch, [(0, 0, 9, 9)])):
+        with pytest.raises(ValueError, match='is of the features that the connector asks'): look()
+
+def test_an_image_of_which_no_tile_shows_a_patch(parts):
+    model, processor = parts('siglip', image_mode='anyres')
+    seen = answer_attention(model, processor, Image.new('RGB', (2000, 20)), 'what?', answer='red')
+    assert [one.name for one in seen.token_maps] == ['everything'] and seen.heat().sum() > 0
+
+def test_views_of_a_model_in_training(parts):
+    "Dropout made each look another; and frozen parts came back in training mode"
+    model, processor = parts('siglip', over=dict(attention_dropout=.5, resid_pdrop=.5))
+    asked = answer_inputs(model, processor, RED, 'what?', answer='red')
+    batch = answer_batch(processor, ['what?'], [RED], ['red'])
+    views = [lambda: next_words(model, processor, asked).probs, lambda: logit_lens(model, processor, asked).probs,
+             lambda: words_to_image(model, processor, asked, ['red'], layer=2), lambda: answer_log_probs(model, batch),
+             lambda: layer_activations(model, batch)[-1], lambda: attention_values(model, batch),
+             lambda: rollout_values(model, batch), lambda: relevance_values(model, batch),
+             lambda: explain_answer(model, processor, asked).weights, lambda: tower_attention(model, processor, RED, (0, 0))]
+    still = [look() for look in views]
+    model.train().model.vision_tower.eval()
+    modes = [part.training for part in model.modules()]
+    for look, wanted in zip(views, still): assert torch.equal(look(), wanted)
+    assert [part.training for part in model.modules()] == modes
+
+def test_shares_of_values_that_are_no_attention(opened, asked):
+    "Relevance was 205 % on the image"
+    for method in 'attention', 'rollout', 'gradient', 'relevance':
+        seen = explain_answer(*opened, asked, method)
+        assert (0 < seen.share()).all() and (seen.share() < 1).all(), method
+        if method in ('attention', 'rollout'): assert torch.allclose(seen.share(), seen.on_image(), atol=1e-6)
+    seen.weights = 0*seen.weights
+    assert seen.share().eq(0).all()
+
+def test_an_image_that_was_held_sideways(opened, tmp_path):
+    "The model saw it upright, its map lay on it as it is stored"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new('RGB', (60, 30)).save(tmp_path/'photo.jpg', exif=exif)
+    with Image.open(tmp_path/'photo.jpg') as photo:
+        asked = conversation_inputs(*opened, [user_turn('what?', 1)], [photo], [5])
+    assert asked.size == (60, 30)
+
+def test_answers_are_spelled_as_a_whole(opened, monkeypatch):
+    "Tokens spelled one by one lose what several make together: an emoji, and SentencePiece's spaces"
+    fox = answer_inputs(*opened, RED, 'what?', answer='a \U0001f98a')
+    monkeypatch.setattr(checkpoints, 'run_checkpoints', lambda folder: [checkpoints.RunCheckpoint('one', 1, folder)])
+    monkeypatch.setattr(checkpoints, 'open_checkpoint', lambda folder, device: opened)
+    monkeypatch.setattr(attention, 'answer_ids', lambda *args: [fox.answer])
+    assert [one.answer for one in checkpoints.answers_over_run('run', RED, 'what?')] == ['a \U0001f98a']
+    pytest.importorskip('ipywidgets')
+    assert explore_attention(*opened, RED, 'what?', answer='a 🦊').line.value.startswith('what? a 🦊: ')
+
+def test_explorers_show_nothing_of_the_one_before(opened, monkeypatch):
+    "A sample of text, and a figure that failed, left the picture that was there"
+    pytest.importorskip('ipywidgets')
+    turns = [dict(role='assistant', content='hello')]
+    samples = [Sample('seen', [dict(role='user', content='<image>')] + turns, [RED]), Sample('text', [dict(role='user', content='hi')] + turns, [])]
+    explorer = DatasetExplorer(samples, opened[1])
+    before = explorer.picture.value
+    explorer.controls['sample'].value = 1
+    assert explorer.picture.value not in (b'', before) and explorer.line.value.startswith('2 of 2')
+    monkeypatch.setattr(explorer, 'draw', lambda sample: 1/0)
+    with pytest.raises(ZeroDivisionError): explorer.controls['sample'].value = 0
+    assert explorer.picture.value == b'' and explorer.line.value == ''

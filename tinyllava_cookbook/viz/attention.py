@@ -10,7 +10,7 @@ __all__ = ['METHODS', 'AnswerInputs', 'conversation_inputs', 'answer_inputs', 'i
 from dataclasses import dataclass, field, replace
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from ..data.images import load_image
 from tinyllava_cookbook.infer.generate import (answer_ids, pixel_inputs, prompt_ids,
@@ -18,8 +18,8 @@ from tinyllava_cookbook.infer.generate import (answer_ids, pixel_inputs, prompt_
 from ..model.features import tower_features
 from ..model.vision import n_prefix, patch_grid
 from .places import TokenMap, merge_maps, token_maps
-from .probes import (attention_calls, attention_rows, attention_weights, output_gradients,
-    query_patches, relevance, rollout, weight_gradients)
+from .probes import (attention_calls, attention_rows, attention_weights, in_eval,
+    output_gradients, query_patches, relevance, rollout, weight_gradients)
 
 # %% ../../nbs/61_viz.attention.ipynb #62ec754f
 @dataclass
@@ -44,6 +44,11 @@ class AnswerInputs:
         return self.image.size[::-1]
 
 # %% ../../nbs/61_viz.attention.ipynb #65302863
+def _upright(image):
+    "An image as the model sees it, which heeds how the camera was held"
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return load_image(image) if turned else image
+
 def conversation_inputs(
     model,            # A `VLMForConditionalGeneration`
     processor,        # Its processor
@@ -56,10 +61,11 @@ def conversation_inputs(
     ids = torch.tensor([prompt+answer], device=model.device)
     inputs = dict(input_ids=ids) | pixel_inputs(model, processor, images)
     tokens = [processor.tokenizer.decode([id_]) for id_ in answer]
-    image = images[-1] if images else None
+    image = _upright(images[-1]) if images else None
     return AnswerInputs(image, turns[-1]['content'], prompt, answer, inputs, tokens)
 
 # %% ../../nbs/61_viz.attention.ipynb #38af81c6
+@in_eval
 def answer_inputs(
     model,                 # A `VLMForConditionalGeneration`
     processor,             # Its processor
@@ -124,8 +130,14 @@ class TokenWeights:
         return weights_tn if self.query_patches is None else weights_tn @ self.query_patches
 
     def on_image(self, layer='mean') -> Tensor:
-        "(tokens,): how much of all attention the image gets"
+        "(tokens,): sum of the image's values; with 'attention', how much of it all the image gets"
         return self.of_layer(layer)[..., self.places].sum(-1).mean(0)
+
+    def share(self, layer='mean') -> Tensor:
+        "(tokens,): the image's part of all values, whatever their signs: 0 to 1 with every method"
+        sizes_tp = self.of_layer(layer).abs().mean(0)
+        total_t = sizes_tp.sum(-1).clamp_min(torch.finfo().tiny)
+        return sizes_tp[..., self.places].sum(-1)/total_t
 
 # %% ../../nbs/61_viz.attention.ipynb #cb894918
 class AnswerAttention(TokenWeights):
@@ -222,6 +234,7 @@ def _asked_patches(model, pixel_values):
         return query_patches(model.connector, tower_features(model, pixel_values[-1:]))[0].cpu()
 
 # %% ../../nbs/61_viz.attention.ipynb #913e1bbb
+@in_eval
 def explain_answer(
     model,                    # A `VLMForConditionalGeneration`
     processor,                # Its processor
@@ -234,12 +247,8 @@ def explain_answer(
         raise ValueError(f"no method {method!r}; choose from {list(METHODS)}")
     if layers is not None and method != 'attention':
         raise ValueError(f"{method!r} goes through all layers; leave out layers={layers}")
-    was = model.training
-    try:
-        _,explain = _EXPLAIN[method]
-        weights,numbers = explain(model.eval(), asked, layers)
-    finally:
-        model.train(was)
+    _,explain = _EXPLAIN[method]
+    weights,numbers = explain(model, asked, layers)
     places = image_places(processor, asked)
     maps = token_maps(model, processor, asked.size)
     patches = _asked_patches(model, asked.inputs['pixel_values'])
@@ -300,7 +309,7 @@ def show_attention(
     name=None,           # One map, where there are several; `None` merges them
 ):                       # The figure
     "The image, then each answer token's values over it"
-    heat, share = att.heat(layer, head, name), att.on_image(layer)
+    heat, share = att.heat(layer, head, name), att.share(layer)
     n = 1 + min(len(att.tokens), most)
     fig, axes = _panels(n, columns, size)
     axes[0].imshow(att.image)
@@ -311,6 +320,7 @@ def show_attention(
     return fig
 
 # %% ../../nbs/61_viz.attention.ipynb #2611dbb4
+@in_eval
 @torch.no_grad()
 def tower_attention(
     model,                  # A `VLMForConditionalGeneration`; of two towers, the first

@@ -21,7 +21,7 @@ from ..model.vlm import merge_inputs
 from ..train.tuning import layer_list
 from .micro import ColorCase, object_box, recolored, unused_color
 from .places import TokenMap, token_maps
-from .probes import attention_calls, attention_rows, layer_number, output_gradients, relevance, rollout
+from .probes import attention_calls, attention_rows, in_eval, layer_number, output_gradients, relevance, rollout
 
 # %% ../../nbs/65_viz.causal.ipynb #f8dcb494
 @dataclass
@@ -73,6 +73,7 @@ def answer_batch(
                        places.unflatten(0, (len(prompts), -1)))
 
 # %% ../../nbs/65_viz.causal.ipynb #ae223869
+@in_eval
 @torch.no_grad()
 def answer_log_probs(
     model,               # A `VLMForConditionalGeneration`
@@ -85,6 +86,7 @@ def answer_log_probs(
     return torch.cat(logits).float().log_softmax(-1)
 
 # %% ../../nbs/65_viz.causal.ipynb #d15a31aa
+@in_eval
 @torch.no_grad()
 def embedded(
     model,              # A `VLMForConditionalGeneration`
@@ -267,7 +269,7 @@ def object_tokens(
     "Positions of the image tokens that show a rectangle"
     here_bt = torch.zeros_like(batch.inputs['attention_mask']).bool()
     for i,box in enumerate(boxes):
-        tokens = one.index_rc[shows_box(one, box)]
+        tokens = one.of_tokens().index_rc[shows_box(one, box)]
         here_bt[i, batch.places_bn[i, tokens[tokens >= 0]]] = True
     return here_bt
 
@@ -284,8 +286,10 @@ def swapped(
         return answer_batch(processor, [c.question for c in some],
                             [c.image for c in some], [c.answer for c in some])
     batch, donor = as_batch(cases), as_batch(others)
-    one = token_maps(model, processor, cases[0].image.size[::-1])[0]
-    here_bt = object_tokens(one, batch, [object_box(obj) for obj in objects])
+    maps = token_maps(model, processor, cases[0].image.size[::-1])
+    boxes = [object_box(obj) for obj in objects]
+    # of two towers, the tokens of both
+    here_bt = torch.stack([object_tokens(one, batch, boxes) for one in maps]).any(0)
     donor_btd = layer_activations(model, donor)[layer]
     return patched_log_probs(model, batch, donor_btd, here_bt, layer).argmax(-1)
 
@@ -307,6 +311,7 @@ def _to_image(weights_bt, batch):
     "Values of positions to those of image tokens"
     return weights_bt.gather(1, batch.places_bn)
 
+@in_eval
 @torch.no_grad()
 def attention_values(
     model,              # A `VLMForConditionalGeneration`
@@ -318,6 +323,7 @@ def attention_values(
     return _to_image(torch.stack(list(found.values())).mean((0, 2))[:, 0], batch)
 
 # %% ../../nbs/65_viz.causal.ipynb #3b8d0f2a
+@in_eval
 @torch.no_grad()
 def rollout_values(
     model,              # A `VLMForConditionalGeneration`
@@ -329,6 +335,7 @@ def rollout_values(
     return _to_image(rollout(calls, [batch.row])[:, 0], batch)
 
 # %% ../../nbs/65_viz.causal.ipynb #33df1f14
+@in_eval
 def relevance_values(
     model,              # A `VLMForConditionalGeneration`
     batch:AnswerBatch,  # From `answer_batch`

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from ..core import Table, pick_device, quiet
+from ..data.images import load_image
 from ..durable import MARKER, checkpoints, read_marker
 from ..model.checkpoints import load
 from ..model.config import VLMConfig
@@ -161,7 +162,7 @@ def _answer_of(one, image, question, wanted, method, max_new_tokens, device):
     right = wanted and answer_inputs(model, processor, image, question, wanted)
     found = CheckpointAnswer(one.name, one.step, '', 0., right and _probability(model, right), None)
     if asked:
-        found.answer = ''.join(asked.tokens).strip()
+        found.answer = processor.tokenizer.decode(asked.answer).strip()
         found.prob = _probability(model, asked)
         found.attention = explain_answer(model, processor, asked, method)
     return found
@@ -191,7 +192,7 @@ def answers_table(
     for one in answers:
         row = dict(step=one.step, answer=one.answer or '(nothing)', prob=round(one.prob, 3))
         if one.wanted is not None: row['wanted'] = round(one.wanted, 3)
-        if one.attention: row['on_image'] = round(one.attention.on_image().mean().item(), 3)
+        if one.attention: row['on_image'] = round(one.attention.share().mean().item(), 3)
         rows.append(row)
     return Table(rows)
 
@@ -213,6 +214,7 @@ def show_answers(
 ):                                   # The figure
     "The curve of the probability, and where each checkpoint looked"
     import matplotlib.pyplot as plt
+    image = load_image(image)   # upright, as the model saw it
     n = min(most, len(answers))
     picked = [answers[round(i*(len(answers)-1)/max(n-1, 1))] for i in range(n)]
     fig, axes = plt.subplots(1, n+2, figsize=(1.35*(n+2), 1.6), dpi=72,

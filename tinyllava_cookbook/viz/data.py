@@ -68,9 +68,18 @@ def tile_pixels(
     processor,           # The image processor that normalized them
 ) -> Tensor:             # (n, 3, h, w) in 0..1
     "The tiles of a sample as colours"
+    if pixels_nchw.dtype == torch.uint8: return pixels_nchw/255
+    x_nchw = pixels_nchw.float()
+    if getattr(processor, 'do_normalize', True):
+        x_nchw = _unnormalized(x_nchw, processor)
+    scaled = getattr(processor, 'do_rescale', True)
+    factor = getattr(processor, 'rescale_factor', 1/255) if scaled else 1
+    return (x_nchw/(255*factor)).clamp(0, 1)
+
+def _unnormalized(x_nchw, processor):
     mean = torch.tensor(processor.image_mean or [0.]*3)[:, None, None]
     std = torch.tensor(processor.image_std or [1.]*3)[:, None, None]
-    return (pixels_nchw.float()*std + mean).clamp(0, 1)
+    return x_nchw*std + mean
 
 # %% ../../nbs/61_viz.data.ipynb #22f39821
 def show_tiles(
@@ -81,7 +90,7 @@ def show_tiles(
 ):                       # The figure
     "The image with the rectangles of its tiles, and each tile as the vision tower sees it"
     import matplotlib.pyplot as plt
-    tiles = [*tile_pixels(pixels_nchw, processor).permute(0, 2, 3, 1)]
+    tiles = [*tile_pixels(pixels_nchw, processor).permute(0, 2, 3, 1).numpy()]
     panels = tiles if image is None else [image, *tiles]
     fig, axes = plt.subplots(1, len(panels), figsize=(1.6*len(panels), 1.6), dpi=72,
                              squeeze=False)
@@ -165,7 +174,7 @@ def show_batch(
     kinds_bt = batch_kinds(batch, image_token_id)
     n_rows = len(kinds_bt)
     fig, ax = plt.subplots(figsize=(5, .7 + .3*n_rows), dpi=72, layout='constrained')
-    ax.imshow(kinds_bt, cmap=ListedColormap(_BAND), vmin=0, vmax=3, aspect='auto',
+    ax.imshow(kinds_bt.numpy(), cmap=ListedColormap(_BAND), vmin=0, vmax=3, aspect='auto',
               interpolation='nearest')
     for row in range(1, n_rows): ax.axhline(row-.5, color='white', lw=2)
     for row,start,_ in _spans(batch):

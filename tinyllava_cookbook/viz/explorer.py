@@ -62,10 +62,14 @@ class Explorer:
         return {name: control.value for name,control in self.controls.items()}
 
     def update(self, change=None):
-        "Draw the figure"
-        self.picture.value = png(self.draw(**self.values))
-        if self.caption:
-            self.line.value = self.caption(**self.values)
+        "Draw the figure; where that fails, the one before does not stay"
+        try:
+            picture = png(self.draw(**self.values))
+            line = self.caption(**self.values) if self.caption else ''
+        except BaseException:
+            self.picture.value, self.line.value = b'', ''
+            raise
+        self.picture.value, self.line.value = picture, line
 
     def _repr_mimebundle_(self, **kwargs):
         import base64
@@ -103,6 +107,7 @@ def explore_attention(
     widgets = _widgets()
     asked = answer_inputs(model, processor, image, question, answer)
     found = {method: explain_answer(model, processor, asked, method) for method in METHODS}
+    said = processor.tokenizer.decode(asked.answer).strip()
     layers, heads = found['attention'].weights.shape[:2]
     options = [(token.strip() or repr(token), i) for i,token in enumerate(asked.tokens)]
     controls = dict(
@@ -116,11 +121,19 @@ def explore_attention(
         return found[method], token, *(('mean', 'mean') if deep else (layer, head))
     def caption(**values):
         att, token, layer, _ = at(**values)
-        return f'{question} {"".join(asked.tokens).strip()}: {att.on_image(layer)[token]:.0%} on the image'
+        return f'{question} {said}: {att.share(layer)[token]:.0%} on the image'
     return Explorer(lambda **values: _attention_figure(*at(**values)), controls,
                     caption)
 
 # %% ../../nbs/64_viz.explorer.ipynb #e54bf89c
+def _no_image():
+    "What stands for the image of a sample of text"
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(1.6, 1.6), dpi=72)
+    ax.axis('off')
+    ax.set_title('no image', fontsize=8)
+    return fig
+
 class DatasetExplorer(Explorer):
     "A slider over samples: the image as the tower sees it, and the text with its supervised tokens"
     def __init__(self,
@@ -144,6 +157,7 @@ class DatasetExplorer(Explorer):
         ids, labels = (list(map(int, encoded[name])) for name in ('input_ids', 'labels'))
         self.text.value = masked_html(ids, labels, self.processor.tokenizer,
                                       self.processor.image_token_id)
+        if 'pixel_values' not in encoded: return _no_image()
         return show_tiles(encoded['pixel_values'], self.processor.image_processor)
 
     def count(self, sample):
@@ -198,15 +212,16 @@ def explore_two(
         "Computed when it is first looked at"
         if (name, i) not in kept:
             asked = answer_inputs(*models[name], images[i], questions[i])
-            kept[name, i] = explain_answer(*models[name], asked), next_words(
+            said = models[name][1].tokenizer.decode(asked.answer).strip()
+            kept[name, i] = explain_answer(*models[name], asked), said, next_words(
                 *models[name], asked, 1).probs[0, 0].item()
         return kept[name, i]
     def figure(question):
         import matplotlib.pyplot as plt
         fig, axes = plt.subplots(1, len(models), figsize=(2*len(models), 2.3), dpi=72, squeeze=False)
         for ax,name in zip(axes[0], models):
-            att, p = look(name, question)
-            overlay(ax, att.image, att.heat()[0], f'{name}: {"".join(att.tokens).strip()} ({p:.0%})')
+            att, said, p = look(name, question)
+            overlay(ax, att.image, att.heat()[0], f'{name}: {said} ({p:.0%})')
         fig.tight_layout(pad=.3)
         return fig
     options = [(f'{i}: {text}', i) for i,text in enumerate(questions)]

@@ -9,7 +9,6 @@ __all__ = ['Box', 'shown_box', 'TokenMap', 'canvas_to_image', 'token_maps', 'mer
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from ..data.images import IMAGE_MODES, best_canvas, fit_size, pinpoints, target_size, unpad
@@ -29,15 +28,23 @@ def _middle(box, size, kept):
     return x, y, x + kept[1]*scale_x, y + kept[0]*scale_y
 
 # %% ../../nbs/60_viz.places.ipynb #725298dc
+def _resized(size, processor):
+    "Height and width of an image after its processor has resized it"
+    if not getattr(processor, 'do_resize', True):
+        return size
+    own = dict(processor.size)
+    edge = own.get('shortest_edge')
+    if edge:
+        return tuple(int(edge*side/min(size)) for side in size)
+    found = own.get('height'), own.get('width')
+    return found if all(found) else target_size(processor)
+
 def _processor_crop(box, size, processor):
     "What a processor leaves of an image that shows `box` and is `size` large"
     if not getattr(processor, 'do_center_crop', False):
         return box
-    edge = dict(processor.size).get('shortest_edge')
-    resized = target_size(processor)
-    if edge:
-        resized = tuple(int(edge*side/min(size)) for side in size)
-    return _middle(box, resized, target_size(processor))
+    return _middle(box, _resized(size, processor),
+                   target_size(processor))
 
 # %% ../../nbs/60_viz.places.ipynb #24bd5869
 def _mode_box(size, mode, processor):
@@ -79,9 +86,16 @@ class TokenMap:
     name:str         # 'image', 'everything' and 'tiles', or the tower's
     index_rc:Tensor  # Which value lies in each cell; -1: none
     box:Box          # The rectangle that the grid covers
+    features:bool=False  # Of features that the connector asks, not of tokens
 
     @property
     def grid(self): return tuple(self.index_rc.shape)
+
+    def of_tokens(self) -> 'TokenMap':
+        "Itself; an error where its cells hold features"
+        if not self.features: return self
+        raise ValueError(f"map {self.name!r} is of the features that the connector asks; its tokens have "
+                         "no places, take explain_answer, which leads back to the features")
 
     def values(self, x:Tensor) -> Tensor:
         "Values of tokens (..., n) laid out (..., rows, columns); NaN where there is none"
@@ -106,14 +120,16 @@ def _feature_cells(tower, select, drop_first_patch):
         0, (rows, cols)) + first
 
 # %% ../../nbs/60_viz.places.ipynb #68d12911
-def _tower_cells(config):
+def _tower_cells(model):
     "Which feature lies in each cell: a pair of name and index for each map"
+    config = model.config
     vision = config.vision_config
     how = config.vision_feature_select, config.drop_first_patch
-    towers = getattr(vision, 'both', None)
-    if not towers or config.image_token_grid:
-        one = towers[0] if towers else vision
-        return [('image', _feature_cells(one, *how))]
+    towers = getattr(vision, 'both', [vision])
+    # features side by side are one for each patch
+    apart = isinstance(model.connector, MoFMLP) or getattr(vision, 'times', 1) > 1
+    if not apart:
+        return [('image', _feature_cells(towers[0], *how))]
     cells = [_feature_cells(tower, *how) for tower in towers]
     names = [tower.model_type.removesuffix('_model') for tower in towers]
     if names[0] == names[1]:
@@ -135,12 +151,12 @@ def _cells(model):
     "Which token, or for connectors that ask which feature, lies in each cell"
     config = model.config
     if hasattr(model.connector, 'queries'):
-        return _tower_cells(config)
+        return _tower_cells(model)
     if config.image_token_grid:
         rows, cols = config.image_token_grid
         return [('image', torch.arange(rows*cols).unflatten(0, (rows, cols)))]
     if _keeps_places(model):
-        return _tower_cells(config)
+        return _tower_cells(model)
     tower = config.vision_config.model_type
     raise ValueError(f"the {config.image_seq_length} tokens of {config.connector!r} on {tower!r} "
         "have no known places on the image: give the connector a `token_grid`, or a parameter `queries` if it asks")
@@ -161,6 +177,7 @@ def _tiles_shown(patches, size):
     "Of the patches on a canvas of tiles: the first row and column that show the image, and how many"
     index_rc = torch.arange(patches[0]*patches[1]).unflatten(0, patches)
     kept_rc = unpad(index_rc[None], size)[0]
+    if not kept_rc.numel(): return (0, 0), (0, 0)   # too thin for a patch
     return divmod(kept_rc[0, 0].item(), patches[1]), tuple(kept_rc.shape)
 
 def _check_tiles(processor, tile):
@@ -195,8 +212,8 @@ def _tile_map(config, processor, size):
     box = edge(1, first[1]), edge(0, first[0]), edge(
         1, first[1]+cols), edge(0, first[0]+rows)
     newline = 1    # ends each row
-    index_rc = torch.arange(rows*(cols+newline)).unflatten(
-        0, (rows, cols+newline))[:, :cols]
+    index_rc = torch.arange(rows*(cols+newline)).reshape(
+        rows, cols+newline)[:, :cols]
     return TokenMap('tiles', grid[0]*grid[1] + index_rc, box)
 
 # %% ../../nbs/60_viz.places.ipynb #08a1fd2a
@@ -208,29 +225,34 @@ def token_maps(
     "Where the tokens of an image lie on it; for connectors that ask, where the features do that they ask"
     config = model.config
     shown = shown_box(size, processor.image_mode, processor.image_processor)
-    maps = [TokenMap(name, index, _patch_box(config, shown)) for name,index in _cells(model)]
+    asks = hasattr(model.connector, 'queries')
+    box = _patch_box(config, shown)
+    maps = [TokenMap(name, index, box, asks) for name,index in _cells(model)]
     if processor.image_mode == 'anyres':
         maps[0].name = 'everything'
-        maps.append(_tile_map(config, processor, size))
+        tiles = _tile_map(config, processor, size)
+        if all(tiles.grid): maps.append(tiles)
     return maps
 
 # %% ../../nbs/60_viz.places.ipynb #be1f92fe
-def _cells_at(edges, n, at):
-    "Which of `n` cells between two edges each coordinate falls into; -1: none"
+def _overlaps(edges, n, pixels, size):
+    "What part of each of `n` cells between two edges lies in each pixel of a side; (pixels, n)"
     low, high = edges
-    cell = np.floor((at-low)/(high-low)*n).astype(int)
-    return np.where((cell >= 0) & (cell < n), cell, -1)
+    cells = low + torch.arange(n+1).double()*(high-low)/n
+    at = (torch.arange(pixels+1).double()*size/pixels)[:, None]
+    ends = torch.minimum(at[1:], cells[1:])
+    starts = torch.maximum(at[:-1], cells[:-1])
+    return (ends-starts).clamp(min=0)*n/(high-low)
 
 # %% ../../nbs/60_viz.places.ipynb #28325e09
-def _density(one, x_rc, y, x):
-    "Values per square pixel at some coordinates"
+def _on_pixels(one, x_rc, shape, size):
+    "Values of cells on the pixels of a picture of `shape`, which shows an image of `size`"
     left, top, right, bottom = one.box
     rows, cols = one.grid
-    r = torch.tensor(_cells_at((top, bottom), rows, y))[:, None]
-    c = torch.tensor(_cells_at((left, right), cols, x))[None]
-    area = (right-left)*(bottom-top)/(rows*cols)
-    found = x_rc.nan_to_num(0.)[..., r.clamp(min=0), c.clamp(min=0)]/area
-    return found.masked_fill((r < 0) | (c < 0), 0.)
+    down_hr = _overlaps((top, bottom), rows, shape[0], size[0])
+    across_wc = _overlaps((left, right), cols, shape[1], size[1])
+    x_rc = x_rc.nan_to_num(0.).double()
+    return (down_hr @ x_rc @ across_wc.T).float()
 
 # %% ../../nbs/60_viz.places.ipynb #f0a39248
 def merge_maps(
@@ -241,8 +263,5 @@ def merge_maps(
 ) -> Tensor:              # (..., h, w), in proportion to the image: value per pixel of the result
     "Values of tokens on the original image, all maps together"
     scale = min(1, most/max(size))
-    height, width = (max(1, round(side*scale)) for side in size)
-    y = (np.arange(height)+.5)*size[0]/height
-    x_at = (np.arange(width)+.5)*size[1]/width
-    pixel = size[0]*size[1]/(height*width)
-    return sum(_density(one, one.values(x.float()), y, x_at) for one in maps)*pixel
+    shape = [max(1, round(side*scale)) for side in size]
+    return sum(_on_pixels(one, one.values(x.float()), shape, size) for one in maps)

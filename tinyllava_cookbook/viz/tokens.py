@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .attention import AnswerAttention, AnswerInputs, explain_answer, image_places
 from .places import TokenMap, token_maps
-from .probes import layer_number
+from .probes import in_eval, layer_number
 
 # %% ../../nbs/62_viz.tokens.ipynb #a169a20f
 @dataclass
@@ -47,6 +47,7 @@ def _decoded(processor, ids_rk):
     return rows
 
 # %% ../../nbs/62_viz.tokens.ipynb #7a39e095
+@in_eval
 @torch.no_grad()
 def next_words(
     model,              # A `VLMForConditionalGeneration`
@@ -132,6 +133,7 @@ def _positions(positions, n):
     return at
 
 # %% ../../nbs/62_viz.tokens.ipynb #700b8a59
+@in_eval
 @torch.no_grad()
 def logit_lens(
     model,                # A `VLMForConditionalGeneration`
@@ -163,7 +165,7 @@ def show_lens(
     n = len(lens.read)
     at = list(range(max(0, n-10), n)) if positions is None else list(positions)
     fig, ax = plt.subplots(figsize=(.75*len(at)+.6, .3*len(lens.words)+.5), dpi=72)
-    ax.imshow(lens.probs[:, at], cmap='Blues', vmin=0, vmax=1, aspect='auto')
+    ax.imshow(lens.probs[:, at].numpy(), cmap='Blues', vmin=0, vmax=1, aspect='auto')
     for layer,row in enumerate(lens.words):
         for column,position in enumerate(at):
             shade = 'w' if lens.probs[layer, position] > .6 else 'k'
@@ -183,9 +185,10 @@ def lens_maps(
     one:TokenMap,        # From `token_maps`
 ) -> Tensor:             # (layers, rows, columns)
     "Probability of the answer at each image token"
-    return one.values(lens.answer[:, image_places(processor, asked)])
+    return one.of_tokens().values(lens.answer[:, image_places(processor, asked)])
 
 # %% ../../nbs/62_viz.tokens.ipynb #98a36cdf
+@in_eval
 @torch.no_grad()
 def nearest_words(
     model,          # A `VLMForConditionalGeneration`
@@ -234,6 +237,7 @@ def _first_id(processor, word):
     return ids[0]
 
 # %% ../../nbs/62_viz.tokens.ipynb #fa0a4c7a
+@in_eval
 @torch.no_grad()
 def words_to_image(
     model,               # A `VLMForConditionalGeneration`

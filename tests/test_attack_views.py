@@ -15,6 +15,7 @@ from tinyllava_cookbook.viz.causal import (answer_batch, answer_log_probs, atten
                                            patched_log_probs, patching_effects, relevance_values, rollout_values, token_blocks)
 from tinyllava_cookbook.viz.explorer import DatasetExplorer, explore_attention
 from tinyllava_cookbook.viz.places import TokenMap, merge_maps, shown_box, token_maps
+from tinyllava_cookbook.viz.probes import attention_calls, attention_rows
 from tinyllava_cookbook.viz.tokens import earlier_words, lens_maps, logit_lens, nearest_words, next_words, words_to_image
 
 pytestmark = pytest.mark.takes(8)
@@ -225,3 +226,33 @@ def test_explorers_show_nothing_of_the_one_before(opened, monkeypatch):
     monkeypatch.setattr(explorer, 'draw', lambda sample: 1/0)
     with pytest.raises(ZeroDivisionError): explorer.controls['sample'].value = 0
     assert explorer.picture.value == b'' and explorer.line.value == ''
+
+def test_a_lens_of_some_positions_has_no_maps(opened, asked):
+    "Its columns were taken for those of all"
+    one = token_maps(*opened, asked.size)[0]
+    some = logit_lens(*opened, asked, list(range(2, len(asked.prompt))))
+    with pytest.raises(ValueError, match='take logit_lens without positions'): lens_maps(some, asked, opened[1], one)
+    without = conversation_inputs(*opened, [user_turn('hi', 0)], [], asked.answer)
+    with pytest.raises(ValueError, match='holds no image'): nearest_words(*opened, without)
+
+def test_layers_that_do_not_attend(tmp_path):
+    "Rollout left them out, and layers of the gradient had other numbers"
+    lfm2 = pytest.importorskip('transformers.models.lfm2')
+    types = ['conv', 'full_attention', 'conv', 'full_attention']
+    llm = lfm2.Lfm2Model(lfm2.Lfm2Config(vocab_size=30, hidden_size=16, intermediate_size=32, num_attention_heads=2,
+                                         num_key_value_heads=1, num_hidden_layers=4, layer_types=types))
+    ids = torch.arange(6)[None]
+    with attention_rows(llm, [5]) as found: llm(ids, use_cache=False)
+    assert sorted(found) == [1, 3]
+    with pytest.raises(ValueError, match=r'layers \[0, 2\] of Lfm2Model do not attend'), attention_calls(llm): llm(ids, use_cache=False)
+
+def test_one_layer_needs_no_list(opened, asked):
+    assert explain_answer(*opened, asked, layers=-1).weights.equal(explain_answer(*opened, asked, layers=[1]).weights)
+
+def test_an_explorer_of_one_layer(parts):
+    "Rollout has no layer 0 and no head 2; and the sliders name the layers that attend"
+    pytest.importorskip('ipywidgets')
+    explorer = explore_attention(*parts('siglip', over=dict(num_hidden_layers=1)), RED, 'what?', answer='red')
+    assert explorer.controls['layer'].options == (('mean', 'mean'), ('0', 0))
+    for name, value in dict(layer=0, head=2, method='rollout').items(): explorer.controls[name].value = value
+    assert explorer.picture.value and 'on the image' in explorer.line.value

@@ -182,7 +182,7 @@ def _of_rows(model, asked, layers):
     "Attention of the answer's rows; (layers, h, r, t), and the layers"
     with torch.no_grad(), attention_rows(model.language_model, asked.rows, layers) as found:
         model(**asked.inputs, logits_to_keep=1, use_cache=False)
-    order = layers or list(found)
+    order = [layers] if type(layers) is int else layers or list(found)
     numbers = [layer % model.config.text_config.num_hidden_layers for layer in order]
     return torch.stack([found[number][0] for number in numbers]), numbers
 

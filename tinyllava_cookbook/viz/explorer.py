@@ -89,9 +89,18 @@ def _attention_figure(att, token, layer, head):
     return fig
 
 # %% ../../nbs/64_viz.explorer.ipynb #b1f2f170
-def _of_all(n, name, widgets):
-    "A slider over `n` things, with the mean of them first"
-    options = [('mean', 'mean'), *((str(i), i) for i in range(n))]
+def _explained(model, processor, asked):
+    "An answer by each method that the model allows: not all where some layers do not attend"
+    found = {}
+    for method in METHODS:
+        try: found[method] = explain_answer(model, processor, asked, method)
+        except ValueError as error:
+            if 'do not attend' not in str(error): raise
+    return found
+
+def _of_all(numbers, name, widgets):
+    "A slider over numbered things, with the mean of them first"
+    options = [('mean', 'mean'), *((str(i), i) for i in numbers)]
     return widgets.SelectionSlider(options=options, description=name,
                                    continuous_update=False)
 
@@ -106,18 +115,18 @@ def explore_attention(
     "Sliders over the tokens, layers and heads of an answer"
     widgets = _widgets()
     asked = answer_inputs(model, processor, image, question, answer)
-    found = {method: explain_answer(model, processor, asked, method) for method in METHODS}
+    found = _explained(model, processor, asked)
     said = processor.tokenizer.decode(asked.answer).strip()
-    layers, heads = found['attention'].weights.shape[:2]
+    att = found['attention']
     options = [(token.strip() or repr(token), i) for i,token in enumerate(asked.tokens)]
     controls = dict(
         token=widgets.SelectionSlider(options=options, description='token'),
-        layer=_of_all(layers, 'layer', widgets),
-        head=_of_all(heads, 'head', widgets),
-        method=widgets.Dropdown(options=list(METHODS), description='method'))
+        layer=_of_all(att.layers, 'layer', widgets),
+        head=_of_all(range(att.weights.shape[1]), 'head', widgets),
+        method=widgets.Dropdown(options=list(found), description='method'))
     def at(token, layer, head, method):
         "Rollout and relevance go through all layers: there the sliders rest"
-        deep = len(found[method].layers) == 1 and layers > 1
+        deep = found[method].layers == [method]
         return found[method], token, *(('mean', 'mean') if deep else (layer, head))
     def caption(**values):
         att, token, layer, _ = at(**values)

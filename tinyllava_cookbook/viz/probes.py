@@ -252,6 +252,14 @@ def attention_rows(
     numbers.check(found)
 
 # %% ../../nbs/60_viz.probes.ipynb #606de507
+def _check_each(numbers):
+    "An error where some layers do not attend, as in hybrid models"
+    found = set(numbers.known.values())
+    numbers.check(found)
+    if others := sorted(set(range(max(found))) - found):
+        raise ValueError(f"layers {others} of {type(numbers.model).__name__} do not attend, so nothing is followed "
+                         "through all; take attention_rows, or the method 'attention'")
+
 @contextmanager
 def attention_calls(
     model:nn.Module, # An LLM or a vision tower, whose forward runs once inside the block, without a cache
@@ -260,10 +268,11 @@ def attention_calls(
     numbers = LayerNumbers(model)
     calls = []
     def see(module, call):
+        numbers.number(module)
         calls.append(call)
     with attention_probe(model, see):
         yield calls
-    numbers.check(list(range(len(calls))))
+    _check_each(numbers)
 
 # %% ../../nbs/60_viz.probes.ipynb #f7a0203e
 def _through_layer(call, share_brt, weights, chunk):

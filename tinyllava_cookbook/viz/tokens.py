@@ -185,6 +185,10 @@ def lens_maps(
     one:TokenMap,        # From `token_maps`
 ) -> Tensor:             # (layers, rows, columns)
     "Probability of the answer at each image token"
+    n = asked.inputs['input_ids'].shape[1]
+    if len(lens.read) != n:
+        raise ValueError(f"the lens has {len(lens.read)} of {n} positions; "
+                         "take logit_lens without positions")
     return one.of_tokens().values(lens.answer[:, image_places(processor, asked)])
 
 # %% ../../nbs/62_viz.tokens.ipynb #98a36cdf
@@ -198,9 +202,10 @@ def nearest_words(
 ) -> tuple:         # Words (n, k) and their cosines (n, k)
     "Words whose embeddings lie nearest to each image token"
     _check_words(k)
+    places = image_places(processor, asked)
     sizes = asked.inputs.get('image_sizes')
     img_nd = model.image_features(asked.inputs['pixel_values'], sizes).flatten(0, -2)
-    img_nd = img_nd[-len(image_places(processor, asked)):]
+    img_nd = img_nd[-len(places):]
     words_vd = F.normalize(model.get_input_embeddings().weight.float(), dim=-1)
     cosines_nv = F.normalize(img_nd.float(), dim=-1) @ words_vd.T
     # the placeholder of an image is no word

@@ -31,6 +31,7 @@ def stage_rows(
     stage:Stage,  # Gives the data when `data` is absent
     data=None,    # As `read_mixture` takes it, or rows
     images=None,  # Folder that image paths are relative to; `None` takes the stage's
+    share=None,   # Of the data; `None` takes the stage's, which is not meant for held-out data
 ):                # Rows, or a `Mixture`
     "What a stage trains on, before encoding"
     if data is None: data = stage.data
@@ -39,7 +40,8 @@ def stage_rows(
                          f"pass data=FILE.json or set {stage.name}.data=FILE.json{_published(stage.corpus)}")
     if not isinstance(data, (str, Path, dict)): return data
     bad = 'keep' if stage.on_bad_sample == 'substitute' else 'raise'
-    return read_mixture(data, images or stage.images, stage.share, on_bad_sample=bad)
+    if share is None: share = stage.share
+    return read_mixture(data, images or stage.images, share, on_bad_sample=bad)
 
 # %% ../../nbs/33_train.data.ipynb #2ed1a99e
 def stage_encoder(

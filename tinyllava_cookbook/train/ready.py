@@ -82,6 +82,7 @@ def ready_stages(
         if feature_cache not in ('off', 'auto'): check_frozen_tower(stage)
         parallel_args(parallel, stage, pick_device(device).type == 'cuda')
     for stage in stages:
-        files = [data.get(stage.name)] + [eval_data]*(eval_data is not None)
-        read = [stage_rows(stage, each, images) for each in files]
+        read = [stage_rows(stage, data.get(stage.name), images)]
+        if eval_data is not None:
+            read.append(stage_rows(stage, eval_data, images, share=1.))
         yield ReadyStage(stage, *folders[stage.name], *read)

@@ -42,8 +42,9 @@ def test_every_option_reaches_the_trainer(capsys, monkeypatch, tmp_path):
             '--device', 'cpu', '--set', 'finetune.lr=1', '--feature-cache', 'c', '--feature-dtype', 'float32']
     assert run(capsys, 'train', *line)[::2] == (0, '')
     (r,out),kw = calls[0]
-    assert (out, kw) == ('o', dict(data=dict(finetune='d=1.json'), stages=['finetune'], images='i', start='s', resume='auto',
+    assert (out, kw) == ('o', dict(stages=['finetune'], start='s', resume='auto',
                                    parallel='zero2', device='cpu', eval_data='e', ask_every=7, feature_cache='c', feature_dtype='float32'))
+    assert [(o.name, o.data, o.images) for o in r.stages] == [('pretrain', None, None), ('finetune', 'd=1.json', 'i')]
     assert r.stage('finetune').trainer['report_to'] == ['wandb', 'trackio'] and 'report_to' not in r.stage('pretrain').trainer
     code,out,err = run(capsys, 'train', *line, '--dry-run')   # what it prints is the same command
     again = shlex.split(out.splitlines()[-1])

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/92_commands.training.ipynb #d0a3f277
 import json, os, shlex, sys
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from ..core import rank_and_world
@@ -104,6 +105,19 @@ def _check_trackers(names):
             raise ImportError(
                 f"--report-to {name} needs a package: pip install 'tinyllava-cookbook[{name}]', or pip install {name}")
 
+# %% ../../nbs/92_commands.training.ipynb #f07815ff
+def _with_given(a, r, todo):
+    "The recipe with the files and trackers that the command line gives to stages"
+    data = _stage_data(a.data, todo, [stage.name for stage in r.stages])
+    stages = []
+    for stage in r.stages:
+        if stage.name in todo:
+            trainer = stage.trainer | dict(report_to=a.report_to) if a.report_to else stage.trainer
+            file = data.get(stage.name, stage.data)
+            stage = replace(stage, data=file, images=a.images or stage.images, trainer=trainer)
+        stages.append(stage)
+    return replace(r, stages=stages)
+
 # %% ../../nbs/92_commands.training.ipynb #fece5f05
 def _check_parts(r, known):
     "Names that nothing defines are found before weights are loaded; those of the registered recipe are known"
@@ -125,16 +139,13 @@ def _plan(a):
     todo = a.stages or [stage.name for stage in r.stages]
     check_order(r, todo)
     _check_trackers(a.report_to)
-    if a.report_to:
-        r = override(r,
-                     [f'{name}.trainer.report_to={json.dumps(a.report_to)}' for name in todo])
     if a.resume not in (None, 'auto') and len(todo) > 1:
         raise Usage("--resume DIR is of one stage: name that stage")
-    return r, todo, a.out or f'runs/{r.name}'
-_ASKED = 'images', 'start', 'resume', 'parallel', 'device', 'eval_data', 'ask_every'   # arguments of `train_recipe`
+    return _with_given(a, r, todo), todo, a.out or f'runs/{r.name}'
+_ASKED = 'start', 'resume', 'parallel', 'device', 'eval_data', 'ask_every'   # arguments of `train_recipe`
 
 # %% ../../nbs/92_commands.training.ipynb #9d080284
-def _run_recipe(a, r, todo, out, data):
+def _run_recipe(a, r, todo, out):
     "Train; a stop that was asked for says where it saved"
     from tinyllava_cookbook.durable import Stopped
     with importing():
@@ -148,7 +159,7 @@ def _run_recipe(a, r, todo, out, data):
         given.update(feature_cache=a.feature_cache, feature_dtype=a.feature_dtype)
     try:
         with leaving_page(out, a.parallel):
-            train_recipe(r, out, data=data, stages=todo, **given)
+            train_recipe(r, out, stages=todo, **given)
     except Stopped as e:
         print(f'tinyllava train: {e}', file=sys.stderr)
         raise
@@ -165,7 +176,6 @@ def _batch_line(s, world):
 
 # %% ../../nbs/92_commands.training.ipynb #41cf076f
 def _show_plan(r, stages, out, a):
-    from dataclasses import asdict
     _,world = rank_and_world()
     print(r)
     for s in stages:
@@ -173,23 +183,23 @@ def _show_plan(r, stages, out, a):
     print('\n'+shlex.join(_train_words(a, out)))
 
 # %% ../../nbs/92_commands.training.ipynb #b9cc8f7a
-def _missing_data(r, todo, data, images):
+def _missing_data(r, todo, images):
     "Data and images of the stages that are not there, each with the option that names another"
     from tinyllava_cookbook.data.paths import missing_paths
     found = []
     for name in todo:
         stage = r.stage(name)
-        files,folders = missing_paths(data.get(name, stage.data), images or stage.images)
+        files,folders = missing_paths(stage.data, stage.images)
         found += [f"no data {o!r} for stage {name!r}: say --data {name}=FILE" for o in files]
         if images and not Path(images).expanduser().is_dir(): folders.append(images)
         found += [f"no image folder {o!r}: say --images DIR" for o in folders]
     return found
 
 # %% ../../nbs/92_commands.training.ipynb #d9634b5e
-def _check_inputs(a, r, todo, data):
+def _check_inputs(a, r, todo):
     "An error that names every file and folder that a run would not find"
     from tinyllava_cookbook.data.paths import is_missing, missing_paths
-    found = _missing_data(r, todo, data, a.images)
+    found = _missing_data(r, todo, a.images)
     held_out,_ = missing_paths(a.eval_data)
     found += [f"no data {o!r} to evaluate on: say --eval-data FILE" for o in held_out]
     if a.start and is_missing(a.start, 'hf'):
@@ -203,12 +213,12 @@ def _check_inputs(a, r, todo, data):
 def _train(a):
     from tinyllava_cookbook.durable import stop_on_signal
     r,todo,out = _plan(a)
-    data = _stage_data(a.data, todo, [s.name for s in r.stages])
     if a.dry_run:
         _show_plan(r, [r.stage(name) for name in todo], out, a)
-        return _check_inputs(a, r, todo, data)
-    if a.resume is None: check_given(a.start, [*data.values(), a.eval_data], a.images)
-    with stop_on_signal(): _run_recipe(a, r, todo, out, data)
+        return _check_inputs(a, r, todo)
+    files = [stage.data for stage in r.stages if stage.name in todo and isinstance(stage.data, str)]
+    if a.resume is None: check_given(a.start, [*files, a.eval_data], a.images)
+    with stop_on_signal(): _run_recipe(a, r, todo, out)
     if rank_and_world()[0] == 0:
         print(f"done: weights in {out}")
 
@@ -254,7 +264,6 @@ def _stage_lines(a, name, stages):
 @command('recipes', 'list the recipes, or show one: recipes show NAME',
          _recipes_args)
 def _recipes(a):
-    from dataclasses import replace
     from tinyllava_cookbook.train.recipes import override, recipe, recipe_names, recipes
     if not a.words:
         if a.changes:

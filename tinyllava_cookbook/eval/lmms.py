@@ -55,11 +55,11 @@ def read_how(
     "The part of a task's wishes that concerns us; an error for what would change the number"
     if (kwargs.get('num_beams') or 1)>1:
         raise ValueError(f"{kwargs['num_beams']} beams: answers here "
-                         "have one")
+                         "have one; run the task with --gen_kwargs num_beams=1")
     temperature = _temperature(kwargs)
     if temperature and (kwargs.get('top_p') or 1)<1:
         raise ValueError(f"top_p {kwargs['top_p']}: sampling here has "
-                         "no nucleus")
+                         "no nucleus; run the task with --gen_kwargs top_p=1")
     longest = kwargs.get('max_new_tokens') or 1024
     return How(longest, temperature, _stops(kwargs.get('until')))
 

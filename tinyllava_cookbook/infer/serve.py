@@ -81,7 +81,7 @@ async def read_body(
             raise RequestError('the client left', code='client_left')
         body += message.get('body', b'')
         if len(body) > most:
-            raise RequestError(f"a request of more than {most:,} bytes", 413,
+            raise RequestError(f"a request of more than {most:,} bytes; send fewer or smaller images", 413,
                                'request_too_large')
         if not message.get('more_body'): return bytes(body)
 async def body_in_time(

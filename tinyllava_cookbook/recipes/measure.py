@@ -20,7 +20,6 @@ from ..infer.generate import supervised_ids, user_turn
 from ..microworld import ASK, write_world
 from ..viz.causal import answer_batch, answer_log_probs
 
-
 # %% ../../nbs/68_recipes.measure.ipynb #a206e33f
 def micro_data(
     folder:str|Path,   # Gets `train/` and `test/`
@@ -99,9 +98,6 @@ def _by_kind(result:dict) -> dict[str,float]:
     "Accuracy of each kind of question that was asked"
     kinds = result['by_kind']
     return {kind: round(kinds[kind]['accuracy'], 4) for kind in ASK if kind in kinds}
-
-
-
 
 # %% ../../nbs/68_recipes.measure.ipynb #491e6a6c
 def summary(

@@ -62,7 +62,6 @@ def _unrounded_after(trainer):
             give_back(trainer.model, trainer.held)
             to_device(trainer)
 
-
 # %% ../../nbs/36_train.one_stage.ipynb #a8a24fbe
 def train_stage(
     model,               # A `VLMForConditionalGeneration`, changed in place; with ZeRO or FSDP, take the one in `final`

@@ -461,7 +461,8 @@ def test_a_half_replaced_folder_is_known_as_such(tmp_path, monkeypatch, moved):
     (dict(save_total_limit=-1), "save_total_limit is -1; it must be above 0"), (dict(save_steps=None), "save_steps is None; it must be float"),
     (dict(max_grad_norm=-1.), "must be 0 or above"), (dict(adam_beta1='.9'), "must be float"), (dict(adam_beta2=98), "below 1"),
     (dict(torch_compile='no'), "torch_compile is 'no'; it must be bool"), (dict(full_determinism='no'), "must be bool"),
-    (dict(load_best_model_at_end=True, save_steps=2, eval_steps=1), "needs eval_steps and save_steps that are equal, not 1 and 2")])
+    (dict(load_best_model_at_end=True, save_steps=2, eval_steps=1), "needs eval_steps and save_steps that are equal, not 1 and 2"),
+    (dict(load_best_model_at_end=True, save_steps=1, eval_steps=1, metric_for_best_model='gqa'), "metric_for_best_model 'gqa' is never measured")])
 def test_arguments_of_the_trainer_that_do_nothing_or_another_thing(wrong, says):
     with pytest.raises(ValueError, match=re.escape(says)): Stage('x', trainer=wrong)
 

@@ -130,7 +130,10 @@ def _check_ranges(given, at):
 
 # %% ../../nbs/29_train.settings.ipynb #90a41583
 def _check_best(given, at):
-    "The best model is a checkpoint, so each evaluation needs one"
+    "The best model is a checkpoint of the lowest loss, so each evaluation needs one"
+    metric = given.get('metric_for_best_model') or 'loss'
+    check(metric in ('loss', 'eval_loss'), f"{at} metric_for_best_model {metric!r} is never measured: "
+          "the loss is all that is; leave it out")
     if not given.get('load_best_model_at_end'): return
     evaluated, saved = (given.get(name) for name in ('eval_steps', 'save_steps'))
     check(evaluated is not None and evaluated == saved, f"{at} load_best_model_at_end needs eval_steps and save_steps "

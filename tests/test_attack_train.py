@@ -462,7 +462,8 @@ def test_a_half_replaced_folder_is_known_as_such(tmp_path, monkeypatch, moved):
     (dict(max_grad_norm=-1.), "must be 0 or above"), (dict(adam_beta1='.9'), "must be float"), (dict(adam_beta2=98), "below 1"),
     (dict(torch_compile='no'), "torch_compile is 'no'; it must be bool"), (dict(full_determinism='no'), "must be bool"),
     (dict(load_best_model_at_end=True, save_steps=2, eval_steps=1), "needs eval_steps and save_steps that are equal, not 1 and 2"),
-    (dict(load_best_model_at_end=True, save_steps=1, eval_steps=1, metric_for_best_model='gqa'), "metric_for_best_model 'gqa' is never measured")])
+    (dict(load_best_model_at_end=True, save_steps=1, eval_steps=1, metric_for_best_model='gqa'), "metric_for_best_model 'gqa' is never measured"),
+    (dict(save_steps=1.5), "save_steps is 1.5; from 1 on it is a whole number"), (dict(dataloader_persistent_workers=True), "needs dataloader_num_workers")])
 def test_arguments_of_the_trainer_that_do_nothing_or_another_thing(wrong, says):
     with pytest.raises(ValueError, match=re.escape(says)): Stage('x', trainer=wrong)
 
@@ -545,6 +546,15 @@ def test_a_step_without_supervised_tokens_is_not_the_fault_of_lr():
     check(learned=torch.tensor(1))
     check(learned=0)   # not counted
     check()
+
+@pytest.mark.parametrize('change,says', [(dict(template='lama'), "no template 'lama'"), (dict(tune={}), "'finetune' trains nothing"),
+                                         (dict(pack=256), 'packs take each sample once')])
+def test_mistakes_of_the_last_stage_are_found_before_the_first_is_trained(job, change, says):
+    d,r = job
+    file = str(d/'data/data.json')
+    last = dataclasses.replace(r.stages[1], data=dict(a=dict(data=file, weight=2), b=file), **change)
+    with pytest.raises(Exception, match=says):
+        list(ready_stages(dataclasses.replace(r, stages=[r.stages[0], last]), d/'run', data=dict(pretrain=file)))
 
 # ---- 22: launches that cannot end
 

@@ -125,8 +125,13 @@ def _check_ranges(given, at):
     for name,value in numbers.items():
         check(name not in _ABOVE_0 or value > 0, f"{at} {name} is {value}; it must be above 0, or be left out")
         check(name not in _FROM_0 or value >= 0, f"{at} {name} is {value}; it must be 0 or above")
+        check(name not in _ABOVE_0 or value < 1 or value == int(value),
+              f"{at} {name} is {value}; from 1 on it is a whole number, below 1 a fraction of the steps")
         if name.startswith('adam_beta'):
             check(0 <= value < 1, f"{at} {name} is {value}; it must be from 0 to below 1")
+    for name in 'dataloader_persistent_workers', 'dataloader_prefetch_factor':
+        check(numbers.get('dataloader_num_workers') or not numbers.get(name),
+              f"{at} {name} needs dataloader_num_workers above 0; set that too, or leave it out")
 
 # %% ../../nbs/29_train.settings.ipynb #90a41583
 def _check_best(given, at):

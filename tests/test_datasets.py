@@ -376,6 +376,7 @@ def test_mixture(world, tok):
     here, there = ([x['labels'] for x in torch.utils.data.DataLoader(ds, batch_size=None, num_workers=w)] for w in (0, 2))
     assert all(torch.equal(x, y) for x, y in zip(here, there))
     assert pickle.loads(pickle.dumps(mix))[7]['id'] == mix[7]['id']
+    with pytest.raises(ValueError, match="source 'b' holds no samples"): Mixture(dict(a=a, b=[]))
 
 def test_lengths_of_a_mixture_are_cached(world, tok):
     from tinyllava_cookbook.data.batches import plan_packs

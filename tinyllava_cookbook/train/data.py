@@ -9,12 +9,12 @@ __all__ = ['stage_rows', 'stage_encoder', 'stage_dataset', 'stage_packs', 'pack_
 from logging import getLogger
 from pathlib import Path
 
-import numpy as np
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from ..core import rank_and_world
 from ..data.datasets import CachedDataset, Encoder, VLMDataset, leave_out, read_mixture
+from ..data.mixtures import check_once
 from ..data.packing import PackSampler, lengths
 from ..data.training_sets import training_sets
 from .ranks import first_alone
@@ -31,6 +31,7 @@ def stage_rows(
     stage:Stage,  # Gives the data when `data` is absent
     data=None,    # As `read_mixture` takes it, or rows
     images=None,  # Folder that image paths are relative to; `None` takes the stage's
+    share=None,   # Of the data; `None` takes the stage's, which is not meant for held-out data
 ):                # Rows, or a `Mixture`
     "What a stage trains on, before encoding"
     if data is None: data = stage.data
@@ -39,7 +40,8 @@ def stage_rows(
                          f"pass data=FILE.json or set {stage.name}.data=FILE.json{_published(stage.corpus)}")
     if not isinstance(data, (str, Path, dict)): return data
     bad = 'keep' if stage.on_bad_sample == 'substitute' else 'raise'
-    return read_mixture(data, images or stage.images, stage.share, on_bad_sample=bad)
+    if share is None: share = stage.share
+    return read_mixture(data, images or stage.images, share, on_bad_sample=bad)
 
 # %% ../../nbs/33_train.data.ipynb #2ed1a99e
 def stage_encoder(
@@ -67,14 +69,6 @@ def stage_dataset(
     encoder = stage_encoder(processor, stage, **kwargs)
     return VLMDataset(rows, encoder, stage.on_bad_sample, stage.bad_budget)
 
-# %% ../../nbs/33_train.data.ipynb #653dd3ee
-def _check_once(stage, dataset):
-    "An error where an epoch does not take each sample once"
-    due = getattr(dataset, 'epoch', None)
-    if due and not np.array_equal(np.sort(due(0)), np.arange(len(dataset))):
-        raise ValueError(f"stage {stage.name!r}: packs take each sample once; "
-                         "use shares, or no pack to use weights")
-
 # %% ../../nbs/33_train.data.ipynb #9fb1286b
 def _count_tokens(stage, dataset):
     "Tokens of each sample; those that cannot be measured are left out of the dataset"
@@ -93,7 +87,7 @@ def stage_packs(
 ) -> PackSampler|None: # `None` where the stage pads
     "The rows of this process"
     if stage.pack is None: return None
-    _check_once(stage, dataset)
+    check_once(dataset, f'stage {stage.name!r}')
     rank,world = rank_and_world()
     with first_alone(world, device):
         tokens = _count_tokens(stage, dataset)

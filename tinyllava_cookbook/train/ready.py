@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import pick_device
+from ..data.mixtures import check_once
+from ..data.templates import chat_template
 from .data import stage_rows
 from .feature_plan import check_frozen_tower
 from .parallel import parallel_args
@@ -71,9 +73,9 @@ def ready_stages(
 ) -> Iterator[ReadyStage]: # In the recipe's order; take all before weights are loaded
     "What each stage of a run takes; an error for what is missing or does not fit"
     data = data or {}
-    if isinstance(names, str): names = [names]
-    names = list(names or [stage.name for stage in recipe.stages])
+    names = [names] if isinstance(names, str) else list(names or [stage.name for stage in recipe.stages])
     folders = _folders(recipe, out, names, start)
+    held_out = [(eval_data, 1.)]*(eval_data is not None)   # all of it
     check_order(recipe, names, data)
     complete = recipe.complete_stages()
     stages = [complete[name] for name in names]
@@ -81,7 +83,9 @@ def ready_stages(
     for stage in stages:
         if feature_cache not in ('off', 'auto'): check_frozen_tower(stage)
         parallel_args(parallel, stage, pick_device(device).type == 'cuda')
+        if stage.template: chat_template(stage.template)
     for stage in stages:
-        files = [data.get(stage.name)] + [eval_data]*(eval_data is not None)
-        read = [stage_rows(stage, each, images) for each in files]
+        files = [(data.get(stage.name), None), *held_out]
+        read = [stage_rows(stage, file, images, share) for file,share in files]
+        if stage.pack: check_once(read[0], f'stage {stage.name!r}')
         yield ReadyStage(stage, *folders[stage.name], *read)

@@ -9,11 +9,11 @@ from tinyllava_cookbook.data.records import Sample
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.infer.generate import supervised_ids, user_turn
-from tinyllava_cookbook.viz import attention, checkpoints, data as D
+from tinyllava_cookbook.viz import attention, checkpoints, data as D, tokens
 from tinyllava_cookbook.viz.attention import answer_attention, answer_inputs, conversation_inputs, explain_answer, tower_attention
 from tinyllava_cookbook.viz.causal import (answer_batch, answer_log_probs, attention_values, layer_activations, object_tokens, occluded,
                                            patched_log_probs, patching_effects, relevance_values, rollout_values, token_blocks)
-from tinyllava_cookbook.viz.explorer import DatasetExplorer, explore_attention
+from tinyllava_cookbook.viz.explorer import DatasetExplorer, explore_attention, png
 from tinyllava_cookbook.viz.places import TokenMap, merge_maps, shown_box, token_maps
 from tinyllava_cookbook.viz.probes import attention_calls, attention_rows
 from tinyllava_cookbook.viz.tokens import earlier_words, lens_maps, logit_lens, nearest_words, next_words, words_to_image
@@ -256,3 +256,12 @@ def test_an_explorer_of_one_layer(parts):
     assert explorer.controls['layer'].options == (('mean', 'mean'), ('0', 0))
     for name, value in dict(layer=0, head=2, method='rollout').items(): explorer.controls[name].value = value
     assert explorer.picture.value and 'on the image' in explorer.line.value
+
+def test_figures_of_tokens_that_no_font_shows(opened, recwarn):
+    "Matplotlib warned of missing glyphs, and the label was empty; it warned of tensors, too"
+    asked = answer_inputs(*opened, RED, 'what?', answer='\x00\x02')
+    figures = [attention.show_attention(explain_answer(*opened, asked)), tokens.show_lens(logit_lens(*opened, asked)),
+               tokens.show_next_words(next_words(*opened, asked)), D.show_tiles(asked.inputs['pixel_values'], opened[1].image_processor)]
+    for figure in figures: png(figure)
+    assert [attention.readable(token) for token in asked.tokens][-2:] == ["'\\x00'", "'\\x02'"]
+    assert not [str(o.message) for o in recwarn.list if 'Glyph' in str(o.message) or '__array__' in str(o.message)]

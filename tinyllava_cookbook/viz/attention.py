@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'AnswerInputs', 'conversation_inputs', 'answer_inputs', 'image_places', 'TokenWeights', 'AnswerAttention',
-           'token_log_probs', 'explain_answer', 'answer_attention', 'overlay', 'show_attention', 'tower_attention']
+           'token_log_probs', 'explain_answer', 'answer_attention', 'readable', 'overlay', 'show_attention',
+           'tower_attention']
 
 # %% ../../nbs/61_viz.attention.ipynb #e462a2b0
 from dataclasses import dataclass, field, replace
@@ -271,6 +272,13 @@ def answer_attention(
     return explain_answer(model, processor, asked, method, layers)
 
 # %% ../../nbs/61_viz.attention.ipynb #da511ba4
+def readable(
+    token:str,  # As it is decoded
+) -> str:       # Without space around it
+    "A token as a label; as Python writes it, where nothing of it would be seen"
+    word = token.strip()
+    return word if word and word.isprintable() else repr(token)
+
 def overlay(
     ax,               # Matplotlib axes
     image,            # A PIL image
@@ -315,7 +323,7 @@ def show_attention(
     axes[0].imshow(att.image)
     for ax,token,heat_hw,part in zip(axes[1:n], att.tokens, heat, share):
         overlay(ax, att.image, heat_hw,
-                f'{token.strip() or repr(token)}\n{part:.0%}')
+                f'{readable(token)}\n{part:.0%}')
     fig.tight_layout(pad=.3)
     return fig
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from ..core import IGNORE
 from ..data.images import load_image
-from .attention import METHODS, answer_inputs, explain_answer, overlay
+from .attention import METHODS, answer_inputs, explain_answer, overlay, readable
 from .data import masked_html, show_tiles
 from .tokens import next_words
 
@@ -84,7 +84,7 @@ def _attention_figure(att, token, layer, head):
     axes[0].imshow(att.image)
     axes[0].axis('off')
     overlay(axes[1], att.image, att.heat(layer, head)[token],
-            att.tokens[token].strip())
+            readable(att.tokens[token]))
     fig.tight_layout(pad=.3)
     return fig
 
@@ -118,7 +118,7 @@ def explore_attention(
     found = _explained(model, processor, asked)
     said = processor.tokenizer.decode(asked.answer).strip()
     att = found['attention']
-    options = [(token.strip() or repr(token), i) for i,token in enumerate(asked.tokens)]
+    options = [(readable(token), i) for i,token in enumerate(asked.tokens)]
     controls = dict(
         token=widgets.SelectionSlider(options=options, description='token'),
         layer=_of_all(att.layers, 'layer', widgets),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .attention import AnswerAttention, AnswerInputs, explain_answer, image_places
+from .attention import AnswerAttention, AnswerInputs, explain_answer, image_places, readable
 from .places import TokenMap, token_maps
 from .probes import in_eval, layer_number
 
@@ -28,9 +28,9 @@ class NextWords:
     def __repr__(self):
         lines = []
         for token,words,row in zip(self.tokens, self.words, self.probs.tolist()):
-            some = ', '.join(f'{word.strip() or repr(word)} {p:.3f}' for word,
+            some = ', '.join(f'{readable(word)} {p:.3f}' for word,
                              p in zip(words, row))
-            lines.append(f'{token.strip() or repr(token)}: {some}')
+            lines.append(f'{readable(token)}: {some}')
         return '\n'.join(lines)
 
 # %% ../../nbs/62_viz.tokens.ipynb #7ce25004
@@ -75,11 +75,11 @@ def show_next_words(
     for ax,token,words,probs in zip(axes[0], steps.tokens, steps.words, steps.probs):
         at = range(len(words))
         ax.barh(at, probs.numpy())
-        ax.set_yticks(at, [word.strip() or repr(word) for word in words],
+        ax.set_yticks(at, [readable(word) for word in words],
                       fontsize=7, parse_math=False)
         ax.set(xlim=(0, 1), xticks=[0, 1])
         ax.invert_yaxis()
-        ax.set_title(token.strip() or repr(token), fontsize=8, parse_math=False)
+        ax.set_title(readable(token), fontsize=8, parse_math=False)
     fig.tight_layout(pad=.3)
     return fig
 
@@ -169,9 +169,9 @@ def show_lens(
     for layer,row in enumerate(lens.words):
         for column,position in enumerate(at):
             shade = 'w' if lens.probs[layer, position] > .6 else 'k'
-            ax.text(column, layer, row[position].strip()[:9], ha='center', va='center', fontsize=7, color=shade,
+            ax.text(column, layer, readable(row[position])[:9], ha='center', va='center', fontsize=7, color=shade,
                 parse_math=False)
-    ax.set_xticks(range(len(at)), [lens.read[i].strip()[:9] for i in at],
+    ax.set_xticks(range(len(at)), [readable(lens.read[i])[:9] for i in at],
                   fontsize=7, rotation=30, parse_math=False)
     ax.set(ylabel='layer')
     fig.tight_layout(pad=.3)

@@ -187,6 +187,9 @@ def _compose_args(p):
          _compose_args)
 def _compose(a):
     from tinyllava_cookbook.trust import checkpoint_path, tower_paths
+    from tinyllava_cookbook.ingredients import SHIPPED, component_path
+    if a.vision in SHIPPED: a.vision = component_path(a.vision)
+    if a.llm in SHIPPED: a.llm = component_path(a.llm)
     for part in (*tower_paths(a.vision), a.llm): checkpoint_path(part)
     check_given(template=a.template)
     from tinyllava_cookbook.model.export import compose_folder

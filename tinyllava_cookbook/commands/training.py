@@ -161,7 +161,8 @@ def _run_recipe(a, r, todo, out):
         with leaving_page(out, a.parallel):
             train_recipe(r, out, stages=todo, **given)
     except Stopped as e:
-        print(f'tinyllava train: {e}', file=sys.stderr)
+        said = str(e).replace("resume='auto'", '--resume auto')
+        print(f'tinyllava train: {said}', file=sys.stderr)
         raise
 
 # %% ../../nbs/92_commands.training.ipynb #ab023248

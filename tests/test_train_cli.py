@@ -197,3 +197,8 @@ def test_a_recipe_of_somebody_else_beside_the_weights_is_no_record_of_a_stage(tm
     how = dict(stages='finetune', start=str(tmp_path/'start'), device='cpu', images=tmp_path)
     with pytest.raises(FileNotFoundError, match="has no config.json; it holds .'recipe.json'"):
         train_recipe(recipe('micro'), tmp_path/'out', dict(finetune=color_data(tmp_path)), **how)
+
+def test_the_command_below_a_recipe_shows_this_very_recipe(capsys):
+    _, out, _ = run(capsys, 'recipes', 'show', 'micro', '--set', 'finetune.data=a b.json')
+    line = shlex.split(out.splitlines()[-1].removesuffix(' shows every field'))
+    assert line == ['tinyllava', 'train', 'micro', '--set', 'finetune.data=a b.json', '--dry-run']

@@ -248,4 +248,4 @@ def test_null_is_not_learned(text):
 def test_lone_surrogates_are_named():
     bad = json.loads('"a\\ud800b"')
     for content in (bad, [dict(type='text', text=bad)]):
-        with pytest.raises(ValueError, match='message 0 .*lone surrogate.* at character 1'): read_messages([SAY('user', content)])
+        with pytest.raises(ValueError, match='message 0 .*lone surrogate.* at character 1, .*; take it out'): read_messages([SAY('user', content)])

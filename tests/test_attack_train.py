@@ -1,6 +1,7 @@
 "Attacks on a run: other data under the same name, numbers that are not, two runs at once, signals, full disks, damaged records."
 import dataclasses, json, os, pty, re, resource, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 import pytest
 import fresh
 
@@ -15,7 +16,12 @@ from tinyllava_cookbook.durable import (LOCK, MARKER, REQUEUE, FolderLock, check
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load
 from tinyllava_cookbook.model.processor import compose
+from tinyllava_cookbook.train.data import stage_dataset
+from tinyllava_cookbook.train.displays import stage_callbacks
+from tinyllava_cookbook.train.metered_trainer import MeteredTrainer
+from tinyllava_cookbook.train.ready import ready_stages
 from tinyllava_cookbook.train.recipes import Recipe, Stage, override, recipe, to_dict
+from tinyllava_cookbook.train.stage_trainer import stage_trainer
 from tinyllava_cookbook.train.stages import train_recipe, train_stage
 from tinyllava_cookbook.train.run_log import keep_lines_before
 
@@ -264,6 +270,22 @@ def test_a_signal_before_the_first_step_ends_without_training(job, tmp_path):
 
 # ---- 19: two runs in one folder
 
+def test_a_copy_in_a_forked_process_does_not_hold_up_the_end():
+    "Loader processes that outlive the training have the pipe of the signals open: those of an epoch that an error ended, persistent ones"
+    from tinyllava_cookbook.durable import stop_on_signal
+    def late(*_): raise TimeoutError
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        with stop_on_signal():
+            pipe = signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(pipe)
+            copy = os.dup(pipe)
+            signal.alarm(3)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        os.close(copy)
+
 def test_two_trainings_in_one_folder(job, tmp_path):
     p = start(job, tmp_path/'run', 'hang')
     wait_for(p, 'pretrain 1')
@@ -439,7 +461,9 @@ def test_a_half_replaced_folder_is_known_as_such(tmp_path, monkeypatch, moved):
     (dict(save_total_limit=-1), "save_total_limit is -1; it must be above 0"), (dict(save_steps=None), "save_steps is None; it must be float"),
     (dict(max_grad_norm=-1.), "must be 0 or above"), (dict(adam_beta1='.9'), "must be float"), (dict(adam_beta2=98), "below 1"),
     (dict(torch_compile='no'), "torch_compile is 'no'; it must be bool"), (dict(full_determinism='no'), "must be bool"),
-    (dict(load_best_model_at_end=True, save_steps=2, eval_steps=1), "needs eval_steps and save_steps that are equal, not 1 and 2")])
+    (dict(load_best_model_at_end=True, save_steps=2, eval_steps=1), "needs eval_steps and save_steps that are equal, not 1 and 2"),
+    (dict(load_best_model_at_end=True, save_steps=1, eval_steps=1, metric_for_best_model='gqa'), "metric_for_best_model 'gqa' is never measured"),
+    (dict(save_steps=1.5), "save_steps is 1.5; from 1 on it is a whole number"), (dict(dataloader_persistent_workers=True), "needs dataloader_num_workers")])
 def test_arguments_of_the_trainer_that_do_nothing_or_another_thing(wrong, says):
     with pytest.raises(ValueError, match=re.escape(says)): Stage('x', trainer=wrong)
 
@@ -487,7 +511,52 @@ def test_less_than_was_asked_for_is_said(job, tmp_path, caplog):
     train(job, tmp_path/'run', recipe=both, stages=['pretrain'])
     assert "stage 'pretrain': a step takes all 8 samples; global_batch_size is 64" in caplog.text
 
-# ---- 21: launches that cannot end
+# ---- 21: samples that say less than is asked of them
+
+def test_questions_are_of_samples_that_are_trained_on(job, tmp_path):
+    "Not of one whose image is missing, without an answer or without a question; where a bad sample is an error, it is that one, by name"
+    d,r = job
+    rows = [dict(o, image=str(d/'data'/o['image'])) for o in read_json(d/'data/data.json')[:4]]
+    rows[0]['image'] = str(d/'none.png')
+    rows[1]['conversations'] = rows[1]['conversations'][:1]
+    rows[2] = dict(id='2', conversations=rows[2]['conversations'][1:])
+    _,processor = compose(r.vision, r.llm)
+    def asked(rows, how):
+        stage = Stage('s', on_bad_sample=how, max_length=256)
+        shown = stage_callbacks(processor, stage, stage_dataset(processor, stage, rows), tmp_path, [], False, ask_every=1)
+        return [sample.id for sample in shown[-1].samples]
+    assert asked(rows, 'substitute') == ['3']
+    with pytest.raises(FileNotFoundError, match="sample '0': no image file"): asked(rows, 'raise')
+    with pytest.raises(ValueError, match='none of the first 1 samples ends with one'): asked(rows[2:3], 'raise')
+
+def test_a_fraction_of_the_data_is_none_of_what_is_held_out(job):
+    "Else runs on other fractions would be measured on other samples"
+    d,r = job
+    stage = dataclasses.replace(r.stages[0], share=.5, data=str(d/'data/data.json'), trainer=dict(eval_steps=1))
+    ready, = ready_stages(dataclasses.replace(r, stages=[stage]), d/'run', eval_data=stage.data)
+    def trainer(eval_data): return stage_trainer(*compose(r.vision, r.llm), stage, d/'run', eval_data=eval_data, progress=False, device='cpu')[0]
+    direct = trainer(stage.data)
+    assert [len(o) for o in (ready.rows, ready.held_out, direct.train_dataset, direct.eval_dataset)] == [4, 8, 4, 8]
+    with pytest.raises(ValueError, match='eval_data holds no samples'): trainer([])
+
+def test_a_step_without_supervised_tokens_is_not_the_fault_of_lr():
+    at = SimpleNamespace(global_step=3)
+    def check(**since): MeteredTrainer.check_supervised(SimpleNamespace(_since=since, state=at))
+    with pytest.raises(ValueError, match='step 3: none of its samples has a supervised token'): check(learned=torch.tensor(0))
+    check(learned=torch.tensor(1))
+    check(learned=0)   # not counted
+    check()
+
+@pytest.mark.parametrize('change,says', [(dict(template='lama'), "no template 'lama'"), (dict(tune={}), "'finetune' trains nothing"),
+                                         (dict(pack=256), 'packs take each sample once')])
+def test_mistakes_of_the_last_stage_are_found_before_the_first_is_trained(job, change, says):
+    d,r = job
+    file = str(d/'data/data.json')
+    last = dataclasses.replace(r.stages[1], data=dict(a=dict(data=file, weight=2), b=file), **change)
+    with pytest.raises(Exception, match=says):
+        list(ready_stages(dataclasses.replace(r, stages=[r.stages[0], last]), d/'run', data=dict(pretrain=file)))
+
+# ---- 22: launches that cannot end
 
 @pytest.mark.parametrize('change', ['finetune.global_batch_size=1000000000000', 'finetune.global_batch_size=999999937', 'finetune.epochs=1e400',
                                     'finetune.max_steps=99999999999999999999'])

@@ -99,7 +99,7 @@ def test_recipe_travels(parts, tmp_path):
 
 @pytest.mark.parametrize('change,words', [
     (dict(image_token_id=10**6), 'image_token_id 1000000 is outside the vocabulary'),
-    (dict(image_seq_length=3), 'image_seq_length is 3, but encoder and connector give 16'),
+    (dict(image_seq_length=3), 'image_seq_length is 3, but encoder and connector give 16; leave it out'),
     (dict(connector='mlp3'), "no connector 'mlp3'; choose from"),
     (dict(vision_feature_layer=7), 'no feature layer 7'),
     (dict(connector='linear'), 'connector'),

@@ -193,3 +193,7 @@ def test_a_slip_of_a_newcomer_names_the_next_step(capsys, tmp_path, monkeypatch,
     (tmp_path/'table.csv').write_text('image,caption\n')
     code, _, err = run(capsys, *argv.split())
     assert code and len(err) < 1500 and all(o in err for o in says), err
+
+def test_parts_of_the_package_are_composed_by_name(capsys, tmp_path):
+    code, out, err = run(capsys, 'compose', '--vision', 'micro-siglip', '--llm', 'micro-llama', '--template', 'llama', '--image-mode', 'squash', tmp_path/'o')
+    assert (code, out) == (0, f"{tmp_path/'o'}\n") and (tmp_path/'o/config.json').is_file(), err

@@ -376,6 +376,7 @@ def test_mixture(world, tok):
     here, there = ([x['labels'] for x in torch.utils.data.DataLoader(ds, batch_size=None, num_workers=w)] for w in (0, 2))
     assert all(torch.equal(x, y) for x, y in zip(here, there))
     assert pickle.loads(pickle.dumps(mix))[7]['id'] == mix[7]['id']
+    with pytest.raises(ValueError, match="source 'b' holds no samples"): Mixture(dict(a=a, b=[]))
 
 def test_lengths_of_a_mixture_are_cached(world, tok):
     from tinyllava_cookbook.data.batches import plan_packs
@@ -395,7 +396,7 @@ def test_anyres_lengths_are_known_without_decoding(world, tok):
         x = encode(s)
         assert len(encode.tokens(s)[0]) == len(x['input_ids']) and x['image_sizes'].tolist() == [[size[1], size[0]]]
     cut = Encoder(tok, encode.image_processor, 'pretrain', image_seq_length=4, image_mode='anyres', max_length=9)
-    with pytest.raises(ValueError, match='max_length 9 cuts the answer off'): cut(s)
+    with pytest.raises(ValueError, match='max_length 9 cuts the answer off; raise it'): cut(s)
     ds = read_llava(put(world, records(2)))
     (world/'a.png').write_bytes((world/'a.png').read_bytes()[:60])              # its header is whole
     assert len(encode.tokens(read_sample(ds[1]))[0]) > 4

@@ -38,6 +38,14 @@ def test_as_in_double_precision(kind, mixed, tolerance, bias, frozen):
     for a,b in zip(found, want):
         assert a.dtype == kind and (a.double() - b).abs().max() < tolerance*b.abs().max()
 
+@pytest.mark.parametrize('labels', [torch.full((1, 30), -100), torch.full((1, 1), -100)], ids=['masked', 'an empty pack'])
+def test_without_labels_every_weight_gets_a_gradient_of_zeros(labels):
+    "Of several processes one may have no supervised token: the others would wait for its gradients, or add up other ones"
+    head, h, _ = numbers()
+    loss = L.supervised_loss(h[:, :labels.shape[1]], labels, head, n_items=torch.tensor(7))
+    assert loss == 0
+    assert not any(o.any() for o in gradients(loss, head, h))
+
 def calls(monkeypatch):
     "How often the output layer of 40 words is computed"
     seen, linear = [], F.linear

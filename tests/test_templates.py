@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from tinyllava_cookbook.core import IGNORE
 from tinyllava_cookbook.data.masks import show_mask
 from tinyllava_cookbook.data.templates import chat_template, read_messages, templates
+from tinyllava_cookbook.ingredients import tiny_tokenizer
 
 pytestmark = pytest.mark.takes(30)
 
@@ -277,3 +278,12 @@ def test_slow_tokenizers_are_refused():
     class Slow: is_fast = False
     with pytest.raises(ValueError, match='Slow is a slow tokenizer, without character offsets; take a fast one'):
         chat_template('llama').encode([dict(role='user', content='Hi')], Slow())
+
+@pytest.mark.parametrize('jinja, why', [(None, 'carries no chat template'), ("{% for m in messages %}{{ m.content + '.' }}{% endfor %}", 'learn to stop'),
+                                        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", 'rewrites or drops messages')])
+def test_a_tokenizer_whose_own_template_will_not_do(jinja, why):
+    "The error of `hf` lists the templates that there are"
+    tok = tiny_tokenizer('llama')
+    tok.chat_template = jinja
+    with pytest.raises(ValueError, match=rf"{why}.*choose from \['chatml', 'gemma'"):
+        chat_template('hf', tok).render([dict(role='user', content='Hi'), dict(role='assistant', content='Yes')])

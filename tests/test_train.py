@@ -208,7 +208,9 @@ def test_recipe_runs_and_is_saved(parts, data, tmp_path):
     assert {'loss', 'lr', 'grad_norm', 'samples_s', 'tokens_s', 'data_wait'} < set(results['pretrain'].log[0])
     again,_ = load(tmp_path/'run/model', 'cpu')
     assert same(model, again) == []
-    assert from_dict(read_json(tmp_path/'run/model/recipe.json')) == r
+    kept = from_dict(read_json(tmp_path/'run/model/recipe.json'))
+    assert [o.data for o in kept.stages] == [str(both[o.name]) for o in r.stages]   # the files that it was trained on
+    assert override(kept, [f'{o.name}.data=none' for o in r.stages]) == r
     assert 'use_cache' not in (c := read_json(tmp_path/'run/model/config.json')) or c['use_cache']
 
 def test_activation_checkpointing(parts, encoded, tmp_path):

@@ -415,9 +415,9 @@ def _watched(numbers):
     try: yield
     finally:
         signal.set_wakeup_fd(before)
-        theirs.close()
-        watch.join()
-        ours.close()
+        with ours, theirs:
+            theirs.shutdown(socket.SHUT_WR)   # forked workers have it open, too
+            watch.join()
 
 @contextmanager
 def stop_on_signal():

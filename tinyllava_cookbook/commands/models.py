@@ -7,6 +7,8 @@ __all__ = []
 
 # %% ../../nbs/94_commands.models.ipynb #f0fb9224
 import json
+from importlib.resources import files
+from pathlib import Path
 from ..cli import (Usage, check_given, command, hide_progress, importing,
     json_value, load_model, model_arguments, one_line, pairs, positive, trust_argument)
 
@@ -183,13 +185,17 @@ def _compose_args(p):
                    help='precision to write (default: %(default)s)')
 
 # %% ../../nbs/94_commands.models.ipynb #3f778f42
+def _shipped(name):
+    "The folder of a part that this package brings, by its name; anything else as it is"
+    folder = files('tinyllava_cookbook')/'_data'/name
+    shipped = '/' not in name and (folder/'config.json').is_file()
+    return str(folder) if shipped and not Path(name).is_dir() else name
+
 @command('compose', 'join a vision encoder and a language model by a new connector',
          _compose_args)
 def _compose(a):
     from tinyllava_cookbook.trust import checkpoint_path, tower_paths
-    from tinyllava_cookbook.ingredients import SHIPPED, component_path
-    if a.vision in SHIPPED: a.vision = component_path(a.vision)
-    if a.llm in SHIPPED: a.llm = component_path(a.llm)
+    a.vision, a.llm = _shipped(a.vision), _shipped(a.llm)
     for part in (*tower_paths(a.vision), a.llm): checkpoint_path(part)
     check_given(template=a.template)
     from tinyllava_cookbook.model.export import compose_folder

@@ -47,7 +47,7 @@ def check_samples(
 ):
     "An error that names what cannot be joined"
     if len({'labels' in s for s in samples}) > 1:
-        raise ValueError("some samples have labels and some do not")
+        raise ValueError("some samples have labels and some do not; join them in separate batches")
     for k, s in enumerate(samples):
         if 'labels' in s and len(s['labels']) != len(s['input_ids']):
             raise ValueError(f"sample {k} of the batch has {len(s['input_ids'])} ids and {len(s['labels'])} labels")
@@ -206,7 +206,7 @@ class GroupedSampler:
     def __iter__(self):
         rng, world = np.random.default_rng((self.seed, self.epoch)), self.world_size
         runs, rest = balanced_runs(self.tokens, self.size*world, rng, self.window)
-        for i, run in enumerate(runs):   # the longest in turn
+        for i, run in enumerate(runs):   # the ranks take turns at the longest
             yield run.reshape(world, -1)[(self.rank + i) % world].tolist()
         if len(rest):
             parts = np.array_split(np.resize(rest, max(len(rest), world)), world)

@@ -92,7 +92,7 @@ def _tokens(encoder, sample):
     out = expand(ids, labels, encoder.image_token_id, counts, encoder.max_length)
     if _nothing(out[1]):
         raise ValueError(
-            f"nothing to learn: max_length {encoder.max_length} cuts the answer off")
+            f"nothing to learn: max_length {encoder.max_length} cuts the answer off; raise it")
     return out
 
 # %% ../../nbs/13_data.datasets.ipynb #181aa05c
@@ -174,7 +174,7 @@ def time_limit(
         signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
 
 # %% ../../nbs/13_data.datasets.ipynb #ec6e927b
-BAD = ValueError, TypeError, LookupError, OSError, MemoryError   # What a sample can be guilty of
+BAD = ValueError, TypeError, LookupError, OSError, MemoryError   # Errors that make a sample a bad one
 ON_BAD = 'raise', 'substitute'                                   # What to do with a bad sample in training
 _log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from tinyllava_cookbook.pixels import (center, normalize_pixels, one_view, pixel
 
 # %% ../../nbs/10_data.images.ipynb #a7b30b58
 IMAGE_MODES = Registry('image mode', 'IMAGE_MODES')   # Name to a function (image, processor) -> image
-MOST_PIXELS = 89_478_485   # Of an intermediate image: as many as PIL decodes without a word
+MOST_PIXELS = 89_478_485   # Of an intermediate image: as many as PIL decodes without a warning
 
 # %% ../../nbs/10_data.images.ipynb #494c3b58
 def shrink(
@@ -119,7 +119,8 @@ def canvases(
     for canvas in found:
         if canvas[0] % height or canvas[1] % width:
             raise ValueError(
-                f"pinpoint {canvas} is not made of whole tiles of {height}x{width}")
+                f"pinpoint {canvas} is not made of whole tiles of {height}x{width}; "
+                "give multiples of these")
     return found
 
 # %% ../../nbs/10_data.images.ipynb #ebe58872

@@ -44,7 +44,7 @@ def lay_out(
     shown:list,   # From `token_kinds`
     columns:int,  # Characters of a line
 ) -> list[tuple[int, int, str, str]]:
-    "`(column, line, text, kind)` of each token; one that is longer than a line is cut"
+    "`(column, line, text, kind)` of each token; one longer than a line is split"
     out = []
     x = y = 0
     for text, kind in shown:

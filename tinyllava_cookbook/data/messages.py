@@ -22,7 +22,7 @@ def _plain(text, where:str) -> str:
     try: text.encode()
     except UnicodeEncodeError as e:
         why = f"{text[e.start]!r} at character {e.start}, which is no text"
-        raise ValueError(f"{where} holds a lone surrogate, {why}") from None
+        raise ValueError(f"{where} holds a lone surrogate, {why}; take it out") from None
     return text
 
 # %% ../../nbs/10_data.messages.ipynb #b6ac218f

@@ -41,6 +41,9 @@ def _check_mixture(sources, weights, shares):
     "Names of sources, and numbers above 0"
     if not sources:
         raise ValueError("a mixture needs at least one source")
+    for name,rows in sources.items():
+        if not len(rows):
+            raise ValueError(f"source {name!r} holds no samples; leave it out")
     for name,value in (*weights.items(), *shares.items()):
         if name not in sources:
             raise ValueError(f"no source {name!r}; choose from {sorted(sources)}")

@@ -193,7 +193,8 @@ def lengths(
         _save(key, counts)
     if bad and on_bad_sample == 'raise':
         some = '; '.join(list(bad.values())[:3]) + ('; ...' if len(bad) > 3 else '')
-        raise ValueError(f"{len(bad)} of {len(ds)} samples cannot be encoded: {some}")
+        raise ValueError(f"{len(bad)} of {len(ds)} samples cannot be encoded: {some}; "
+                         "`tinyllava check` lists them all")
     return Lengths(*counts, bad)
 
 # %% ../../nbs/15_data.packing.ipynb #b03921d0

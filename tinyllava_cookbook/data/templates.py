@@ -350,6 +350,11 @@ def _private(text:str) -> list[str]:
     return list(islice(free, 3))
 
 # %% ../../nbs/11_data.templates.ipynb #dc482f10
+def _choices() -> str:
+    "What a message offers instead of the tokenizer's own template"
+    others = [o for o in templates.names() if o != 'hf']
+    return f"choose from {others}"
+
 def _split(t:HFTemplate, messages:list[dict], text:str,
            generate:bool) -> list[tuple[str, str, str]]:
     "Triples `(format, whose, words)`, whose is 'a' for an answer"
@@ -368,8 +373,7 @@ def _split(t:HFTemplate, messages:list[dict], text:str,
     if same and found == answers: return out
     raise ValueError("the tokenizer's chat template rewrites or drops "
                      "messages, so what is supervised cannot be "
-                     f"told; choose from "
-                     f"{[o for o in templates.names() if o != t.name]}")
+                     f"told; {_choices()}")
 
 # %% ../../nbs/11_data.templates.ipynb #eb6d1424
 def _end_of_turn(tokenizer, text:str, generate:bool=False) -> int|None:
@@ -380,7 +384,8 @@ def _end_of_turn(tokenizer, text:str, generate:bool=False) -> int|None:
         return None
     raise ValueError(f"the tokenizer's chat template ends an answer "
                      f"with {text!r}; no control token is in it, "
-                     "so a model would never learn to stop")
+                     "so a model would never learn to stop; "
+                     f"{_choices()}")
 
 # %% ../../nbs/11_data.templates.ipynb #912fde40
 def _answer_starts(t:HFTemplate, messages:list[dict], text:str):
@@ -426,7 +431,7 @@ def parts(self:HFTemplate,
                          "chat_template('hf', tokenizer)")
     if not self.tokenizer.chat_template:
         raise ValueError("template 'hf': this tokenizer carries no "
-                         "chat template")
+                         f"chat template; {_choices()}")
     plain = read_messages(messages)
     if takes_lists(self.tokenizer):
         plain = [listed(m, given) for m, given in zip(plain, messages)]

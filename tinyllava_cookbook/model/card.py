@@ -68,7 +68,7 @@ _PARTS = {
 # %% ../../nbs/26_model.card.ipynb #f45f09d0
 def part_sizes(
     folder,               # A checkpoint
-) -> dict[str,float]:     # Million parameters, in the order of the data
+) -> dict[str,float]:     # Million parameters of each part
     "How large vision encoder, connector and language model are"
     sizes = dict.fromkeys(_PARTS, 0.)
     for name,shape in weight_shapes(folder).items():

@@ -55,11 +55,12 @@ def _check_derived(config, n_tokens):
                          "let its n_tokens give a whole number from 1 on")
     if config.image_seq_length not in (None, n_tokens):
         raise ValueError(f"image_seq_length is {config.image_seq_length}, "
-                         f"but encoder and connector give {n_tokens}")
+                         f"but encoder and connector give {n_tokens}; leave it out")
     vocabulary = config.text_config.vocab_size
     token = config.image_token_id
     if token is None or not 0 <= token < vocabulary:
-        raise ValueError(f"image_token_id {token} is outside the vocabulary of {vocabulary}")
+        raise ValueError(f"image_token_id {token} is outside the vocabulary of {vocabulary}; "
+                         "give the id of the tokenizer's <image>")
 
 # %% ../../nbs/22_model.config.ipynb #0d1f8ff6
 def _set_canvases(config, grid):

@@ -292,7 +292,8 @@ class MoFMLP(Connector):
         super().__init__(d_vis, d_llm)
         self.widths = (d_first or d_vis//2, d_vis - (d_first or d_vis//2))
         if min(self.widths) < 1:
-            raise ValueError(f"of {d_vis} features {d_first} cannot be the first tower's")
+            raise ValueError(f"of {d_vis} features {d_first} cannot be the first tower's; "
+                             f"give 1 to {d_vis - 1}")
         self.first,self.second = (MLP(width, d_llm, depth).layers for width in self.widths)
 
     def n_tokens(self, n_patches):

@@ -297,13 +297,14 @@ def prove_llm(
     except (AttributeError, IndexError, NotImplementedError, RuntimeError,
             TypeError, ValueError) as e:
         raise ValueError(f"cannot use {kind!r}: its decoder, fed with embeddings and positions, "
-            f"fails with {e}") from e
+            f"fails with {e}; take another language model") from e
     exact = logits is plain_logits   # another function may multiply in another order
     if not torch.equal(ours, own) and (exact or _far(ours, own, 1e-5)):
         what = 'does more after its decoder than its output layer' if exact else f'has other logits than {logits} gives'
         raise ValueError(f"{kind!r} {what}; register an LLMFamily with logits=")
     if _far(padded, h, 1e-3):
-        raise ValueError(f"cannot use {kind!r}: padding on the left changes its answers")
+        raise ValueError(f"cannot use {kind!r}: padding on the left changes its answers; "
+                         "take another language model")
     return not _far(*shared, 1e-5)   # another sample in front
 
 # %% ../../nbs/22_model.llms.ipynb #842d77df

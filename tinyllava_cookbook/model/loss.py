@@ -129,7 +129,8 @@ def supervised_loss(
     keep = labels != IGNORE
     h_td = h_btd[keep.to(h_btd.device)]
     y_t = labels[keep].to(h_btd.device)
-    total = _summed_loss(head, h_td, y_t, chunk) if len(y_t) else (0*h_btd).sum()
+    # without labels, too: the head takes part, so no process waits for its gradient
+    total = _summed_loss(head, h_td, y_t, chunk)
     if n_items is None: n_items = max(1, len(y_t))
     if isinstance(n_items, Tensor):
         n_items = n_items.to(total.device)

@@ -136,7 +136,8 @@ def _check_counts(token, images, text):
     asked = sum(o.count(token) for o in text)
     given = len(images or [])
     if asked != given:
-        raise ValueError(f"{asked} {token} in the text, but {given} images were given")
+        raise ValueError(f"{asked} {token} in the text, but {given} images were given; "
+                         "write one for each image")
 
 # %% ../../nbs/24_model.processor.ipynb #847484b3
 def _check_kept(token, token_id, text, ids):

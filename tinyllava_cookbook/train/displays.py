@@ -7,6 +7,7 @@ __all__ = ['plot_log', 'TrainBar', 'LossPlot', 'progress_callback', 'LogLines', 
 
 # %% ../../nbs/34_train.displays.ipynb #b37028c3
 import sys, time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from ..data.datasets import VLMDataset
+from ..data.datasets import BAD, VLMDataset
 from ..data.templates import chat_template
 from .recipes import Stage
 from .run_log import (LOG, LineWriter, json_line, keep_lines_before, log_row,
@@ -254,12 +255,30 @@ class SampleAnswers(TrainerCallback):
                 file.write(_answer_line(step, sample, answer))
 
 # %% ../../nbs/34_train.displays.ipynb #3cc7c224
+_LOOK = 100   # Samples among which there should be questions
+
+def _asked(dataset, number):
+    "A sample that ends with a question and its answer; none where it does not, or is not trained on"
+    try:
+        sample = dataset.sample(number)
+        dataset.encoder(sample)
+    except BAD:
+        if dataset.on_bad_sample == 'raise': raise
+        return []
+    roles = [message['role'] for message in sample.messages[-2:]]
+    return [sample] if roles == ['user', 'assistant'] else []
+
 def _sample_answers(processor, stage, dataset, out, every):
-    "The callback for the first three samples"
+    "The callback for the first three samples that ask something"
     count = len(dataset.ds) if isinstance(dataset, VLMDataset) else 0
     if not count:
         raise ValueError("ask_every needs samples with messages, not encoded ones")
-    first = [dataset.sample(i) for i in range(min(3, count))]
+    numbers = range(min(_LOOK, count))
+    asked = (sample for number in numbers for sample in _asked(dataset, number))
+    first = list(islice(asked, 3))
+    if not first:
+        raise ValueError(f"ask_every needs a question with its answer, but none of the first {len(numbers)} "
+                         "samples ends with one; leave it out")
     return SampleAnswers(processor, first, out/'samples.jsonl', every,
                          stage.template)
 

@@ -54,8 +54,16 @@ class MeteredTrainer(Trainer):
         self._since = since
         return batches, supervised
 
+    def check_supervised(self):
+        "An error after steps whose loss is that of no token"
+        counted = self._since.get('learned')
+        if counted or not torch.is_tensor(counted): return
+        raise ValueError(f"step {self.state.global_step}: none of its samples has a supervised token, so there is no "
+                         "loss; look at their labels, which are all -100")
+
     def log(self, logs, start_time=None):
         if 'loss' in logs:
+            self.check_supervised()
             now = time.perf_counter()
             took = max(now - (self._since['time'] or now), 1e-9)
             logs |= _speed(self._since, took, self.rates, self.args.world_size)

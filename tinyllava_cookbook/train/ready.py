@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import pick_device
-from .data import stage_rows
+from ..data.templates import chat_template
+from .data import check_once, stage_rows
 from .feature_plan import check_frozen_tower
+from .fields import check
 from .parallel import parallel_args
 from .recipes import Recipe, Stage
 from .settings import check_order
@@ -56,6 +58,15 @@ def _folders(recipe, out, names, start):
         found[name] = Path(out)/name, before, stage_weights(recipe, out, name)
     return found
 
+def _read(stage, data, images, eval_data):
+    "Rows to train on, and to evaluate on; an error for a stage that could not take them"
+    check(stage.trained, f"stage {stage.name!r} trains nothing; set {stage.name}.tune.connector=full, say")
+    if stage.template: chat_template(stage.template)
+    rows = stage_rows(stage, data, images)
+    if stage.pack: check_once(stage, rows)
+    if eval_data is None: return [rows]
+    return [rows, stage_rows(stage, eval_data, images, share=1.)]
+
 # %% ../../nbs/34_train.ready.ipynb #06c0e2d0
 def ready_stages(
     recipe:Recipe,       # Any recipe
@@ -82,6 +93,5 @@ def ready_stages(
         if feature_cache not in ('off', 'auto'): check_frozen_tower(stage)
         parallel_args(parallel, stage, pick_device(device).type == 'cuda')
     for stage in stages:
-        files = [data.get(stage.name)] + [eval_data]*(eval_data is not None)
-        read = [stage_rows(stage, each, images) for each in files]
+        read = _read(stage, data.get(stage.name), images, eval_data)
         yield ReadyStage(stage, *folders[stage.name], *read)

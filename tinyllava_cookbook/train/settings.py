@@ -125,12 +125,20 @@ def _check_ranges(given, at):
     for name,value in numbers.items():
         check(name not in _ABOVE_0 or value > 0, f"{at} {name} is {value}; it must be above 0, or be left out")
         check(name not in _FROM_0 or value >= 0, f"{at} {name} is {value}; it must be 0 or above")
+        check(name not in _ABOVE_0 or value < 1 or value == int(value),
+              f"{at} {name} is {value}; from 1 on it is a whole number, below 1 a fraction of the steps")
         if name.startswith('adam_beta'):
             check(0 <= value < 1, f"{at} {name} is {value}; it must be from 0 to below 1")
+    for name in 'dataloader_persistent_workers', 'dataloader_prefetch_factor':
+        check(numbers.get('dataloader_num_workers') or not numbers.get(name),
+              f"{at} {name} needs dataloader_num_workers above 0; set that too, or leave it out")
 
 # %% ../../nbs/29_train.settings.ipynb #90a41583
 def _check_best(given, at):
-    "The best model is a checkpoint, so each evaluation needs one"
+    "The best model is a checkpoint of the lowest loss, so each evaluation needs one"
+    metric = given.get('metric_for_best_model') or 'loss'
+    check(metric in ('loss', 'eval_loss'), f"{at} metric_for_best_model {metric!r} is never measured: "
+          "the loss is all that is; leave it out")
     if not given.get('load_best_model_at_end'): return
     evaluated, saved = (given.get(name) for name in ('eval_steps', 'save_steps'))
     check(evaluated is not None and evaluated == saved, f"{at} load_best_model_at_end needs eval_steps and save_steps "

@@ -14,7 +14,7 @@ from logging import getLogger
 
 from ..core import seed_everything
 from ..data.datasets import CachedDataset
-from .data import pack_sizes, stage_dataset, stage_packs
+from .data import pack_sizes, stage_dataset, stage_packs, stage_rows
 from .displays import stage_callbacks
 from .feature_cache import rounding_of, use_feature_cache
 from .identity import run_identity
@@ -32,7 +32,11 @@ def _read(processor, stage, data, eval_data, images):
     if eval_data is not None and 'eval_steps' not in stage.trainer:
         raise ValueError(f"eval_data would never be used: set {stage.name}.trainer.eval_steps")
     encoded = partial(stage_dataset, processor, stage, images=images, as_bytes=True)
-    return encoded(data), None if eval_data is None else encoded(eval_data)
+    if eval_data is None: return encoded(data), None
+    held_out = encoded(stage_rows(stage, eval_data, images, share=1.))
+    if not len(held_out):
+        raise ValueError("eval_data holds no samples: leave it out, or give some")
+    return encoded(data), held_out
 
 def _say_small(stage, dataset):
     "A step takes what there is: that it is less than the recipe says is said"

@@ -181,7 +181,7 @@ def test_closed_pipe_is_no_error(unbuffered):
 
 @pytest.mark.parametrize('argv,says', [
     ('budget micro --data x.json', ('usage: tinyllava budget', 'unrecognized arguments: --data x.json')),
-    ('train data.json', ('not list [', )), ('train run/model', ("'run/model' is a folder; its recipe is 'run/model/recipe.json'",)),
+    ('train data.json', ("with named fields, not [{'id': '1'}",)), ('train run/model', ("'run/model' is a folder; its recipe is 'run/model/recipe.json'",)),
     ('chat --model run hi', ("; did you mean 'run/model'?",)), ('check data.json --out data.json', ("'data.json' is a file, where a folder is to be",)),
     ('check table.csv', ('write its rows as a JSON list of conversations',)), ('score pope --answers data.json', ('--annotations PATH',)),
     ('score mme --annotations run --answers run', ("'run' holds no answers", 'of JSON give the file'))])

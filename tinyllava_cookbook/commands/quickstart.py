@@ -11,11 +11,14 @@ from pathlib import Path
 from ..cli import command, hide_progress, importing
 
 # %% ../../nbs/91_commands.quickstart.ipynb #7786b820
-def _quickstart_args(p):
-    p.add_argument('--out', default='runs/quickstart', metavar='DIR',
+def _out_and_seed(p, out):
+    p.add_argument('--out', default=out, metavar='DIR',
                    help='where it all goes (default: %(default)s)')
     p.add_argument('--seed', type=int, default=0,
                    help='same seed, machine and threads: same numbers (default: %(default)s)')
+
+def _quickstart_args(p):
+    _out_and_seed(p, 'runs/quickstart')
     p.add_argument('--bake', action='store_true',
                    help='pretrain the ingredients too, not only take the shipped ones')
 
@@ -44,10 +47,7 @@ def _quickstart(a):
 
 # %% ../../nbs/91_commands.quickstart.ipynb #4b51d176
 def _bake_args(p):
-    p.add_argument('--out', default='runs/bake', metavar='DIR',
-                   help='where the checkpoints go (default: %(default)s)')
-    p.add_argument('--seed', type=int, default=0,
-                   help='same seed, same weights (default: %(default)s)')
+    _out_and_seed(p, 'runs/bake')
     p.add_argument('--only', metavar='NAME',
                    help='one of them: micro-siglip or micro-llama')
 

@@ -21,7 +21,7 @@ from ..model.config import VLMConfig
 from ..model.lean_layers import is_lean
 from ..model.loss import positions_at_once
 from .recipes import ADAPTERS, PARTS, Recipe, Stage
-from .tuning import layer_list, learnable, linear_names, reachable, tower_names
+from .tuning import check_trains, layer_list, learnable, linear_names, reachable, tower_names
 
 # %% ../../nbs/37_train.activations.ipynb #e1911edf
 def recipe_model(
@@ -80,8 +80,7 @@ def annotate(
         else: names |= learnable(model, part, tune)
     for name,parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
-    if not n_trainable(model):
-        raise ValueError(f"stage {stage.name!r} trains nothing; set e.g. tune.connector=full")
+    check_trains(stage, n_trainable(model))
     return model
 
 # %% ../../nbs/37_train.activations.ipynb #72d31264

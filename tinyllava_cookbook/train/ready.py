@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import pick_device
+from ..data.mixtures import check_once
 from ..data.templates import chat_template
-from .data import check_once, stage_rows
+from .data import stage_rows
 from .feature_plan import check_frozen_tower
-from .fields import check
 from .parallel import parallel_args
 from .recipes import Recipe, Stage
 from .settings import check_order
@@ -58,15 +58,6 @@ def _folders(recipe, out, names, start):
         found[name] = Path(out)/name, before, stage_weights(recipe, out, name)
     return found
 
-def _read(stage, data, images, eval_data):
-    "Rows to train on, and to evaluate on; an error for a stage that could not take them"
-    check(stage.trained, f"stage {stage.name!r} trains nothing; set {stage.name}.tune.connector=full, say")
-    if stage.template: chat_template(stage.template)
-    rows = stage_rows(stage, data, images)
-    if stage.pack: check_once(stage, rows)
-    if eval_data is None: return [rows]
-    return [rows, stage_rows(stage, eval_data, images, share=1.)]
-
 # %% ../../nbs/34_train.ready.ipynb #06c0e2d0
 def ready_stages(
     recipe:Recipe,       # Any recipe
@@ -82,9 +73,9 @@ def ready_stages(
 ) -> Iterator[ReadyStage]: # In the recipe's order; take all before weights are loaded
     "What each stage of a run takes; an error for what is missing or does not fit"
     data = data or {}
-    if isinstance(names, str): names = [names]
-    names = list(names or [stage.name for stage in recipe.stages])
+    names = [names] if isinstance(names, str) else list(names or [stage.name for stage in recipe.stages])
     folders = _folders(recipe, out, names, start)
+    held_out = [(eval_data, 1.)]*(eval_data is not None)   # all of it
     check_order(recipe, names, data)
     complete = recipe.complete_stages()
     stages = [complete[name] for name in names]
@@ -92,6 +83,9 @@ def ready_stages(
     for stage in stages:
         if feature_cache not in ('off', 'auto'): check_frozen_tower(stage)
         parallel_args(parallel, stage, pick_device(device).type == 'cuda')
+        if stage.template: chat_template(stage.template)
     for stage in stages:
-        read = _read(stage, data.get(stage.name), images, eval_data)
+        files = [(data.get(stage.name), None), *held_out]
+        read = [stage_rows(stage, file, images, share) for file,share in files]
+        if stage.pack: check_once(read[0], f'stage {stage.name!r}')
         yield ReadyStage(stage, *folders[stage.name], *read)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PART_MODULES', 'part_parameters', 'reachable', 'tower_names', 'layer_list', 'linear_names', 'learnable', 'tune_table',
-           'apply_tune', 'check_tune', 'muon_groups', 'param_groups', 'MuonAdamW', 'show_tune']
+           'check_trains', 'apply_tune', 'check_tune', 'muon_groups', 'param_groups', 'MuonAdamW', 'show_tune']
 
 # %% ../../nbs/31_train.tuning.ipynb #36b091fe
 from contextlib import ExitStack
@@ -17,8 +17,8 @@ from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from ..model.adapters import (adapted, add_adapters, is_quantized,
-    n_weights, need_bitsandbytes, plain_name, quantize)
+from ..model.adapters import (adapted, add_adapters, is_quantized, n_weights,
+    need_bitsandbytes, plain_name, quantize)
 from ..model.features import blank_image, image_features
 from .recipes import ADAPTERS, PARTS, Stage, Table, Tune
 from ..weights import settings_of
@@ -257,8 +257,7 @@ def _adapt(model, part, tune, weights):
     if tune.mode == 'qlora':
         quantize(model, linear_names(model, part, None, reachable(model)))
     layers = [name.removesuffix('.weight') for name in weights]
-    add_adapters(model, layers, tune.r, tune.alpha, tune.dropout,
-                 tune.mode == 'dora')
+    add_adapters(model, layers, tune.r, tune.alpha, tune.dropout, tune.mode == 'dora')
 
 def _adapt_parts(model, stage, names):
     "Add the adapters that a stage trains, in the order of the model's parameters"
@@ -268,17 +267,19 @@ def _adapt_parts(model, stage, names):
             _adapt(model, part, tune, weights)
 
 # %% ../../nbs/31_train.tuning.ipynb #50025f22
+def check_trains(stage:Stage, anything:bool):
+    "An error for a stage that trains nothing"
+    if not anything: raise ValueError(f"stage {stage.name!r} trains nothing; set {stage.name}.tune.connector=full")
+
 def apply_tune(
     model,        # A `VLMForConditionalGeneration`, changed in place
     stage:Stage,  # Whose `tune` counts
 ) -> Table:       # `tune_table` afterwards
     "Make exactly those parameters trainable that the stage means to train"
     if adapted(model):
-        raise ValueError(
-            "the model carries adapters of another stage; `merge_adapters(model)` first")
+        raise ValueError("the model carries adapters of another stage; `merge_adapters(model)` first")
     names = {part: learnable(model, part, tune) for part,tune in stage.tune.items()}
-    if not any(names.values()):
-        raise ValueError(f"stage {stage.name!r} trains nothing; set e.g. tune.connector=full")
+    check_trains(stage, any(names.values()))
     _adapt_parts(model, stage, names)
     # an adapted weight is called `base_layer` now
     full = set().union(*names.values())
@@ -291,9 +292,9 @@ def check_tune(
     *stages:Stage,  # That will be trained
 ):
     "An error, before anything is loaded, where a way of tuning cannot be had"
-    tunes = [tune for stage in stages for tune in stage.tune.values()]
-    if any(tune.mode == 'qlora' for tune in tunes):
-        need_bitsandbytes()
+    for stage in stages:
+        check_trains(stage, stage.trained)
+        if any(tune.mode == 'qlora' for tune in stage.tune.values()): need_bitsandbytes()
 
 # %% ../../nbs/31_train.tuning.ipynb #ccff99fc
 def _hidden_matrices(model):

@@ -7,10 +7,10 @@ __all__ = []
 
 # %% ../../nbs/94_commands.models.ipynb #f0fb9224
 import json
-from importlib.resources import files
 from pathlib import Path
 from ..cli import (Usage, check_given, command, hide_progress, importing,
     json_value, load_model, model_arguments, one_line, pairs, positive, trust_argument)
+from ..core import package_data
 
 # %% ../../nbs/94_commands.models.ipynb #d50a4eb4
 _chat_help = ("/add FILE shows one more image with the next question, /image FILE begins anew with another image, "
@@ -187,9 +187,9 @@ def _compose_args(p):
 # %% ../../nbs/94_commands.models.ipynb #3f778f42
 def _shipped(name):
     "The folder of a part that this package brings, by its name; anything else as it is"
-    folder = files('tinyllava_cookbook')/'_data'/name
-    shipped = '/' not in name and (folder/'config.json').is_file()
-    return str(folder) if shipped and not Path(name).is_dir() else name
+    folder = package_data()/name
+    given = '/' in name or Path(name).is_dir()
+    return name if given or not (folder/'config.json').is_file() else str(folder)
 
 @command('compose', 'join a vision encoder and a language model by a new connector',
          _compose_args)

@@ -45,8 +45,7 @@ def _with_kept(stage, folder):
     for row in rows if isinstance(rows, list) else []:   # it may be a file of somebody else
         if isinstance(row, dict) and row.get('name') == stage.name:
             kept = {name: row.get(name) for name in ('data', 'images', 'corpus')}
-            try: return replace(stage, **kept)
-            except ValueError: pass   # not what a stage has there
+            if all(isinstance(value, str|dict|None) for value in kept.values()): return replace(stage, **kept)
     return stage
 
 # %% ../../nbs/37_train.stages.ipynb #d11ad446

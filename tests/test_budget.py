@@ -374,3 +374,28 @@ def test_a_forecast_imports_no_trainer_and_no_reader_of_data():
             packages = {o.module} if isinstance(o, ast.ImportFrom) and not o.level else set(names) if isinstance(o, ast.Import) else set()
             assert not packages & heavy, (module, packages)
             assert o.__dict__.get('module') != 'transformers' or not [n for n in names if n.startswith('Trainer')], module
+
+def test_a_tower_without_attention_has_a_forecast(tmp_path):
+    "Its configuration names no heads, which was an AttributeError"
+    from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+    from tinyllava_cookbook.model.vision import VisionFamily, vision_families
+    class HeadlessConfig(PreTrainedConfig):
+        model_type = 'headless'
+        hidden_size, num_hidden_layers, image_size, patch_size, num_channels = 32, 2, 24, 12, 3
+    class Layer(nn.Linear):
+        def forward(self, x_bnv, mask=None): return super().forward(x_bnv)
+    class Headless(PreTrainedModel):
+        config_class, main_input_name = HeadlessConfig, 'pixel_values'
+        def __init__(self, config):
+            super().__init__(config)
+            self.embed, self.layers = nn.Conv2d(3, 32, 12, stride=12), nn.ModuleList(Layer(32, 32) for _ in range(2))
+            self.post_init()
+        def stem(self, pixel_values): return self.embed(pixel_values).flatten(2).transpose(1, 2)
+        def forward(self, pixel_values): return self.layers[1](self.layers[0](self.stem(pixel_values)))
+    AutoConfig.register('headless', HeadlessConfig, exist_ok=True)
+    AutoModel.register(HeadlessConfig, Headless, exist_ok=True)
+    HeadlessConfig(architectures=['Headless']).save_pretrained(tmp_path)
+    vision_families.register('headless', VisionFamily(lambda m,x: m.stem(x), lambda m: m.layers))
+    try: b = B.budget(Recipe('own', str(tmp_path), 'micro-llama', stages=[Stage('s', tune=ALL, max_length=128, global_batch_size=8, corpus='microworld')]), samples=64)
+    finally: vision_families.remove('headless')
+    assert b.stages[0].memory.total > 0

@@ -178,3 +178,22 @@ def test_closed_pipe_is_no_error(unbuffered):
     p.stdout.close()
     err = p.stderr.read()
     assert (p.wait(), err) == (0, b'')
+
+@pytest.mark.parametrize('argv,says', [
+    ('budget micro --data x.json', ('usage: tinyllava budget', 'unrecognized arguments: --data x.json')),
+    ('train data.json', ("with named fields, not [{'id': '1'}",)), ('train run/model', ("'run/model' is a folder; its recipe is 'run/model/recipe.json'",)),
+    ('chat --model run hi', ("; did you mean 'run/model'?",)), ('check data.json --out data.json', ("'data.json' is a file, where a folder is to be",)),
+    ('check table.csv', ('write its rows as a JSON list of conversations',)), ('score pope --answers data.json', ('--annotations PATH',)),
+    ('score mme --annotations run --answers run', ("'run' holds no answers", 'of JSON give the file'))])
+def test_a_slip_of_a_newcomer_names_the_next_step(capsys, tmp_path, monkeypatch, argv, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'run/model').mkdir(parents=True)
+    for name in 'config.json', 'recipe.json': (tmp_path/'run/model'/name).write_text('{}')
+    (tmp_path/'data.json').write_text('[' + '{"id": "1"},'*99 + '{}]')
+    (tmp_path/'table.csv').write_text('image,caption\n')
+    code, _, err = run(capsys, *argv.split())
+    assert code and len(err) < 1500 and all(o in err for o in says), err
+
+def test_parts_of_the_package_are_composed_by_name(capsys, tmp_path):
+    code, out, err = run(capsys, 'compose', '--vision', 'micro-siglip', '--llm', 'micro-llama', '--template', 'llama', '--image-mode', 'squash', tmp_path/'o')
+    assert (code, out) == (0, f"{tmp_path/'o'}\n") and (tmp_path/'o/config.json').is_file(), err

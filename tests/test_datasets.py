@@ -453,3 +453,16 @@ def test_a_share_of_a_mixture_is_a_recipe_knob(world):
         stage_packs(dataclasses.replace(stage, pack=2048), ds, 'cpu')
     assert len(stage_packs(dataclasses.replace(override(r, ['s.share=.5', 's.data.b.weight=1']).stage('s'), pack=2048),
                            stage_dataset(processor, override(r, ['s.data.b.weight=1']).stage('s')), 'cpu')) >= 1
+
+def test_slips_of_a_table_name_the_next_step(tmp_path):
+    from tinyllava_cookbook.data.records import Sample, read_data
+    from tinyllava_cookbook.image_files import load_image
+    def sample(ask, said, *images): return lambda: Sample('a', [dict(role='user', content=ask), dict(role='assistant', content=said)], list(images))
+    for make, why in ((sample('<image>what?', 'red'), "name its files under 'image' or 'images'"), (sample('what?', 'red', 'a.png'), 'write <image> into the question'),
+                      (sample('red', '<image>what?', 'a.png'), 'are the roles swapped')):
+        with pytest.raises(ValueError, match=why): make()
+    (tmp_path/'ä.png').write_bytes(b'')
+    for name, why in (('sub\\a.png', 'write / between folders'), ('a\u0308.png', 'in Unicode form NFC'), ('b.png', "b.png'$")):
+        with pytest.raises(FileNotFoundError, match=why): load_image(tmp_path/name)
+    (tmp_path/'a.json').write_text('[{"messages": [{"role": "user", "content": "x"}]}]')
+    with pytest.raises(TypeError, match="'shar'; a source has data, images, format, share, weight"): read_data(tmp_path/'a.json', shar=.2)

@@ -278,3 +278,10 @@ def test_tiles_of_different_sizes_in_one_batch(world, tmp_path):
     items = [Item(i, tmp_path/f'{i % 4}.png', f'What is it{"?"*i}', '') for i in range(6)] + [Item(9, None, 'What?', ''), Item(10, [tmp_path/'0.png', tmp_path/'1.png'], 'Same?', '')]
     files = [R.answer_items(model, processor, items, tmp_path/f'by {k}', batch_size=k, max_new_tokens=5, progress=False).read_bytes() for k in (1, 3, 16)]
     assert files[0] == files[1] == files[2]
+
+@pytest.mark.parametrize('name,text', [('index.html', '<p>mine'), ('scores.json', '{"a": 1}'), ('scores.json', '[]')])
+def test_pages_of_others_are_not_written_over(tmp_path, name, text):
+    from tinyllava_cookbook.eval.run import run_eval
+    (tmp_path/name).write_text(text)
+    with pytest.raises(FileExistsError, match=f'{name}. is not of an evaluation'): run_eval(None, None, {}, tmp_path, tmp_path)
+    assert (tmp_path/name).read_text() == text

@@ -176,3 +176,29 @@ def test_deepspeed_mistakes(capsys):
     assert run(capsys, 'deepspeed-config', 'llava_v15', '--zero', '4')[0] == 2
     code,out,err = run(capsys, 'deepspeed-config', 'micro')
     assert code == 1 and 'set finetune.optimizer=adamw' in err
+
+def test_a_stage_without_the_one_before_never_asks_the_hub(tmp_path, monkeypatch, capsys):
+    "`out/pretrain` reads like a name on the Hub"
+    from common import color_data
+    monkeypatch.chdir(tmp_path)
+    argv = ['train', 'micro', 'finetune', '--data', color_data(tmp_path), '--images', '.', '--out', 'out', '--device', 'cpu']
+    code, _, err = run(capsys, *argv)
+    assert code == 1 and "no weights in 'out/pretrain', where the stage before leaves them: train that one first" in err
+
+@pytest.mark.parametrize('text', ['[]', 'null', '{"stages": [1]}', '{"stages": {"a": 1}}', '{"stages": [{}]}', '{"stages": null}',
+                                  '{"stages": [{"name": "pretrain", "data": 5, "images": [1]}]}'])
+def test_a_recipe_of_somebody_else_beside_the_weights_is_no_record_of_a_stage(tmp_path, text):
+    "It was a TypeError of this package; now the weights beside it are looked at"
+    from common import color_data
+    from tinyllava_cookbook.train.recipes import recipe
+    from tinyllava_cookbook.train.stages import train_recipe
+    (tmp_path/'start').mkdir()
+    (tmp_path/'start/recipe.json').write_text(text)
+    how = dict(stages='finetune', start=str(tmp_path/'start'), device='cpu', images=tmp_path)
+    with pytest.raises(FileNotFoundError, match="has no config.json; it holds .'recipe.json'"):
+        train_recipe(recipe('micro'), tmp_path/'out', dict(finetune=color_data(tmp_path)), **how)
+
+def test_the_command_below_a_recipe_shows_this_very_recipe(capsys):
+    _, out, _ = run(capsys, 'recipes', 'show', 'micro', '--set', 'finetune.data=a b.json')
+    line = shlex.split(out.splitlines()[-1].removesuffix(' shows every field'))
+    assert line == ['tinyllava', 'train', 'micro', '--set', 'finetune.data=a b.json', '--dry-run']

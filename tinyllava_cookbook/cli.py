@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 import tinyllava_cookbook
 from .core import Registry, UnknownName
-from .plugins import import_plugin, plugins
+from .plugins import import_plugin, plugin_line, plugins
 
 # %% ../nbs/90_cli.ipynb #1da06c22
 @dataclass
@@ -263,6 +263,7 @@ def parser() -> argparse.ArgumentParser: # For `tinyllava` and all its commands
         about = c.help[0].upper()+c.help[1:]+'.'
         c.arguments(sub.add_parser(name, help=c.help, description=about,
                                    parents=[common]))
+    p.commands = sub.choices   # name -> its parser
     return p
 
 # %% ../nbs/90_cli.ipynb #ab2724f0
@@ -273,6 +274,8 @@ def one_line(
     text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
     if isinstance(e, OSError) and e.strerror and e.filename:
         text = f"{e.strerror}: {str(e.filename)!r}"
+        if isinstance(e, FileExistsError) and os.path.isfile(e.filename):
+            text = f"{str(e.filename)!r} is a file, where a folder is to be; give another name"
     text = ' '.join(text.split())
     return text if text and isinstance(e, (ValueError, KeyError, OSError)) else f"{type(e).__name__}: {text}"
 
@@ -281,7 +284,7 @@ def _failed(e, words, debug):
     "The exit code of an error, once it is said"
     if debug: raise e
     own = '; for parts of your own: --import FILE' if isinstance(e, UnknownName) and not plugins() else ''
-    print(f'{words}: {one_line(e)}{own}', file=sys.stderr)
+    print(f'{words}: {plugin_line(e)}{one_line(e)}{own}', file=sys.stderr)
     return 2 if isinstance(e, Usage) else 1
 
 # %% ../nbs/90_cli.ipynb #421d9525
@@ -301,6 +304,12 @@ def _run(a):
         return _failed(e, f'tinyllava {a.command}', getattr(a, 'debug', False))
 
 # %% ../nbs/90_cli.ipynb #d25a6b1b
+def _parsed(p, words):
+    "What the words say; one too many is an error of the command, whose usage is shown"
+    a,odd = p.parse_known_args(words)
+    if odd: p.commands[a.command].error(f"unrecognized arguments: {' '.join(odd)}")
+    return a
+
 def passive_waiting(
     env:dict,  # Of the process; changed in place
 ):
@@ -320,7 +329,7 @@ def main(
         p = parser()
     except Exception as e:
         return _failed(e, ' '.join(['tinyllava', *words[:1]]), '--debug' in words)
-    a = p.parse_args(words)
+    a = _parsed(p, words)
     a.plugins = plugins
     return _run(a)
 

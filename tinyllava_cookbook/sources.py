@@ -7,7 +7,7 @@ __all__ = ['MAX_BYTES', 'open_regular', 'is_public', 'resolve_host', 'connect_ch
            'is_remote', 'remote_allowed', 'read_remote']
 
 # %% ../nbs/08_sources.ipynb #94ddfabc
-import base64, binascii, http.client, ipaddress, os, re, socket, ssl, stat, threading, time
+import base64, binascii, http.client, ipaddress, os, re, socket, ssl, stat, threading, time, unicodedata
 from contextlib import contextmanager, suppress
 from typing import BinaryIO, Callable
 from urllib.parse import unquote_to_bytes, urljoin, urlsplit
@@ -33,11 +33,20 @@ def _check_regular(mode:int, path:str, what:str):
 # %% ../nbs/08_sources.ipynb #46adf3b4
 _FLAGS = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0) | getattr(os, 'O_BINARY', 0)
 
+def _near(path) -> str:
+    "Of a file that is not there: what its name may have wrong"
+    if not isinstance(path, str): return ''
+    if '\\' in path and os.sep == '/': return '; write / between folders, not \\'
+    for form in 'NFC', 'NFD':   # an accent may be one character or two
+        if os.path.exists(unicodedata.normalize(form, path)):
+            return f'; there is one of this name in Unicode form {form}'
+    return ''
+
 def _mode_of(path:str, what:str) -> int:
     "The mode bits of `path`; an error names it"
     try: return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"no {what} {path!r}") from None
+        raise FileNotFoundError(f"no {what} {path!r}{_near(path)}") from None
     except ValueError as e:   # a null byte, or a character that no file name holds
         raise ValueError(f"no {what} {path!r}: {e}") from None
 

@@ -81,8 +81,10 @@ def checkpoint_path(
             raise FileNotFoundError(
                 f"no checkpoint folder {str(path)!r}; give a folder or 'owner/name' of the Hub")
     elif not (folder/need).exists():
+        inside = folder/'model'   # of a run
+        near = f"; did you mean {str(inside)!r}?" if (inside/need).exists() else ''
         raise FileNotFoundError(
-            f"{str(folder)!r} has no {need}; it holds {sorted(entry.name for entry in folder.iterdir())[:12]}")
+            f"{str(folder)!r} has no {need}; it holds {sorted(entry.name for entry in folder.iterdir())[:12]}{near}")
     return str(path)
 
 # %% ../nbs/09_trust.ipynb #95e11707

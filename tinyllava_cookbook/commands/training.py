@@ -161,7 +161,8 @@ def _run_recipe(a, r, todo, out):
         with leaving_page(out, a.parallel):
             train_recipe(r, out, stages=todo, **given)
     except Stopped as e:
-        print(f'tinyllava train: {e}', file=sys.stderr)
+        said = str(e).replace("resume='auto'", '--resume auto')
+        print(f'tinyllava train: {said}', file=sys.stderr)
         raise
 
 # %% ../../nbs/92_commands.training.ipynb #ab023248
@@ -281,7 +282,9 @@ def _recipes(a):
     if a.json: return print(json.dumps(r.to_dict()))
     base = name.split(':')[0]
     doc = f"\n\n{' '.join(_doc(recipes[base]).split())}" if base in recipes else ''
-    print(f"{r}{doc}\n\ntinyllava train {shlex.quote(name)} --dry-run shows every field")
+    given = {'--import': getattr(a, 'plugins', []), '--set': a.changes}
+    more = [word for option,values in given.items() for value in values for word in (option, value)]
+    print(f"{r}{doc}\n\n{shlex.join(['tinyllava', 'train', name, *more])} --dry-run shows every field")
 
 # %% ../../nbs/92_commands.training.ipynb #2d979f56
 def _deepspeed_args(p):

@@ -242,7 +242,10 @@ def _tiles(image, processor, mode) -> tuple:
             f"prepare needs a PIL image, not {type(image).__name__}; call load_image first")
     if image.mode != 'RGB': image = image.convert('RGB')   # which would copy
     seen = IMAGE_MODES[mode](image, processor)
-    return ([seen], (1, 1)) if isinstance(seen, Image.Image) else seen
+    if isinstance(seen, Image.Image): return [seen], (1, 1)
+    if isinstance(seen, tuple) and len(seen) == 2: return seen
+    raise TypeError(f"image mode {mode!r} gave {type(seen).__name__}; it must return a PIL image, "
+                    "or tiles and their (rows, columns)")
 
 # %% ../../nbs/10_data.images.ipynb #46c1d06e
 def prepare_bytes(

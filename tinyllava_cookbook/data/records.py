@@ -24,6 +24,14 @@ from .templates import read_messages
 from ..json_records import ON_READING, printable, read_records
 
 # %% ../../nbs/12_data.records.ipynb #e8580892
+def _image_hint(messages, marks, images) -> str:
+    "The next step where there are not as many marks as images"
+    if not images: return "; name its files under 'image' or 'images'"
+    if marks: return ''
+    if any(IMAGE_TOKEN in m['content'] for m in messages):
+        return f"; an answer holds {IMAGE_TOKEN}: are the roles swapped?"
+    return f"; write {IMAGE_TOKEN} into the question"
+
 @dataclass
 class Sample:
     "A conversation and its images"
@@ -38,7 +46,8 @@ class Sample:
         if marks != len(self.images):
             raise ValueError(f"{marks} {IMAGE_TOKEN} in its user "
                              f"turns, but {len(self.images)} images; "
-                             "each image needs one placeholder")
+                             "each image needs one placeholder"
+                             f"{_image_hint(self.messages, marks, self.images)}")
 
 # %% ../../nbs/12_data.records.ipynb #e66ab736
 def _check_unicode(text, what):
@@ -372,6 +381,10 @@ def _open_hf(source, split, streaming, **kwargs):
     if files:
         return load_dataset('parquet', data_files=files, split='train',
                             streaming=streaming, **kwargs)
+    if path.is_file():
+        raise ValueError(f"{str(path)!r} is no parquet file, and no "
+                         ".json or .jsonl; write its rows as a JSON "
+                         "list of conversations")
     if path.exists():
         raise FileNotFoundError(f"{str(path)!r} is no HF dataset: it "
                                 "holds no parquet file and no "
@@ -410,4 +423,9 @@ def read_data(
 ):                         # Rows with id, messages and images
     "Read training data in any of `FORMATS`"
     if format == 'auto': format = guess_format(path)
-    return FORMATS[format](path, images, **kwargs)
+    try: return FORMATS[format](path, images, **kwargs)
+    except TypeError as e:
+        if 'unexpected keyword' not in str(e): raise
+        raise TypeError(f"data {short_repr(path)}: {e}; a source has data, "
+                        "images, format, share, weight, and what "
+                        "its reader takes") from e

@@ -119,6 +119,12 @@ class ChatTemplate(_Rendering):
     images_only:bool = False  # Of user turns keep the images alone, and no system message
     vocabulary:tuple[str, ...] = ()  # Added tokens that samples may write, such as '<box>'
 
+    def __post_init__(self):
+        for field in 'user', 'system':
+            if (text := getattr(self, field)).count('{}') != 1:
+                raise ValueError(f"template {self.name!r}: {field} is {text!r}; write {{}} once, where "
+                                 "the message goes")
+
     def parts(self,
         messages:list[dict],  # A conversation in any form of `read_messages`
         generate:bool=False,  # Stop where the assistant begins

@@ -118,6 +118,10 @@ def need(
     full = Path(data_dir)/path
     if full.exists():
         return full
+    above = Path(data_dir).absolute().parent
+    if (above/path).exists():
+        raise FileNotFoundError(f"no {str(full)!r}; give the folder "
+                                f"above, {str(above)!r}")
     sources = [url for pattern,url in SOURCES.items()
                if fnmatch(path, pattern)
                or pattern.startswith(f'{path}/')]

@@ -144,8 +144,8 @@ def read_tabbed(
     for path in sorted(Path(folder).glob('*.txt')):
         rows.extend(_tabbed_rows(path))
     if not rows:
-        raise ValueError(f"{str(folder)!r} is empty; MME results are "
-                         "one .txt per subtask")
+        raise ValueError(f"{str(folder)!r} holds no answers: MME's are "
+                         "one .txt per subtask; of JSON give the file")
     return rows
 
 # %% ../../nbs/49_eval.records.ipynb #8531efc5
@@ -204,6 +204,9 @@ def read_jsonl(
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}; give the path "
                                 "of a JSON-lines file")
+    if _begins(path)=='[':
+        raise ValueError(f"{path} is a JSON list; write one JSON object "
+                         "per line, without brackets around")
     seen = {}
     rows = []
     for where,row in _lines(path):
@@ -276,7 +279,7 @@ def _refuse(missing, unknown, clash):
     words = [_first(what, ids) for what,ids in wrong.items() if ids]
     if words:
         raise ValueError(f"{'; '.join(words)}. Score what there is "
-                         "with partial=True")
+                         "with partial=True, or --partial")
 
 # %% ../../nbs/49_eval.records.ipynb #2fd10cb3
 def _other_prompts(by_id, ids, asked):

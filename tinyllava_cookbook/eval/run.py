@@ -294,6 +294,17 @@ def _items(benches, data_dir, splits, graded, allow_partial, limit):
                            allow_partial)
     return {name: some[:limit] for name,some in benches.items()}
 
+def _not_foreign(out):
+    "The folder; an error where its page is no evaluation's, and would be written over"
+    page, scores = out/'index.html', out/'scores.json'
+    found = read_json(scores) if scores.is_file() else {}
+    ours = isinstance(found, dict) and 'benchmarks' in found
+    wrong = scores if scores.is_file() else page
+    if wrong.is_file() and not ours:
+        raise FileExistsError(f"{str(wrong)!r} is not of an evaluation, and would be written over; "
+                              "give another folder (out, --out)")
+    return out
+
 def _size(model):
     "Number of parameters"
     return sum(weight.numel() for weight in model.parameters())
@@ -318,7 +329,7 @@ def run_eval(
     anew:bool=False,        # Begin again, and keep what is there in `old-N`?
 ) -> dict|None:             # Benchmark -> `Score` or a reason; `None` while other ranks have work left
     "Answer, score and show any of the ten benchmarks"
-    out, splits, graded = Path(out), splits or {}, graded or {}
+    out, splits, graded = _not_foreign(Path(out)), splits or {}, graded or {}
     items = _items(benches, data_dir, splits, graded, allow_partial, limit)
     how = dict(batch_size=batch_size, model_id=model_id,
                blind=blind, progress=progress, anew=anew)

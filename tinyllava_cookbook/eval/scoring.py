@@ -413,8 +413,9 @@ def llavabench(
 
 # %% ../../nbs/53_eval.scoring.ipynb #6607f2e8
 SCORERS = Registry('benchmark', 'SCORERS')
-for _f in (vqav2, gqa, textvqa, scienceqa, pope,
-           mme, mmvet, mmmu, mmbench, llavabench):
+_FROM_FILES = (vqav2, gqa, textvqa, scienceqa, pope,
+               mme, mmvet, mmmu, mmbench)
+for _f in (*_FROM_FILES, llavabench):
     SCORERS.register(_f.__name__, _f)
 
 # %% ../../nbs/53_eval.scoring.ipynb #da676abe
@@ -431,6 +432,9 @@ def score_file(
     if odd := [key for key in options if key not in known]:
         raise ValueError(f"{bench} has no option {odd[0]!r}; choose "
                          f"from {known}")
+    if annotations is None and scorer in _FROM_FILES:
+        raise ValueError(f"{bench} is scored by its own files; say where they are: "
+                         "annotations=PATH, --annotations PATH")
     if annotations is not None and not Path(annotations).exists():
         raise FileNotFoundError(f"no annotations {str(annotations)!r}")
     with collector_paused():

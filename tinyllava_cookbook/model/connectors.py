@@ -328,9 +328,12 @@ def connector(
     "Build the connector called `name`"
     rule,numbers = _rule(name)
     try:
-        return connectors[rule](d_vis, d_llm, **numbers, **kwargs)
+        made = connectors[rule](d_vis, d_llm, **numbers, **kwargs)
     except TypeError as e:
         raise TypeError(f"connector {name!r} with {kwargs}: {e}") from None
+    if hasattr(made, 'n_tokens'): return made
+    raise TypeError(f"connector {name!r} is a {type(made).__name__} without `n_tokens`; derive it from "
+                    "`Connector` of tinyllava_cookbook.model.connectors")
 
 # %% ../../nbs/21_model.connectors.ipynb #8e27d0b4
 def check_connector(

@@ -215,7 +215,8 @@ def _eager_bytes(config, length, each):
     capped = getattr(config, 'attn_logit_softcapping', None) is not None
     half = each.compute < 4
     per_score = 4 + each.compute*half + each.compute*capped
-    return config.num_attention_heads*length*per_score
+    heads = getattr(config, 'num_attention_heads', 0)   # none: a tower of one's own without attention
+    return heads*length*per_score
 
 # %% ../../nbs/37_train.activations.ipynb #072520ac
 def _attention_bytes(block, config, linears, each, mask, length):

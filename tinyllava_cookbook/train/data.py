@@ -37,7 +37,8 @@ def stage_rows(
     if data is None: data = stage.data
     if data is None:
         raise ValueError(f"stage {stage.name!r} has no data; "
-                         f"pass data=FILE.json or set {stage.name}.data=FILE.json{_published(stage.corpus)}")
+                         f"pass data=FILE.json (--data {stage.name}=FILE.json) or set "
+                         f"{stage.name}.data=FILE.json{_published(stage.corpus)}")
     if not isinstance(data, (str, Path, dict)): return data
     bad = 'keep' if stage.on_bad_sample == 'substitute' else 'raise'
     if share is None: share = stage.share

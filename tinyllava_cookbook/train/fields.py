@@ -101,7 +101,7 @@ def from_fields(
 ):             # An object of `cls`
     "Build a dataclass from plain values; unknown and missing names are errors"
     check(isinstance(d, dict),
-          f"a {what} must be an object with named fields, not {d!r}")
+          f"a {what} must be an object with named fields, not {repr(d)[:60]}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     check_names(d, list(fields), f"{what} field")
     missing = dataclasses.MISSING

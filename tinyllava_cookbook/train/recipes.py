@@ -8,7 +8,7 @@ __all__ = ['PARTS', 'ADAPTERS', 'MODES', 'SCHEDULES', 'OPTIMIZERS', 'ATTENTIONS'
            'recipe', 'micro', 'show_recipe']
 
 # %% ../../nbs/30_train.recipes.ipynb #e1457a98
-import copy, dataclasses, html, inspect, json, math, typing
+import copy, dataclasses, html, inspect, json, math, os, typing
 from dataclasses import dataclass, field
 
 from ..core import Registry, Table
@@ -381,6 +381,8 @@ def recipe(
 ) -> Recipe:   # A fresh copy
     "The recipe called `name`"
     if str(name).endswith('.json'): return from_dict(read_strict(name))
+    file = f'{name}/recipe.json'   # of a run
+    check(not os.path.isfile(file) or name in recipes, f"{str(name)!r} is a folder; its recipe is {file!r}")
     name,_,given = str(name).partition(':')
     kwargs |= _named_arguments(given, name)
     arguments = inspect.signature(recipes[name]).parameters

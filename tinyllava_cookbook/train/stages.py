@@ -41,10 +41,11 @@ def _with_kept(stage, folder):
     "A stage with the files that earlier weights name, where they are of it"
     file = Path(folder)/'recipe.json'
     found = read_json(file) if file.exists() else {}
-    rows = found.get('stages', []) if isinstance(found, dict) else []
-    for row in rows:
-        if row['name'] == stage.name:
-            return replace(stage, **{name: row.get(name) for name in ('data', 'images', 'corpus')})
+    rows = found.get('stages') if isinstance(found, dict) else None
+    for row in rows if isinstance(rows, list) else []:   # it may be a file of somebody else
+        if isinstance(row, dict) and row.get('name') == stage.name:
+            kept = {name: row.get(name) for name in ('data', 'images', 'corpus')}
+            if all(isinstance(value, str|dict|None) for value in kept.values()): return replace(stage, **kept)
     return stage
 
 # %% ../../nbs/37_train.stages.ipynb #d11ad446

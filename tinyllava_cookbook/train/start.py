@@ -6,6 +6,7 @@
 __all__ = ['start_model']
 
 # %% ../../nbs/34_train.start.ipynb #cc56ac6e
+from pathlib import Path
 import torch
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -24,6 +25,10 @@ def start_model(
     "The model that a stage starts from"
     unset_hf_deepspeed_config()   # ZeRO-3 of a stage before would load slices only
     more = vouched(recipe.model, trust_remote_code, f'recipe {recipe.name!r}')
+    if isinstance(folder, Path) and not folder.is_dir():   # `owner/name` of the Hub is a string
+        raise FileNotFoundError(
+            f"no weights in {str(folder)!r}, where the stage before leaves them: train that one first, "
+            "or say what to start from (start, --start)")
     folder = folder or recipe.start
     if folder:
         return load(folder, device='cpu', dtype=torch.float32, trust_remote_code=trust_remote_code)

@@ -120,9 +120,9 @@ class ChatTemplate(_Rendering):
     vocabulary:tuple[str, ...] = ()  # Added tokens that samples may write, such as '<box>'
 
     def __post_init__(self):
-        for field in 'user', 'system':
-            if (text := getattr(self, field)).count('{}') != 1:
-                raise ValueError(f"template {self.name!r}: {field} is {text!r}; write {{}} once, where "
+        for field,text in dict(user=self.user, system=self.system or '{}').items():   # none: no system messages
+            if '{}' not in text:
+                raise ValueError(f"template {self.name!r}: {field} is {text!r}; write {{}} where "
                                  "the message goes")
 
     def parts(self,

@@ -292,9 +292,9 @@ def check_tune(
     *stages:Stage,  # That will be trained
 ):
     "An error, before anything is loaded, where a way of tuning cannot be had"
-    for stage in stages:
-        check_trains(stage, stage.trained)
-        if any(tune.mode == 'qlora' for tune in stage.tune.values()): need_bitsandbytes()
+    for stage in stages[1:]: check_trains(stage, stage.trained)   # the first says so when it begins
+    if any(tune.mode == 'qlora' for stage in stages for tune in stage.tune.values()):
+        need_bitsandbytes()
 
 # %% ../../nbs/31_train.tuning.ipynb #ccff99fc
 def _hidden_matrices(model):

@@ -90,13 +90,12 @@ def _attention_figure(att, token, layer, head):
 
 # %% ../../nbs/64_viz.explorer.ipynb #b1f2f170
 def _explained(model, processor, asked):
-    "An answer by each method that the model allows: not all where some layers do not attend"
-    found = {}
-    for method in METHODS:
-        try: found[method] = explain_answer(model, processor, asked, method)
-        except ValueError as error:
-            if 'do not attend' not in str(error): raise
-    return found
+    "An answer by each method; where some layers do not attend, by attention alone: the others go through all"
+    att = explain_answer(model, processor, asked)
+    if len(att.layers) < model.config.text_config.num_hidden_layers:
+        return dict(attention=att)
+    rest = [method for method in METHODS if method != 'attention']
+    return dict(attention=att) | {method: explain_answer(model, processor, asked, method) for method in rest}
 
 def _of_all(numbers, name, widgets):
     "A slider over numbered things, with the mean of them first"

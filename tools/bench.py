@@ -12,8 +12,9 @@ seconds at sizes that quadruple, and the slope of their logarithms: 1 is a cost 
 in random order, computes the attention and the logits of all positions and all layers of the vision tower, prepares
 samples as TinyLLaVA Factory does, and answers each question by itself. Machine: rates of one thread, and what single
 kernels reach; ledger: a step by its parts. Memory: the samples of two packed rows, padded into two batches for the
-baseline; and two rows against two batches of 8 samples, which are fewer. `--tiny` runs the same code in seconds. With
---json, one JSON object is all of standard output.
+baseline; and two rows against two batches of 8 samples, which are fewer. Answers at the memory rate are a bound, not a
+measurement: the prompts as measured, then each step reads the weights once, and the cache of each row, as fast as a copy
+does. `--tiny` runs the same code in seconds. With --json, one JSON object is all of standard output.
 """
 import argparse, gc, json, math, os, statistics, subprocess, sys, tempfile, time
 from contextlib import redirect_stdout
@@ -309,12 +310,15 @@ def matrix_rate(tiny):
     x, out = torch.randn(n, n), torch.empty(n, n)
     return 2*n**3/best_seconds(lambda: torch.mm(x, x, out=out))
 
+def memory_rate(tiny):
+    "Bytes per second that one thread reads and writes in a copy"
+    long = torch.randn(2**20 if tiny else 2**25)
+    to = torch.empty_like(long)
+    return 2*long.nbytes/best_seconds(lambda: to.copy_(long))
+
 def bench_machine(root, a):
     "What one thread can do at most, and what single kernels reach of it"
-    long = torch.randn(2**20 if a.tiny else 2**25)
-    to = torch.empty_like(long)
-    flops = matrix_rate(a.tiny)
-    rate = 2*long.nbytes/best_seconds(lambda: to.copy_(long))
+    flops, rate = matrix_rate(a.tiny), memory_rate(a.tiny)
     rows = [dict(name='machine', flops=flops, bytes=rate)]
     say(f"one thread: {flops/1e9:.1f} GFLOP/s in a matrix product, {rate/1e9:.1f} GB/s in a copy")
     for name,(work, operations, moved) in kernel_works(256 if a.tiny else 2048).items():
@@ -379,6 +383,21 @@ def bench_ledger(root, a):
 
 # ------------------------------------------------------------------------------------------------ answering
 
+def bytes_read(model, prompts, new):
+    "What writing the answers has to read after their first tokens: the weights once a step, and the cache of each row"
+    text, llm = model.config.text_config, model.get_decoder()
+    weights = sum(p.nbytes for p in llm.layers.parameters()) + model.get_output_embeddings().weight.nbytes
+    column = 2*text.num_hidden_layers*text.num_key_value_heads*text.head_dim*model.dtype.itemsize
+    columns = sum(len(p) + k for p in prompts for k in range(1, new))
+    return (new - 1)*weights + column*columns
+
+def at_memory_rate(model, prompts, row, first, new, rate):
+    "The row of a batch whose tokens, but the first, cost no more than reading what they need"
+    ours = first + bytes_read(model, prompts, new)/rate
+    row = dict(name=row['name'] + ', at the memory rate', ours=ours, plain=row['plain'], ratio=row['plain']/ours, spread=None, least=None)
+    say(f"{row['name']:46}{ours:9.3f} s  {row['plain']:9.3f} s  {row['ratio']:6.2f}x  (a bound)")
+    return row
+
 def bench_answers(root, a):
     "Generation in batches, and several questions on one image"
     from PIL import Image
@@ -396,6 +415,8 @@ def bench_answers(root, a):
     # reading the prompts is bound by arithmetic, in a batch or not; writing the answers by memory
     lengths = (2, 4) if a.tiny else (16, 64)
     rows = [row_of(new) for new in lengths]
+    first = best_seconds(lambda: answer_ids(model, processor, prompts, pictures, max_new_tokens=1))
+    rows += [at_memory_rate(model, prompts, o, first, new, memory_rate(a.tiny)) for o,new in zip(rows, lengths)]
     ten = partial(answer_ids, model, processor, max_new_tokens=2)
     def shared(): return ten(prompts[:10], pictures[:1]*10)
     def each(): return [ten([p], pictures[:1]) for p in prompts[:10]]

@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'Sample', 'read_sample', 'cached_rows', 'read_llava', 'rea
            'read_captions', 'HFRows', 'read_hf', 'read_data']
 
 # %% ../../nbs/12_data.records.ipynb #a26e6d90
-import csv, hashlib
+import csv, hashlib, inspect
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -423,9 +423,11 @@ def read_data(
 ):                         # Rows with id, messages and images
     "Read training data in any of `FORMATS`"
     if format == 'auto': format = guess_format(path)
-    try: return FORMATS[format](path, images, **kwargs)
+    reader = FORMATS[format]
+    unnamed = kwargs.keys() - inspect.signature(reader).parameters
+    try: return reader(path, images, **kwargs)
     except TypeError as e:
-        if 'unexpected keyword' not in str(e): raise
+        if not unnamed: raise
         raise TypeError(f"data {short_repr(path)}: {e}; a source has data, "
                         "images, format, share, weight, and what "
                         "its reader takes") from e

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'IMAGE_TOKEN', 'SHORT', 'LETTER', 'PLUGIN_PREFIX', 'registries', 'PLUGINS_BEING_IMPORTED', 'SHIPPED',
-           'UnknownName', 'registering_modules', 'own_module', 'importing', 'Registry', 'seed_everything',
+           'UnknownName', 'registering_modules', 'own_module', 'importing', 'not_among', 'Registry', 'seed_everything',
            'pick_device', 'half_type', 'gpu_dtype', 'pick_dtype', 'rank_and_world', 'replacing', 'read_json', 'to_json',
            'write_json', 'write_lines', 'cache_dir', 'package_data', 'ingredient', 'Table', 'quiet', 'versions']
 
@@ -72,13 +72,6 @@ def _find_parts(registry):
     for name in registering_modules(variable) if variable else []:
         importlib.import_module(name)
 
-# %% ../nbs/00_core.ipynb #80897de2
-def _unknown(kind:str, name, names:list[str]) -> UnknownName:
-    "The error for a name that is not there, with the nearest one"
-    near = difflib.get_close_matches(str(name), names, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ''
-    return UnknownName(f"no {kind} {name!r}; choose from {names}{hint}")
-
 # %% ../nbs/00_core.ipynb #80276529
 def _same_source(a, b) -> bool:
     "Are these one definition, run once more in a notebook? Of a dataclass: do they hold such a one?"
@@ -116,6 +109,17 @@ def _check_new(registry, name:str, obj):
 
 
 
+
+# %% ../nbs/00_core.ipynb #80897de2
+def not_among(
+    kind:str,        # What it is to name
+    name,            # As it was given
+    names:list[str], # That there are
+) -> str:            # For an error
+    "Says that there is no such name, which there are, and the nearest"
+    near = difflib.get_close_matches(str(name), names, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ''
+    return f"no {kind} {name!r}; choose from {names}{hint}"
 
 # %% ../nbs/00_core.ipynb #e62172b9
 class Registry:
@@ -158,7 +162,7 @@ class Registry:
     def __repr__(self) -> str: return f'Registry of {self.kind}s: {self.names()}'
     def __getitem__(self, name:str) -> Any:
         if name in self: return self._parts[name]
-        raise _unknown(self.kind, name, self.names())
+        raise UnknownName(not_among(self.kind, name, self.names()))
 
 # %% ../nbs/00_core.ipynb #0ca0fc7d
 def seed_everything(

@@ -142,8 +142,7 @@ class Encoder:
         sample:Sample|dict,          # A `Sample` or a row of `read_data`
     ) -> dict[str, torch.Tensor]:    # input_ids, labels; with images pixel_values, for 'anyres' also image_sizes (h, w)
         "Tensors of a sample; errors name it"
-        if isinstance(sample, Sample): return _tensors(self, sample)
-        return self(read_sample(sample))
+        return _tensors(self, read_sample(sample))
 
 # %% ../../nbs/13_data.datasets.ipynb #570d099a
 SAMPLE_SECONDS = 120.   # A sample that takes longer is a bad one; the variable TINYLLAVA_SAMPLE_SECONDS goes before it
@@ -254,7 +253,7 @@ class VLMDataset(torch.utils.data.Dataset):
         "The sample at `i`, to look at"
         at = _position(i, len(self))
         with naming(f'sample {at}'): row = self.ds[at]
-        return row if isinstance(row, Sample) else read_sample(row, at)
+        return read_sample(row, at)
 
     def name_of(self, i:int) -> str: return f'sample {sample_name(self.ds, i)!r}'
 

@@ -75,7 +75,7 @@ def text_fault(
 ) -> tuple[str,str]|None:# Kind and detail; `None` for a good one
     "What is wrong with a conversation before it is tokenized"
     try:
-        sample = record if isinstance(record, Sample) else read_sample(record, index)
+        sample = read_sample(record, index)
     except BAD as e:
         why = str(e.__cause__ or e)      # without the sample's name
         return 'image-count' if f'{IMAGE_TOKEN} in its user turns' in why else 'bad-record', why
@@ -168,7 +168,7 @@ class TextCheck:
 
     def __call__(self, row, i) -> Look:
         try:
-            sample = row if isinstance(row, Sample) else read_sample(row, i, self.folder)
+            sample = read_sample(row, i, self.folder)
         except BAD:
             return Look(record_name(row, i), _digest(reprlib.repr(row)),
                         text_fault(row, i))

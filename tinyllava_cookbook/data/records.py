@@ -66,11 +66,12 @@ def _said_before(record):
 
 # %% ../../nbs/12_data.records.ipynb #4b00b9ec
 def read_sample(
-    record:dict,          # `id`, `conversations` or `messages`, and `image` or `images`
+    record:dict|Sample,   # `id`, `conversations` or `messages`, and `image` or `images`; a `Sample` stays as it is
     index:int=0,          # Its place, the id of a record without one
     folder=None,          # As for `locate_image`
 ) -> Sample:              # The sample; errors name its id
     "One record of a LLaVA or HF `messages` file"
+    if isinstance(record, Sample): return record
     if not isinstance(record, (dict, Exception)):
         raise ValueError(f"sample {index}: {short_repr(record)} is not "
                          "an object with 'conversations'")

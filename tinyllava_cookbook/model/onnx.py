@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from ..core import quiet, read_json, write_json
 from ..data.images import target_size
+from .checkpoints import write_recipe
 from .export import FORMATS, empty_folder, hf_image_processor
 
 # %% ../../nbs/29_model.onnx.ipynb #24398428
@@ -356,8 +357,7 @@ def to_transformers_js(
     size = target_size(processor.image_processor)
     _with_eager(model, lambda: _js_graphs(model, size, out/'onnx', inline))
     _js_files(model, processor, out, square)
-    if recipe is not None:
-        write_json(out/'recipe.json', recipe.to_dict() if hasattr(recipe, 'to_dict') else recipe)
+    write_recipe(out, recipe)
     return out
 
 FORMATS['onnx'] = to_transformers_js   # `tinyllava convert --to onnx`

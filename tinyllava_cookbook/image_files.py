@@ -58,11 +58,8 @@ def sample_aspect() -> float:
         f"TINYLLAVA_MAX_ASPECT is {said!r}; give a number from 1 on, such as {SAMPLE_ASPECT}")
 
 # %% ../nbs/09_image_files.ipynb #2fe67ae6
-class TooLarge(ValueError):
-    "An image of more pixels than may be decoded"
-
-class TooThin(ValueError):
-    "An image with one side too long for the other"
+class TooLarge(ValueError): "An image of more pixels than may be decoded"
+class TooThin(ValueError): "An image with one side too long for the other"
 
 def check_size(
     width:int,                  # In pixels

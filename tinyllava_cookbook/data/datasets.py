@@ -79,8 +79,7 @@ def _nothing(labels) -> bool:
     "Is no token supervised?"
     return labels.count(IGNORE) == len(labels)
 
-class NothingToLearn(ValueError):
-    "A sample none of whose tokens is supervised"
+class NothingToLearn(ValueError): "A sample none of whose tokens is supervised"
 
 def _tokens(encoder, sample):
     ids, labels = encoder.template.encode(sample.messages, encoder.tokenizer,

@@ -427,12 +427,12 @@ def score_file(
 ) -> Score:          # The official numbers
     "Score a file of answers"
     scorer = SCORERS[bench]
-    files,_,*known = inspect.signature(scorer).parameters.values()
-    known = [option.name for option in known]
+    takes = inspect.signature(scorer).parameters
+    files,_,*known = takes
     if odd := [key for key in options if key not in known]:
         raise ValueError(f"{bench} has no option {odd[0]!r}; choose "
                          f"from {known}")
-    if annotations is None and type(None) not in get_args(files.annotation):
+    if annotations is None and type(None) not in get_args(takes[files].annotation):
         raise ValueError(f"{bench} is scored by its own files; say where they are: "
                          "annotations=PATH, --annotations PATH")
     if annotations is not None and not Path(annotations).exists():

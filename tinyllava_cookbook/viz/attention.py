@@ -66,8 +66,7 @@ def conversation_inputs(
     return AnswerInputs(image, turns[-1]['content'], prompt, answer, inputs, tokens)
 
 # %% ../../nbs/61_viz.attention.ipynb #38af81c6
-class EmptyAnswer(ValueError):
-    "An answer without a token to explain"
+class EmptyAnswer(ValueError): "An answer without a token to explain"
 
 @in_eval
 def answer_inputs(

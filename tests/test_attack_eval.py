@@ -415,3 +415,9 @@ def test_a_submission_has_the_name_that_was_given(home, tmp_path):
         with pytest.raises(ValueError, match='answers.json. holds the answers and would be written over; give another out'):
             R.submission('mmvet', answers, home/'data', out=tmp_path/name)
     assert read_jsonl(answers) == rows
+
+def test_a_split_of_nothing_is_not_the_usual_one(capsys, home):
+    "`--split scienceqa=$SPLIT` with a variable that is not set"
+    for option in ('--split', '--graded'):
+        code, _, err = run(capsys, 'eval', home/'model', '--bench', 'scienceqa', '--data', home/'data', '--out', home/'no', option, 'scienceqa=')
+        assert code == 2 and f'{option} scienceqa= says nothing' in err

@@ -15,7 +15,7 @@ from tinyllava_cookbook.viz.causal import (answer_batch, answer_log_probs, atten
                                            patched_log_probs, patching_effects, relevance_values, rollout_values, token_blocks)
 from tinyllava_cookbook.viz.explorer import DatasetExplorer, explore_attention, png
 from tinyllava_cookbook.viz.places import TokenMap, merge_maps, shown_box, token_maps
-from tinyllava_cookbook.viz.probes import attention_calls, attention_rows
+from tinyllava_cookbook.viz.probes import AttentionCall, attention_calls, attention_rows, in_eval, output_gradients
 from tinyllava_cookbook.viz.tokens import earlier_words, lens_maps, logit_lens, nearest_words, next_words, words_to_image
 
 pytestmark = pytest.mark.takes(8)
@@ -245,6 +245,45 @@ def test_layers_that_do_not_attend(tmp_path):
     with attention_rows(llm, [5]) as found: llm(ids, use_cache=False)
     assert sorted(found) == [1, 3]
     with pytest.raises(ValueError, match=r'layers \[0, 2\] of Lfm2Model do not attend'), attention_calls(llm): llm(ids, use_cache=False)
+    last = lfm2.Lfm2Model(lfm2.Lfm2Config(vocab_size=30, hidden_size=16, intermediate_size=32, num_attention_heads=2,
+                                          num_key_value_heads=1, num_hidden_layers=3, layer_types=['full_attention', 'full_attention', 'conv']))
+    with pytest.raises(ValueError, match=r'layers \[2\] of Lfm2Model do not attend'), attention_calls(last): last(ids, use_cache=False)
+    assert not any(part._forward_pre_hooks for part in last.modules())
+
+def test_an_empty_answer_is_named(opened):
+    "It was a bare IndexError of logit_lens, and a view of nothing of next_words"
+    with pytest.raises(ValueError, match="the answer to '<image>.*what.' is empty"): conversation_inputs(*opened, [user_turn('what?', 1)], [RED], [])
+
+def test_a_view_of_a_model_that_answers_writes_no_mode():
+    "Each part's mode is left alone where none is in training, and put back where some are"
+    class Part(torch.nn.Module):
+        def __setattr__(self, name, value):
+            wrote.append(name)
+            super().__setattr__(name, value)
+    wrote = []
+    both = torch.nn.Sequential(Part(), Part().eval())
+    look = in_eval(lambda model: [part.training for part in model])
+    assert look(both) == [False, False] and [part.training for part in (both, *both)] == [True, True, False]
+    both.eval()
+    wrote.clear()
+    assert look(both) == [False, False] and not wrote
+
+def test_gradients_that_do_not_arrive_are_named():
+    "Layers in 4 bits pass none on some CPUs: torch said that a tensor at index 0 was not used"
+    layers = [AttentionCall(*[None]*4, {}, True, torch.ones(2, requires_grad=True)) for _ in range(2)]
+    with pytest.raises(ValueError, match=r'attention of layers \[0\]: .* 4 bits'): output_gradients(layers[1].output.sum(), layers)
+
+def test_the_mean_of_a_loss_ends_with_its_stage(tmp_path):
+    "Losses of two stages mean different things: at the border the mean was of both"
+    from tinyllava_cookbook.train.run_log import LOG, json_line, read_run
+    from tinyllava_cookbook.viz.training import show_runs
+    for name, loss in dict(a=4., b=1.).items():
+        (tmp_path/name).mkdir()
+        rows = [dict(step=0, event='begin', max_steps=20, time=100.+loss), *(dict(step=i, loss=loss, time=100.) for i in range(1, 21))]
+        (tmp_path/name/LOG).write_text(''.join(map(json_line, rows)))
+    fig = show_runs([read_run(tmp_path)])
+    drawn = [line.get_ydata().tolist() for line in fig.axes[0].lines if len(line.get_xdata()) > 2]
+    assert [o for o in drawn if o not in ([4.]*20, [1.]*20)] == [] and len(drawn) == 4
 
 def test_one_layer_needs_no_list(opened, asked):
     assert explain_answer(*opened, asked, layers=-1).weights.equal(explain_answer(*opened, asked, layers=[1]).weights)

@@ -96,12 +96,19 @@ def _eval_questions(a, model, processor, items):
     return res, blind
 
 # %% ../../nbs/93_commands.evaluation.ipynb #25f72f79
+def _named(texts, option):
+    "A value for each benchmark; an empty one would be taken for none"
+    found = pairs(texts, option)
+    if empty := [name for name,value in found.items() if not value.strip()]:
+        raise Usage(f"{option} {empty[0]}= says nothing; give a value, or leave it out")
+    return found
+
 def _eval_benches(a):
     from tinyllava_cookbook.eval.benchmarks import load_all
     if not a.data or not a.out:
         raise Usage("--bench needs --data DIR, the benchmarks' files, and --out DIR")
-    splits, graded = pairs(a.splits, '--split'), pairs(
-        a.graded, '--graded')
+    splits = _named(a.splits, '--split')
+    graded = _named(a.graded, '--graded')
     # before the weights are loaded
     items = load_all(a.bench.split(','), a.data, splits, graded, a.allow_partial)
     check_given(a.model)

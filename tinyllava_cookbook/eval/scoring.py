@@ -8,10 +8,10 @@ __all__ = ['scores', 'SCORERS', 'normalize', 'exact_match', 'bootstrap_ci', 'acc
            'score_file']
 
 # %% ../../nbs/53_eval.scoring.ipynb #a258c65e
-import inspect, math
+import math
 from pathlib import Path
 from ..core import Registry, Table, read_json
-from .items import Item, as_written, find
+from .items import Item, as_written, check_options, find
 from .results import Score, compare, mean, percentile_interval, ratio
 from .records import ASIDE, collector_paused, match, read_answers, said
 from .yesno import (POPE_CATEGORIES, POPE_OFFSETS, mme, mme_answer, pope, pope_answer,
@@ -241,6 +241,9 @@ def mmvet_subset(
     "Some of the questions"
     if some is None: return data
     ids = some if isinstance(some, (list,set)) else read_json(some)
+    if lost := [id for id in ids if id not in data]:
+        raise ValueError(f"subset: {lost[0]!r} is no question of MM-Vet; its "
+                         f"ids are like {next(iter(data))!r}")
     return {id: entry for id,entry in data.items() if id in ids}
 
 # %% ../../nbs/53_eval.scoring.ipynb #35bdcb9b
@@ -427,11 +430,7 @@ def score_file(
 ) -> Score:          # The official numbers
     "Score a file of answers"
     scorer = SCORERS[bench]
-    known = [key for key in inspect.signature(scorer).parameters
-             if key not in ('annotations','answers')]
-    if odd := [key for key in options if key not in known]:
-        raise ValueError(f"{bench} has no option {odd[0]!r}; choose "
-                         f"from {known}")
+    check_options(bench, scorer, options)
     if annotations is None and scorer in _FROM_FILES:
         raise ValueError(f"{bench} is scored by its own files; say where they are: "
                          "annotations=PATH, --annotations PATH")

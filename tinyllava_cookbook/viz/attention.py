@@ -58,6 +58,8 @@ def conversation_inputs(
     answer:list[int], # Token ids of the answer, without the end of the turn
 ) -> AnswerInputs:    # For one forward pass
     "A conversation, followed by an answer"
+    if not answer:
+        raise ValueError(f"the answer to {turns[-1]['content'][:60]!r} is empty; views need one token of it or more")
     prompt = prompt_ids(processor, turns, images)
     ids = torch.tensor([prompt+answer], device=model.device)
     inputs = dict(input_ids=ids) | pixel_inputs(model, processor, images)

@@ -1,4 +1,5 @@
 "Views that would show a plausible picture of something else: layers, heads, positions, grids and cases that are not there."
+import numpy as np
 import pytest
 
 torch = pytest.importorskip('torch')
@@ -9,6 +10,7 @@ from tinyllava_cookbook.data.records import Sample
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.infer.generate import supervised_ids, user_turn
+from tinyllava_cookbook.data.images import load_image
 from tinyllava_cookbook.viz import attention, checkpoints, data as D, tokens
 from tinyllava_cookbook.viz.attention import answer_attention, answer_inputs, conversation_inputs, explain_answer, tower_attention
 from tinyllava_cookbook.viz.causal import (answer_batch, answer_log_probs, attention_values, layer_activations, object_tokens, occluded,
@@ -267,6 +269,16 @@ def test_a_view_of_a_model_that_answers_writes_no_mode():
     both.eval()
     wrote.clear()
     assert look(both) == [False, False] and not wrote
+
+@pytest.mark.parametrize('mode', ['I;16', 'CMYK', 'P', 'LA', 'F'])
+def test_what_is_drawn_is_what_the_model_is_shown(opened, mode):
+    "Grey of 16 bits was drawn in false colours, and all white below a map; a transparent image without its white"
+    grey = Image.linear_gradient('L')
+    wide = Image.fromarray(np.asarray(grey).astype('uint16')*257)
+    image = {'I;16': wide, 'F': grey.convert('F'), 'LA': grey.convert('LA')}.get(mode) or grey.convert('RGB').convert(mode)
+    if mode == 'P': image.info['transparency'] = 0
+    drawn = conversation_inputs(*opened, [user_turn('what?', 1)], [image], [5]).image
+    assert drawn.mode == 'RGB' and drawn.tobytes() == load_image(image).tobytes()
 
 def test_gradients_that_do_not_arrive_are_named():
     "Layers in 4 bits pass none on some CPUs: torch said that a tensor at index 0 was not used"

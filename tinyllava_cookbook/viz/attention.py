@@ -45,16 +45,17 @@ class AnswerInputs:
         return self.image.size[::-1]
 
 # %% ../../nbs/61_viz.attention.ipynb #65302863
-def _upright(image):
-    "An image as the model sees it, which heeds how the camera was held"
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return load_image(image) if turned else image
+def _shown(image):
+    "An image as the model is shown it: upright, in RGB; itself where it is so already"
+    plain = isinstance(image, Image.Image) and image.mode == 'RGB' and 'transparency' not in image.info
+    if plain and image.getexif().get(ExifTags.Base.Orientation, 1) == 1: return image
+    return load_image(image)
 
 def conversation_inputs(
     model,            # A `VLMForConditionalGeneration`
     processor,        # Its processor
     turns:list[dict], # A conversation that ends with the user
-    images:list,      # Its PIL images; may be none
+    images:list,      # Its images: paths, URLs or PIL images; may be none
     answer:list[int], # Token ids of the answer, without the end of the turn
 ) -> AnswerInputs:    # For one forward pass
     "A conversation, followed by an answer"
@@ -64,7 +65,7 @@ def conversation_inputs(
     ids = torch.tensor([prompt+answer], device=model.device)
     inputs = dict(input_ids=ids) | pixel_inputs(model, processor, images)
     tokens = [processor.tokenizer.decode([id_]) for id_ in answer]
-    image = _upright(images[-1]) if images else None
+    image = _shown(images[-1]) if images else None
     return AnswerInputs(image, turns[-1]['content'], prompt, answer, inputs, tokens)
 
 # %% ../../nbs/61_viz.attention.ipynb #38af81c6

@@ -197,6 +197,25 @@ def test_shares_of_values_that_are_no_attention(opened, asked):
     seen.weights = 0*seen.weights
     assert seen.share().eq(0).all()
 
+def test_the_share_of_one_head_is_not_that_of_all(opened, asked):
+    "The map was of the head that was chosen, the number above it of all of them"
+    pytest.importorskip('ipywidgets')
+    seen = explain_answer(*opened, asked)
+    for head in 0, 3:
+        assert torch.allclose(seen.share(1, head), seen.of_layer(1)[head][..., seen.places].sum(-1), atol=1e-6)
+        assert torch.allclose(seen.on_image(1, head), seen.on_tokens(1, head).sum(-1), atol=1e-6)
+    titles = [ax.get_title() for ax in attention.show_attention(seen, 1, 3).axes]
+    assert f'{seen.share(1, 3)[0]:.0%}' in titles[1]
+    explorer = explore_attention(*opened, RED, 'what?', answer='red and blue')
+    for name, value in dict(layer=1, head=3).items(): explorer.controls[name].value = value
+    assert f'{seen.share(1, 3)[0]:.0%} on the image' in explorer.line.value
+
+def test_answers_over_a_run_of_which_one_says_nothing():
+    "The column of the others was gone with it"
+    seen = attention.AnswerAttention(RED, 'what?', ['red'], torch.full((1, 1, 1, 4), .25), torch.arange(2), [0], [])
+    told = [checkpoints.CheckpointAnswer('first', 1, '', 0., .1, None), checkpoints.CheckpointAnswer('last', 9, 'red', .9, .9, seen)]
+    assert [row['on_image'] for row in checkpoints.answers_table(told)] == [None, .5] and 'on_image' in repr(checkpoints.answers_table(told))
+
 def test_an_image_that_was_held_sideways(opened, tmp_path):
     "The model saw it upright, its map lay on it as it is stored"
     exif = Image.Exif()

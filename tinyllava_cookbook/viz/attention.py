@@ -124,22 +124,27 @@ class TokenWeights:
                 f"layer {layer!r} was not recorded; choose from {self.layers} or 'mean'")
         return self.weights[self.layers.index(layer)]
 
+    def of_heads(self, layer='mean', head='mean') -> Tensor:
+        "(heads, tokens, positions) of a layer: one head by its number, or all of them"
+        weights_htp = self.of_layer(layer)
+        n = len(weights_htp)
+        if head == 'mean': return weights_htp
+        if type(head) is not int or not -n <= head < n:
+            raise ValueError(f"head {head!r} of {n}; choose from 0 to {n-1}, or 'mean'")
+        return weights_htp[[head]]
+
     def on_tokens(self, layer='mean', head='mean') -> Tensor:
         "(tokens, n): values of image tokens, or of features where the connector asks"
-        weights_htn = self.of_layer(layer)[..., self.places]
-        n = len(weights_htn)
-        if head != 'mean' and (type(head) is not int or not -n <= head < n):
-            raise ValueError(f"head {head!r} of {n}; choose from 0 to {n-1}, or 'mean'")
-        weights_tn = weights_htn.mean(0) if head == 'mean' else weights_htn[head]
+        weights_tn = self.of_heads(layer, head)[..., self.places].mean(0)
         return weights_tn if self.query_patches is None else weights_tn @ self.query_patches
 
-    def on_image(self, layer='mean') -> Tensor:
+    def on_image(self, layer='mean', head='mean') -> Tensor:
         "(tokens,): sum of the image's values; with 'attention', how much of it all the image gets"
-        return self.of_layer(layer)[..., self.places].sum(-1).mean(0)
+        return self.of_heads(layer, head)[..., self.places].sum(-1).mean(0)
 
-    def share(self, layer='mean') -> Tensor:
+    def share(self, layer='mean', head='mean') -> Tensor:
         "(tokens,): the image's part of all values, whatever their signs: 0 to 1 with every method"
-        sizes_tp = self.of_layer(layer).abs().mean(0)
+        sizes_tp = self.of_heads(layer, head).abs().mean(0)
         total_t = sizes_tp.sum(-1).clamp_min(torch.finfo().tiny)
         return sizes_tp[..., self.places].sum(-1)/total_t
 
@@ -320,7 +325,7 @@ def show_attention(
     name=None,           # One map, where there are several; `None` merges them
 ):                       # The figure
     "The image, then each answer token's values over it"
-    heat, share = att.heat(layer, head, name), att.share(layer)
+    heat, share = att.heat(layer, head, name), att.share(layer, head)
     n = 1 + min(len(att.tokens), most)
     fig, axes = _panels(n, columns, size)
     axes[0].imshow(att.image)

@@ -128,8 +128,8 @@ def explore_attention(
         deep = found[method].layers == [method]
         return found[method], token, *(('mean', 'mean') if deep else (layer, head))
     def caption(**values):
-        att, token, layer, _ = at(**values)
-        return f'{question} {said}: {att.share(layer)[token]:.0%} on the image'
+        att, token, *where = at(**values)
+        return f'{question} {said}: {att.share(*where)[token]:.0%} on the image'
     return Explorer(lambda **values: _attention_figure(*at(**values)), controls,
                     caption)
 

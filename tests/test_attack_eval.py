@@ -421,3 +421,12 @@ def test_a_split_of_nothing_is_not_the_usual_one(capsys, home):
     for option in ('--split', '--graded'):
         code, _, err = run(capsys, 'eval', home/'model', '--bench', 'scienceqa', '--data', home/'data', '--out', home/'no', option, 'scienceqa=')
         assert code == 2 and f'{option} scienceqa= says nothing' in err
+
+def test_grades_of_other_answers_are_not_taken(tmp_path):
+    "`--graded mmbench=FILE` of an earlier run scored that run's answers in the name of this one"
+    said = [dict(question_id=i, text=text) for i,text in enumerate(('A', 'Hm'))]
+    answers, old, new = (write_lines(tmp_path/name, rows) for name,rows in
+                         dict(a=said, old=[said[0] | dict(text='B'), said[1] | dict(choice='A')], new=[said[0], said[1] | dict(choice='A')]).items())
+    R._check_judged('mmbench', new, answers)
+    with pytest.raises(ValueError, match="judges another answer to mmbench '0': 'B', not 'A'"): R._check_judged('mmbench', old, answers)
+    R._check_judged('mmvet', write_lines(tmp_path/'vet', [dict(question_id=0, score=[.5])]), answers)   # which holds no answer

@@ -275,6 +275,14 @@ def test_an_empty_answer_is_named(opened):
     "It was a bare IndexError of logit_lens, and a view of nothing of next_words"
     with pytest.raises(ValueError, match="the answer to '<image>.*what.' is empty"): conversation_inputs(*opened, [user_turn('what?', 1)], [RED], [])
 
+def test_conversations_that_are_never_answered(opened):
+    "One that ends with the assistant, and one of more tokens than the model reads: views showed numbers of both"
+    ends = [user_turn('what?', 1), dict(role='assistant', content='red')]
+    with pytest.raises(ValueError, match='does not end with the user'): conversation_inputs(*opened, ends, [RED], [5])
+    with pytest.raises(ValueError, match='does not end with the user'): conversation_inputs(*opened, [], [RED], [5])
+    most = opened[0].config.text_config.max_position_embeddings
+    with pytest.raises(ValueError, match=f'tokens, but the model reads {most}'): conversation_inputs(*opened, [user_turn('what?', 1)], [RED], [5]*most)
+
 def test_a_view_of_a_model_that_answers_writes_no_mode():
     "Each part's mode is left alone where none is in training, and put back where some are"
     class Part(torch.nn.Module):

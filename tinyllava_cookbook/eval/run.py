@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..core import rank_and_world, read_json, to_json, versions, write_json, write_lines
 from .identity import asked_hash, identity, image_hash
 from .benchmarks import BENCHES, Item, answer_row, load_all, score_items, scores
-from .records import read_jsonl
+from .records import read_answers, read_jsonl
 from .scoring import check_references
 from .shards import ANEW, Shard, claim, read_shards, set_aside
 from .report import (SUBMISSIONS, annotations, as_published, results_table, score_answers,
@@ -228,6 +228,17 @@ def _wants_submission(name, splits):
                                     or splits.get(name, 'val')!='val')
 
 # %% ../../nbs/57_eval.run.ipynb #24098ffb
+def _check_judged(name, graded, answers):
+    "An error where a judge has read other answers than these"
+    rows = read_jsonl(answers, ('question_id', 'text'), None)
+    said = {str(row['question_id']): row['text'] for row in rows}
+    if len(said)<len(rows): return   # ids of images, each with several questions
+    for row in read_answers(graded):
+        id, text = str(row['question_id']), row.get('text')
+        if isinstance(text, str) and said.get(id, text)!=text:
+            raise ValueError(f"{str(graded)!r} judges another answer to {name} {id!r}: "
+                             f"{text[:60]!r}, not {said[id][:60]!r}; have these judged (tinyllava judge)")
+
 def _collect(items, done, out, data_dir, splits,
              graded, partial, allow_partial):
     "Scores of all benchmarks, once every rank has answered; else `None`"
@@ -239,7 +250,10 @@ def _collect(items, done, out, data_dir, splits,
         split = splits.get(name)
         if _wants_submission(name, splits) and not partial:
             submission(name, out/name/'answers.jsonl', data_dir, split)
-        answers = graded.get(name, out/name/'answers.jsonl')
+        answers = out/name/'answers.jsonl'
+        if name in graded:
+            _check_judged(name, graded[name], answers)
+            answers = graded[name]
         results[name] = score_answers(name, answers, data_dir,
                                       split, name in graded, partial,
                                       allow_partial)

@@ -51,6 +51,19 @@ def _shown(image):
     if plain and image.getexif().get(ExifTags.Base.Orientation, 1) == 1: return image
     return load_image(image)
 
+def _check_conversation(turns, answer):
+    "An error where there is nothing to look at, or nobody has asked"
+    if not turns or turns[-1]['role'] != 'user':
+        raise ValueError("the conversation does not end with the user; what the assistant says last is `answer`")
+    if not answer:
+        raise ValueError(f"the answer to {turns[-1]['content'][:60]!r} is empty; views need one token of it or more")
+
+def _check_length(model, ids):
+    "An error for a text that is longer than what the model reads"
+    most = getattr(model.config.text_config, 'max_position_embeddings', None) or len(ids)
+    if len(ids) > most:
+        raise ValueError(f"prompt and answer have {len(ids)} tokens, but the model reads {most}; shorten them")
+
 def conversation_inputs(
     model,            # A `VLMForConditionalGeneration`
     processor,        # Its processor
@@ -59,9 +72,9 @@ def conversation_inputs(
     answer:list[int], # Token ids of the answer, without the end of the turn
 ) -> AnswerInputs:    # For one forward pass
     "A conversation, followed by an answer"
-    if not answer:
-        raise ValueError(f"the answer to {turns[-1]['content'][:60]!r} is empty; views need one token of it or more")
+    _check_conversation(turns, answer)
     prompt = prompt_ids(processor, turns, images)
+    _check_length(model, prompt+answer)
     ids = torch.tensor([prompt+answer], device=model.device)
     inputs = dict(input_ids=ids) | pixel_inputs(model, processor, images)
     tokens = [processor.tokenizer.decode([id_]) for id_ in answer]

@@ -430,3 +430,9 @@ def test_grades_of_other_answers_are_not_taken(tmp_path):
     R._check_judged('mmbench', new, answers)
     with pytest.raises(ValueError, match="judges another answer to mmbench '0': 'B', not 'A'"): R._check_judged('mmbench', old, answers)
     R._check_judged('mmvet', write_lines(tmp_path/'vet', [dict(question_id=0, score=[.5])]), answers)   # which holds no answer
+
+def test_a_model_is_known_before_it_answers(opened, tmp_path):
+    "bitsandbytes packs 4-bit weights when they first run on a CPU: --blind after that was another model's, and could not be resumed"
+    item = Item(1, None, 'What?', 'red')
+    R.answer_and_score(*opened, [item], tmp_path, max_new_tokens=1, progress=False, who=dict(weights='as they were loaded'))
+    assert read_json(tmp_path/'run.json')['weights'] == 'as they were loaded'

@@ -83,10 +83,11 @@ def _remove_answers(folder):
 def _eval_questions(a, model, processor, items):
     "Scores with the images and, with --blind, without; answers are written as they come"
     with importing():
+        from tinyllava_cookbook.eval.identity import identity
         from tinyllava_cookbook.eval.run import answer_and_score
     folder = Path(a.out) if a.out else Path(f'{a.answers}.run') if a.answers else None
     how = dict(batch_size=a.batch_size, score='pope' if a.pope else 'exact', progress=sys.stderr.isatty(),
-               model_id=Path(a.model).name, anew=a.anew)
+               model_id=Path(a.model).name, anew=a.anew, who=identity(model, processor))
     res = answer_and_score(model, processor, items, folder, **how)
     blind = answer_and_score(model, processor, items, folder and folder/'blind', blind=True, **how) if a.blind else None
     if res is None or a.blind and blind is None: return None, None

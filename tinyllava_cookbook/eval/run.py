@@ -368,6 +368,7 @@ def answer_and_score(
     blind:bool=False,       # Zero the pixels
     progress:bool=True,     # Show a bar
     anew:bool=False,        # Begin again, and keep what is there in `old-N`?
+    who:dict|None=None,     # From `identity`; `None`: found out
 ) -> dict|None:             # `score_items`' result, `blind`, `seconds`; `None`: other ranks have work left
     "Answer questions of one's own, and score them"
     if not items:
@@ -380,7 +381,7 @@ def answer_and_score(
         path = answer_items(model, processor, items,
                             folder or f'{nowhere}/{score}', batch_size,
                             max_new_tokens, model_id, blind,
-                            rank, world, progress, anew)
+                            rank, world, progress, anew, who)
         if path is None: return None
         rows = read_jsonl(path, ('answer_id', 'text'), 'answer_id')
     seconds = round(time.perf_counter()-start, 2)

@@ -427,9 +427,9 @@ def test_grades_of_other_answers_are_not_taken(tmp_path):
     said = [dict(question_id=i, text=text) for i,text in enumerate(('A', 'Hm'))]
     answers, old, new = (write_lines(tmp_path/name, rows) for name,rows in
                          dict(a=said, old=[said[0] | dict(text='B'), said[1] | dict(choice='A')], new=[said[0], said[1] | dict(choice='A')]).items())
-    R._check_judged('mmbench', new, answers)
-    with pytest.raises(ValueError, match="judges another answer to mmbench '0': 'B', not 'A'"): R._check_judged('mmbench', old, answers)
-    R._check_judged('mmvet', write_lines(tmp_path/'vet', [dict(question_id=0, score=[.5])]), answers)   # which holds no answer
+    R.check_judged('mmbench', new, answers)
+    with pytest.raises(ValueError, match="judges another answer to mmbench '0': 'B', not 'A'"): R.check_judged('mmbench', old, answers)
+    R.check_judged('mmvet', write_lines(tmp_path/'vet', [dict(question_id=0, score=[.5])]), answers)   # which holds no answer
 
 def test_a_model_is_known_before_it_answers(opened, tmp_path):
     "bitsandbytes packs 4-bit weights when they first run on a CPU: --blind after that was another model's, and could not be resumed"

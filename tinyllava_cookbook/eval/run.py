@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROUND', 'plan', 'rounds', 'ranks', 'rank_device', 'answer_chats', 'answer_batch', 'merge', 'answer_items',
-           'write_scores', 'run_eval', 'answer_and_score']
+           'check_judged', 'write_scores', 'run_eval', 'answer_and_score']
 
 # %% ../../nbs/57_eval.run.ipynb #b3a7bb53
 import os, tempfile, time
@@ -227,9 +227,13 @@ def _wants_submission(name, splits):
     return name in SUBMISSIONS and (name!='vqav2'
                                     or splits.get(name, 'val')!='val')
 
-# %% ../../nbs/57_eval.run.ipynb #24098ffb
-def _check_judged(name, graded, answers):
-    "An error where a judge has read other answers than these"
+# %% ../../nbs/57_eval.run.ipynb #b5f8306e
+def check_judged(
+    name:str,          # A benchmark, for the message
+    graded:str|Path,   # A judge's file
+    answers:str|Path,  # answers.jsonl
+):
+    "An error where a judge has read other answers than these; where its file holds them"
     rows = read_jsonl(answers, ('question_id', 'text'), None)
     said = {str(row['question_id']): row['text'] for row in rows}
     if len(said)<len(rows): return   # ids of images, each with several questions
@@ -239,6 +243,7 @@ def _check_judged(name, graded, answers):
             raise ValueError(f"{str(graded)!r} judges another answer to {name} {id!r}: "
                              f"{text[:60]!r}, not {said[id][:60]!r}; have these judged (tinyllava judge)")
 
+# %% ../../nbs/57_eval.run.ipynb #24098ffb
 def _collect(items, done, out, data_dir, splits,
              graded, partial, allow_partial):
     "Scores of all benchmarks, once every rank has answered; else `None`"
@@ -252,7 +257,7 @@ def _collect(items, done, out, data_dir, splits,
             submission(name, out/name/'answers.jsonl', data_dir, split)
         answers = out/name/'answers.jsonl'
         if name in graded:
-            _check_judged(name, graded[name], answers)
+            check_judged(name, graded[name], answers)
             answers = graded[name]
         results[name] = score_answers(name, answers, data_dir,
                                       split, name in graded, partial,
@@ -371,8 +376,7 @@ def answer_and_score(
     who:dict|None=None,     # From `identity`; `None`: found out
 ) -> dict|None:             # `score_items`' result, `blind`, `seconds`; `None`: other ranks have work left
     "Answer questions of one's own, and score them"
-    if not items:
-        raise ValueError("no questions to ask")
+    if not items: raise ValueError("no questions to ask")
     if score=='exact': check_references(items)
     scores[score]                      # an unknown name fails before the work, not after it
     start = time.perf_counter()

@@ -11,7 +11,7 @@ from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.infer.generate import supervised_ids, user_turn
 from tinyllava_cookbook.data.images import load_image
-from tinyllava_cookbook.viz import attention, checkpoints, data as D, tokens
+from tinyllava_cookbook.viz import attention, checkpoints, data as D, explorer, tokens
 from tinyllava_cookbook.viz.attention import answer_attention, answer_inputs, conversation_inputs, explain_answer, tower_attention
 from tinyllava_cookbook.viz.causal import (answer_batch, answer_log_probs, attention_values, layer_activations, object_tokens, occluded,
                                            patched_log_probs, patching_effects, relevance_values, rollout_values, token_blocks)
@@ -206,15 +206,27 @@ def test_the_share_of_one_head_is_not_that_of_all(opened, asked):
         assert torch.allclose(seen.on_image(1, head), seen.on_tokens(1, head).sum(-1), atol=1e-6)
     titles = [ax.get_title() for ax in attention.show_attention(seen, 1, 3).axes]
     assert f'{seen.share(1, 3)[0]:.0%}' in titles[1]
-    explorer = explore_attention(*opened, RED, 'what?', answer='red and blue')
-    for name, value in dict(layer=1, head=3).items(): explorer.controls[name].value = value
-    assert f'{seen.share(1, 3)[0]:.0%} on the image' in explorer.line.value
+    sliders = explore_attention(*opened, RED, 'what?', answer='red and blue')
+    for name, value in dict(layer=1, head=3).items(): sliders.controls[name].value = value
+    assert f'{seen.share(1, 3)[0]:.0%} on the image' in sliders.line.value
 
 def test_answers_over_a_run_of_which_one_says_nothing():
     "The column of the others was gone with it"
     seen = attention.AnswerAttention(RED, 'what?', ['red'], torch.full((1, 1, 1, 4), .25), torch.arange(2), [0], [])
     told = [checkpoints.CheckpointAnswer('first', 1, '', 0., .1, None), checkpoints.CheckpointAnswer('last', 9, 'red', .9, .9, seen)]
     assert [row['on_image'] for row in checkpoints.answers_table(told)] == [None, .5] and 'on_image' in repr(checkpoints.answers_table(told))
+
+def test_explorers_of_nothing_and_columns_that_are_not_there(opened, asked):
+    "A bare TraitError, KeyError, TypeError and IndexError"
+    pytest.importorskip('ipywidgets')
+    wrong = dict(kind='color', prompt='what?', text='red', answer='blue', correct=False, question_id=1)
+    lens = logit_lens(*opened, asked, [3, 5])
+    cases = {'there are no samples': lambda: DatasetExplorer([], opened[1]), '0 models and 1 questions': lambda: explorer.explore_two({}, [RED], ['what?']),
+             '1 models and 0 questions': lambda: explorer.explore_two(dict(one=opened), [], []),
+             "no image of question 1; images has ..1..": lambda: explorer.explore_errors([wrong], {'1': RED}),
+             'position 5 is not in a text of 2 tokens': lambda: tokens.show_lens(lens, [5]), 'no position is given': lambda: logit_lens(*opened, asked, [])}
+    for says, look in cases.items():
+        with pytest.raises(ValueError, match=says): look()
 
 def test_an_image_that_was_held_sideways(opened, tmp_path):
     "The model saw it upright, its map lay on it as it is stored"
@@ -330,10 +342,10 @@ def test_one_layer_needs_no_list(opened, asked):
 def test_an_explorer_of_one_layer(parts):
     "Rollout has no layer 0 and no head 2; and the sliders name the layers that attend"
     pytest.importorskip('ipywidgets')
-    explorer = explore_attention(*parts('siglip', over=dict(num_hidden_layers=1)), RED, 'what?', answer='red')
-    assert explorer.controls['layer'].options == (('mean', 'mean'), ('0', 0))
-    for name, value in dict(layer=0, head=2, method='rollout').items(): explorer.controls[name].value = value
-    assert explorer.picture.value and 'on the image' in explorer.line.value
+    sliders = explore_attention(*parts('siglip', over=dict(num_hidden_layers=1)), RED, 'what?', answer='red')
+    assert sliders.controls['layer'].options == (('mean', 'mean'), ('0', 0))
+    for name, value in dict(layer=0, head=2, method='rollout').items(): sliders.controls[name].value = value
+    assert sliders.picture.value and 'on the image' in sliders.line.value
 
 def test_figures_of_tokens_that_no_font_shows(opened, recwarn):
     "Matplotlib warned of missing glyphs, and the label was empty; it warned of tensors, too"

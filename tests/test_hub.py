@@ -172,3 +172,8 @@ def test_a_name_that_is_nothing_says_what_may_be_given(tmp_path, monkeypatch, na
     (tmp_path/'runs'/'first'/'model').mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=re.escape(says)): fetch_model(name)
+
+def test_a_published_model_that_is_not_here_is_not_said_to_be_meant(monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    with pytest.raises(FileNotFoundError) as told: fetch_model('bczhou/TinyLLaVA-3.1B')
+    assert 'did you mean' not in str(told.value)

@@ -239,6 +239,7 @@ def _folders(path):
 def _near(name):
     "What is called nearly so: a published model, or a folder on the way to a path"
     published = {o.lower(): o for known in models for o in (known, models[known].hub)}
+    if name in published.values(): return ''
     near = difflib.get_close_matches(name.lower(), published, 1)
     here, wrong = Path(name).parent, Path(name).name
     while not here.is_dir(): here, wrong = here.parent, here.name

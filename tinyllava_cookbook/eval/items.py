@@ -270,7 +270,7 @@ def _number(value):
     return plain and math.isfinite(value)
 
 _FITS = {   # Type of a default -> what a value is to be, and is it?
-    bool: ('true or false', lambda value: isinstance(value, bool)),
+    bool: ('true or false as JSON writes them', lambda value: isinstance(value, bool)),
     int: ('a whole number', lambda value: type(value) is int),
     float: ('a number', _number),
     str: ('a text', lambda value: isinstance(value, str)),

@@ -307,3 +307,10 @@ def test_letters_of_mmbench_are_among_its_options(tmp_path):
     assert score.value == 0 and score.problems['answers_beyond_options'] == 1
     for odd in ('b', 'C', 'AB', 1):
         with pytest.raises(ValueError, match=rf"question 1: choice {odd!r} is none of its letters \['A', 'B'\]"): S.mmbench(tmp_path, [said[0] | dict(choice=odd), said[1]])
+
+@pytest.mark.parametrize('answer', [-1, 2, 'A', None])
+def test_an_answer_of_scienceqa_is_one_of_its_choices(tmp_path, answer):
+    "-1 is also what a prediction without a letter is read as: it was right"
+    dump(tmp_path/'problems.json', {'1': SQA | dict(answer=answer)})
+    dump(tmp_path/'pid_splits.json', dict(test=['1']))
+    with pytest.raises(ValueError, match=f"problem '1': answer {answer!r} is none of its 2 choices"): S.scienceqa(tmp_path, [dict(question_id=1, text='Hm')])

@@ -43,6 +43,9 @@ def _shown(problem, row):
 # %% ../../nbs/52_eval.choice.ipynb #35e086ac
 def _sqa_item(id, problem, row):
     "A scored question; one without an answer is wrong"
+    if problem['answer'] not in range(len(problem['choices'])):
+        raise ValueError(f"problem {id!r}: answer {problem['answer']!r} is none of its "
+                         f"{len(problem['choices'])} choices, counted from 0")
     text = None if row is None else said(row)
     letter = 'FAILED' if text is None else sqa_answer(text)
     known = letter in LETTERS[:len(problem['choices'])]
@@ -359,22 +362,14 @@ def mmbench_gold(
         row['options'] = {letter: row[letter] for letter in letters}
     return {_index(row['index']): row for row in rows}
 
-# %% ../../nbs/52_eval.choice.ipynb #1949fd1f
-def _per_split(items):
-    "Mean score of each split that is there"
-    groups = {}
-    for item in items:
-        groups.setdefault(item['split'], []).append(item['score'])
-    return {split: mean(scores) for split,scores in groups.items()}
-
 # %% ../../nbs/52_eval.choice.ipynb #7ba657e7
 def _mmb_report(items):
     "VLMEvalKit's table: overall, abilities, categories, per split"
-    rows = {'Overall': _per_split(items)}
+    rows = {'Overall': table(items, 'split')}
     for column in ('l2','kind'):
         for value in sorted({item[column] for item in items if item[column]}):
             some = [item for item in items if item[column]==value]
-            rows[_L2.get(value, value)] = _per_split(some)
+            rows[_L2.get(value, value)] = table(some, 'split')
     return rows
 
 # %% ../../nbs/52_eval.choice.ipynb #d1f919d0

@@ -314,3 +314,15 @@ def test_an_answer_of_scienceqa_is_one_of_its_choices(tmp_path, answer):
     dump(tmp_path/'problems.json', {'1': SQA | dict(answer=answer)})
     dump(tmp_path/'pid_splits.json', dict(test=['1']))
     with pytest.raises(ValueError, match=f"problem '1': answer {answer!r} is none of its 2 choices"): S.scienceqa(tmp_path, [dict(question_id=1, text='Hm')])
+
+def test_a_scorer_says_by_its_signature_whether_it_needs_files(tmp_path):
+    def needs(annotations, answers): pass
+    def rules(facts:str|None, answers, partial=False): return len(answers)
+    (tmp_path/'a.jsonl').write_text('{"question_id": 1, "text": "yes"}\n')
+    for scorer in needs, rules: S.SCORERS.register(scorer.__name__, scorer)
+    try:
+        assert S.score_file('rules', None, tmp_path/'a.jsonl') == 1
+        with pytest.raises(ValueError, match=r"no option 'facts'; choose from \['partial'\]"): S.score_file('rules', None, tmp_path/'a.jsonl', facts=1)
+        with pytest.raises(ValueError, match='needs is scored by its own files'): S.score_file('needs', None, tmp_path/'a.jsonl')
+    finally:
+        for name in 'needs', 'rules': S.SCORERS.remove(name)

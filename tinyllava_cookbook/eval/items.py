@@ -282,9 +282,8 @@ def check_options(
     options:dict,    # Name to value
 ):
     "An error for an option that a scorer has not, and for a value of another kind than its default"
-    given = inspect.signature(scorer).parameters
-    usual = {name: one.default for name,one in given.items()
-             if name not in ('annotations', 'answers')}
+    _,_,*known = inspect.signature(scorer).parameters.values()   # files and answers
+    usual = {one.name: one.default for one in known}
     for name,value in options.items():
         if name not in usual:
             raise ValueError(f"{bench} has no option {name!r}; choose "

@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'Sample', 'read_sample', 'cached_rows', 'read_llava', 'rea
            'read_captions', 'HFRows', 'read_hf', 'read_data']
 
 # %% ../../nbs/12_data.records.ipynb #a26e6d90
-import csv, hashlib
+import csv, hashlib, inspect
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -66,11 +66,12 @@ def _said_before(record):
 
 # %% ../../nbs/12_data.records.ipynb #4b00b9ec
 def read_sample(
-    record:dict,          # `id`, `conversations` or `messages`, and `image` or `images`
+    record:dict|Sample,   # `id`, `conversations` or `messages`, and `image` or `images`; a `Sample` stays as it is
     index:int=0,          # Its place, the id of a record without one
     folder=None,          # As for `locate_image`
 ) -> Sample:              # The sample; errors name its id
     "One record of a LLaVA or HF `messages` file"
+    if isinstance(record, Sample): return record
     if not isinstance(record, (dict, Exception)):
         raise ValueError(f"sample {index}: {short_repr(record)} is not "
                          "an object with 'conversations'")
@@ -423,9 +424,11 @@ def read_data(
 ):                         # Rows with id, messages and images
     "Read training data in any of `FORMATS`"
     if format == 'auto': format = guess_format(path)
-    try: return FORMATS[format](path, images, **kwargs)
+    reader = FORMATS[format]
+    unnamed = kwargs.keys() - inspect.signature(reader).parameters
+    try: return reader(path, images, **kwargs)
     except TypeError as e:
-        if 'unexpected keyword' not in str(e): raise
+        if not unnamed: raise
         raise TypeError(f"data {short_repr(path)}: {e}; a source has data, "
                         "images, format, share, weight, and what "
                         "its reader takes") from e

@@ -26,8 +26,8 @@ from ..model.vlm import VLMForConditionalGeneration, current_name
 from ..train.recipes import Stage, Tune
 from ..train.run_log import read_run
 from ..train.tuning import apply_tune
-from .attention import (AnswerAttention, answer_inputs, explain_answer, overlay,
-                                              token_log_probs)
+from .attention import (AnswerAttention, EmptyAnswer, answer_inputs, explain_answer,
+                                              overlay, token_log_probs)
 from ..weights import check_finite, open_weights
 
 # %% ../../nbs/63_viz.checkpoints.ipynb #181ce6be
@@ -151,16 +151,16 @@ def _probability(model, asked):
 def _own_answer(model, processor, image, question, max_new_tokens):
     "The model's own answer as inputs; `None` where it is empty"
     try: return answer_inputs(model, processor, image, question, None, max_new_tokens)
-    except ValueError as error:
-        if 'is empty' not in str(error): raise
-        return None
+    except EmptyAnswer: return None
 
 def _answer_of(one, image, question, wanted, method, max_new_tokens, device):
     "What one checkpoint says"
     model, processor = open_checkpoint(one.folder, device)
     asked = _own_answer(model.eval(), processor, image, question, max_new_tokens)
-    right = wanted and answer_inputs(model, processor, image, question, wanted)
-    found = CheckpointAnswer(one.name, one.step, '', 0., right and _probability(model, right), None)
+    found = CheckpointAnswer(one.name, one.step, '', 0., None, None)
+    if wanted is not None:
+        right = answer_inputs(model, processor, image, question, wanted)
+        found.wanted = _probability(model, right)
     if asked:
         found.answer = processor.tokenizer.decode(asked.answer).strip()
         found.prob = _probability(model, asked)
@@ -192,7 +192,7 @@ def answers_table(
     for one in answers:
         row = dict(step=one.step, answer=one.answer or '(nothing)', prob=round(one.prob, 3))
         if one.wanted is not None: row['wanted'] = round(one.wanted, 3)
-        if one.attention: row['on_image'] = round(one.attention.share().mean().item(), 3)
+        row['on_image'] = round(one.attention.share().mean().item(), 3) if one.attention else None
         rows.append(row)
     return Table(rows)
 

@@ -100,12 +100,13 @@ def _norm_seen(decoder, seen):
 # %% ../../nbs/62_viz.tokens.ipynb #53ef0172
 def layer_states(
     decoder:nn.Module, # Of a language model
-    run,               # A function that runs it once, with `output_hidden_states=True`, and returns its output
+    run,               # What runs it once: itself, or a model around it
+    **inputs,          # Of `run`
 ) -> tuple:            # Hidden states before the final norm, one for the input and one after each layer; and the norm
     "What every layer of a decoder gives out, and the norm that comes after the last"
     seen = {}
     with _norm_seen(decoder, seen):
-        states = run().hidden_states
+        states = run(**inputs, output_hidden_states=True, use_cache=False).hidden_states
     for module,(before_btd,after_btd) in seen.items():
         same = after_btd.shape == states[-1].shape and torch.equal(
             after_btd, states[-1])
@@ -130,6 +131,7 @@ def _positions(positions, n):
     at = torch.as_tensor(positions).flatten()
     odd = [o for o in at.tolist() if type(o) is not int or not -n <= o < n]
     if odd: raise ValueError(f"position {odd[0]} is not in a text of {n} tokens; choose from {-n} to {n-1}")
+    if not len(at): raise ValueError(f"no position is given; choose from {-n} to {n-1}, or leave it out for all")
     return at
 
 # %% ../../nbs/62_viz.tokens.ipynb #700b8a59
@@ -142,10 +144,7 @@ def logit_lens(
     positions=None,       # Which; `None` takes all
 ) -> LogitLens:           # Layer 0 is the input of the first layer
     "Read every layer with the output layer"
-    def run():
-        return model.model(**asked.inputs, output_hidden_states=True,
-                           use_cache=False)
-    states, norm = layer_states(model.language_model, run)
+    states, norm = layer_states(model.language_model, model.model, **asked.inputs)
     ids = asked.inputs['input_ids'][0]
     at = _positions(positions, len(ids))
     layers = [model.output_head(norm(h_btd[:, at]))[0].float().softmax(-1) for h_btd in states]
@@ -163,7 +162,8 @@ def show_lens(
     "The likeliest word of each layer at some positions, darker where it is likelier"
     import matplotlib.pyplot as plt
     n = len(lens.read)
-    at = list(range(max(0, n-10), n)) if positions is None else list(positions)
+    if positions is None: positions = range(max(0, n-10), n)
+    at = _positions(list(positions), n).tolist()
     fig, ax = plt.subplots(figsize=(.75*len(at)+.6, .3*len(lens.words)+.5), dpi=72)
     ax.imshow(lens.probs[:, at].numpy(), cmap='Blues', vmin=0, vmax=1, aspect='auto')
     for layer,row in enumerate(lens.words):
@@ -252,10 +252,7 @@ def words_to_image(
     layer:int=0,         # States of which layer: 0 is the image tokens themselves
 ) -> Tensor:             # (words, n)
     "Cosine between words, as the output layer knows them, and image tokens as a layer holds them"
-    def run():
-        return model.model(**asked.inputs, output_hidden_states=True,
-                           use_cache=False)
-    states, _ = layer_states(model.language_model, run)
+    states, _ = layer_states(model.language_model, model.model, **asked.inputs)
     layer = layer_number(layer, len(states))
     here = image_places(processor, asked)
     ids = [_first_id(processor, word) for word in words]

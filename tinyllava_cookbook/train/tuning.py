@@ -415,9 +415,9 @@ def _boxes(model, part):
 def _box_color(inside):
     "By how many parameters of a box are trainable"
     trainable = sum(parameter.requires_grad for _,parameter in inside)
-    if any('lora_' in name for name,_ in inside): return '#7fc3a1'
-    if trainable == len(inside): return '#e4572e'
-    return '#f6c667' if trainable else '#dfe6ee'
+    if any('lora_' in name for name,_ in inside): return '#56b4e9'
+    if trainable == len(inside): return '#e69f00'
+    return '#f0e442' if trainable else '#dfe6ee'
 
 def _draw_box(ax, x, y, label, inside, reached):
     import matplotlib.pyplot as plt
@@ -433,7 +433,7 @@ def show_tune(
     model,    # A model after `apply_tune`
     ax=None,  # Matplotlib axes; made when absent
 ):            # The axes
-    "Draw which layers of each part are trainable: red all, green by an adapter, yellow some, grey none"
+    "Draw which layers of each part are trainable: orange all, blue by an adapter, yellow some, grey none"
     import matplotlib.pyplot as plt
     if ax is None: _,ax = plt.subplots(figsize=(4, 1.8), dpi=72)
     reached = reachable(model)
@@ -444,6 +444,6 @@ def show_tune(
     ax.set(xlim=(0, 1 + max(map(len, rows.values()))), ylim=(len(PARTS), -.1),
            xticks=[])
     ax.set_yticks([y+.4 for y in range(len(PARTS))], PARTS)
-    ax.set_title('red trainable, green by adapter, hatched: no gradient', fontsize=9)
+    ax.set_title('orange trainable, blue by adapter, hatched: no gradient', fontsize=9)
     ax.spines[:].set_visible(False)
     return ax

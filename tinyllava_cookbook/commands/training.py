@@ -60,7 +60,7 @@ def _train_args(p):
                    help='auto, cpu or cuda (default: %(default)s)')
     trust_argument(p)
     p.add_argument('--dry-run', action='store_true',
-                   help='print the stages and batch sizes, name files that are missing, then stop')
+                   help='print the stages and batch sizes, name files that are missing or no data, then stop')
 
 # %% ../../nbs/92_commands.training.ipynb #356a34fd
 def _stage_data(given, stages, names):
@@ -181,6 +181,8 @@ def _show_plan(r, stages, out, a):
     print(r)
     for s in stages:
         print(f"\n{_batch_line(s, world)}\n{json.dumps(asdict(s), indent=1)}")
+    lacking = [s.name for s in stages if not s.data]
+    if lacking: print(f"\nno data yet for {', '.join(lacking)}: a run needs --data STAGE=FILE for each")
     print('\n'+shlex.join(_train_words(a, out)))
 
 # %% ../../nbs/92_commands.training.ipynb #b9cc8f7a
@@ -196,6 +198,24 @@ def _missing_data(r, todo, images):
         found += [f"no image folder {o!r}: say --images DIR" for o in folders]
     return found
 
+# %% ../../nbs/92_commands.training.ipynb #919a26f4
+_USUAL_KEYS = {'data', 'images', 'format', 'share', 'weight'}   # Of a source; a reader may take more
+
+def _check_data(r, todo):
+    "An error for data that no reader takes, and for what a source says to none"
+    from tinyllava_cookbook.data.paths import check_data_file, data_sources, source_format
+    for stage in map(r.stage, todo):
+        sources = data_sources(stage.data).values() if stage.data else ()
+        for source in sources: check_data_file(source['data'], source_format(source))
+        if any(source.keys() - _USUAL_KEYS for source in sources):
+            # a second for what knows the readers
+            from tinyllava_cookbook.data.records import check_sources
+            check_sources(stage.data)
+
+def _missing_checkpoint(a):
+    lost = a.resume not in (None, 'auto') and not Path(a.resume).is_dir()
+    return [f"no checkpoint {a.resume!r}: say --resume auto, or its folder"] if lost else []
+
 # %% ../../nbs/92_commands.training.ipynb #d9634b5e
 def _check_inputs(a, r, todo):
     "An error that names every file and folder that a run would not find"
@@ -205,20 +225,22 @@ def _check_inputs(a, r, todo):
     found += [f"no data {o!r} to evaluate on: say --eval-data FILE" for o in held_out]
     if a.start and is_missing(a.start, 'hf'):
         found.append(f"no model {a.start!r} to start from: say --start DIR")
-    if a.resume not in (None, 'auto') and not Path(a.resume).is_dir():
-        found.append(f"no checkpoint {a.resume!r}: say --resume auto, or its folder")
+    found += _missing_checkpoint(a)
     if found: raise FileNotFoundError('; '.join(dict.fromkeys(found)))
 
 # %% ../../nbs/92_commands.training.ipynb #c247ccc8
 @command('train', 'train a recipe, or some of its stages', _train_args)
 def _train(a):
-    from tinyllava_cookbook.durable import stop_on_signal
+    from tinyllava_cookbook.durable import check_complete, stop_on_signal
     r,todo,out = _plan(a)
     if a.dry_run:
         _show_plan(r, [r.stage(name) for name in todo], out, a)
-        return _check_inputs(a, r, todo)
-    files = [stage.data for stage in r.stages if stage.name in todo and isinstance(stage.data, str)]
-    if a.resume is None: check_given(a.start, [*files, a.eval_data], a.images)
+        _check_inputs(a, r, todo)
+        return _check_data(r, todo)
+    for what in _missing_checkpoint(a): raise FileNotFoundError(what)
+    if a.resume not in (None, 'auto'): check_complete(a.resume)
+    _check_data(r, todo)
+    if a.resume is None: check_given(a.start, [a.eval_data], a.images)
     with stop_on_signal(): _run_recipe(a, r, todo, out)
     if rank_and_world()[0] == 0:
         print(f"done: weights in {out}")

@@ -105,7 +105,7 @@ def test_dry_run_names_what_is_missing(capsys, monkeypatch, tmp_path, argv, says
 ])
 def test_what_nothing_reads_is_said_before_training_is_imported(capsys, monkeypatch, tmp_path, argv, says, dry):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training, '_run_recipe', None)
+    monkeypatch.setattr(stages, 'train_recipe', None)
     (tmp_path/'here.json').touch()
     (tmp_path/'table.csv').touch()
     code,_,err = run(capsys, 'train', 'micro', 'finetune', *argv, *dry)

@@ -101,6 +101,7 @@ def test_dry_run_names_what_is_missing(capsys, monkeypatch, tmp_path, argv, says
     (['--set', 'finetune.data={"a": "here.json", "b": {"data": "here.json", "shar": 0.5}}'], "source 'b' has 'shar'; choose from ['data', 'format'"),
     (['--set', 'finetune.data={"b": {"data": "here.json", "turns": 2, "of": 3}}'], "source 'b' has 'of'; choose from"),
     (['--set', 'finetune.data={"data": "here.json", "share": 0.5}'], "source 'share' is 0.5, which is no file; each source has a name"),
+    (['--data', 'here.json', '--eval-data', 'table.csv'], "'table.csv' is no parquet file"),
     (['--resume', 'run/checkpoint-2'], "no checkpoint 'run/checkpoint-2': say --resume auto, or its folder"),
 ])
 def test_what_nothing_reads_is_said_before_training_is_imported(capsys, monkeypatch, tmp_path, argv, says, dry):

@@ -201,7 +201,7 @@ def _missing_data(r, todo, images):
 # %% ../../nbs/92_commands.training.ipynb #919a26f4
 _USUAL_KEYS = {'data', 'images', 'format', 'share', 'weight'}   # Of a source; a reader may take more
 
-def _check_data(r, todo):
+def _check_data(a, r, todo):
     "An error for data that no reader takes, and for what a source says to none"
     from tinyllava_cookbook.data.paths import check_data_file, data_sources, source_format
     for stage in map(r.stage, todo):
@@ -211,6 +211,7 @@ def _check_data(r, todo):
             # a second for what knows the readers
             from tinyllava_cookbook.data.records import check_sources
             check_sources(stage.data)
+    if a.eval_data: check_data_file(a.eval_data)
 
 def _missing_checkpoint(a):
     lost = a.resume not in (None, 'auto') and not Path(a.resume).is_dir()
@@ -236,11 +237,11 @@ def _train(a):
     if a.dry_run:
         _show_plan(r, [r.stage(name) for name in todo], out, a)
         _check_inputs(a, r, todo)
-        return _check_data(r, todo)
+        return _check_data(a, r, todo)
     for what in _missing_checkpoint(a): raise FileNotFoundError(what)
     if a.resume not in (None, 'auto'): check_complete(a.resume)
-    _check_data(r, todo)
-    if a.resume is None: check_given(a.start, [a.eval_data], a.images)
+    _check_data(a, r, todo)
+    if a.resume is None: check_given(a.start, images=a.images)
     with stop_on_signal(): _run_recipe(a, r, todo, out)
     if rank_and_world()[0] == 0:
         print(f"done: weights in {out}")

@@ -61,6 +61,12 @@ def _as_trained(recipe, out, names, data, images, start):
     return replace(recipe, stages=stages)
 
 # %% ../../nbs/37_train.stages.ipynb #0ae01fdd
+def _check_start(each):
+    "An error where a stage would write over the model that it starts from"
+    if not each.start or Path(each.start).resolve() != each.weights.resolve(): return
+    raise ValueError(f"stage {each.stage.name!r} starts from {str(each.start)!r}, where it leaves its own weights: "
+                     "they would be written over; give another folder (out, --out)")
+
 _log = getLogger(__name__)
 
 def _say_unlike(recipe, stage, processor):
@@ -87,6 +93,7 @@ def _run(recipe, out, takes, trusted, options):
                 each.folder, each.stage, each.rows, recipe.seed, origin, options['accept'])
             if not found:
                 stop_if_asked(f"stage {name!r}")
+                _check_start(each)
                 opened = opened or open_model(each.start)
                 if each is ready[-1]: _say_unlike(recipe, each.stage, opened[1])
                 stop_if_asked(f"the first step of stage {name!r}")

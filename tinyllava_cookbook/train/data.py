@@ -60,7 +60,7 @@ def check_images(
     rows,         # From `stage_rows`, or encoded
 ):
     "An error where only samples with an image train something, and there is none"
-    if 'llm' in stage.trained or not stage.trained: return
+    if 'llm' in stage.trained or not stage.trained or not len(rows): return
     if any(_has_image(rows[i]) for i in range(len(rows))): return
     raise ValueError(f"stage {stage.name!r}: none of its {len(rows):,} samples has an image, so that "
                      f"{' and '.join(stage.trained)} would learn nothing; give data with images, "

@@ -129,6 +129,15 @@ def _check_parts(r, known):
     if known and named(r) == named(known): return
     with importing(): check_parts(r)   # torch takes a second
 
+def _check_options(a):
+    "Names that options do not know are found before torch is imported"
+    from tinyllava_cookbook.train.parallel import PARALLEL
+    from tinyllava_cookbook.train.plan import check_accept
+    _check_trackers(a.report_to)
+    check_accept(a.accept)
+    if a.parallel not in PARALLEL:
+        raise ValueError(f"parallel {a.parallel!r}; choose from {list(PARALLEL)}")
+
 def _plan(a):
     "The recipe with its changes, its stages to train, and where to"
     from tinyllava_cookbook.train.recipes import override, recipe
@@ -138,7 +147,7 @@ def _plan(a):
     _check_parts(r, None if a.recipe.endswith('.json') else known)
     todo = a.stages or [stage.name for stage in r.stages]
     check_order(r, todo)
-    _check_trackers(a.report_to)
+    _check_options(a)
     if a.resume not in (None, 'auto') and len(todo) > 1:
         raise Usage("--resume DIR is of one stage: name that stage")
     return _with_given(a, r, todo), todo, a.out or f'runs/{r.name}'
@@ -199,7 +208,7 @@ def _missing_data(r, todo, images):
     return found
 
 # %% ../../nbs/92_commands.training.ipynb #919a26f4
-_USUAL_KEYS = {'data', 'images', 'format', 'share', 'weight'}   # Of a source; a reader may take more
+_USUAL_KEYS = {'data', 'images', 'share', 'weight'}   # Of a source; a format, and what its reader takes, are looked up
 
 def _check_data(a, r, todo):
     "An error for data that no reader takes, and for what a source says to none"
@@ -212,6 +221,13 @@ def _check_data(a, r, todo):
             from tinyllava_cookbook.data.records import check_sources
             check_sources(stage.data)
     if a.eval_data: check_data_file(a.eval_data)
+
+def _check_idle(stages):
+    "An error for a stage that trains nothing"
+    for stage in stages:
+        if stage.trained: continue
+        with importing(): from tinyllava_cookbook.train.tuning import check_trains
+        check_trains(stage, False)
 
 def _missing_checkpoint(a):
     lost = a.resume not in (None, 'auto') and not Path(a.resume).is_dir()
@@ -237,7 +253,8 @@ def _train(a):
     if a.dry_run:
         _show_plan(r, [r.stage(name) for name in todo], out, a)
         _check_inputs(a, r, todo)
-        return _check_data(a, r, todo)
+        _check_data(a, r, todo)
+        return _check_idle(map(r.stage, todo))
     for what in _missing_checkpoint(a): raise FileNotFoundError(what)
     if a.resume not in (None, 'auto'): check_complete(a.resume)
     _check_data(a, r, todo)

@@ -356,3 +356,10 @@ def test_deep_grey_keeps_what_is_transparent():
     deep.save(file, 'PNG', transparency=0x1234)
     assert Image.open(file).info['transparency'] == 0x1234
     assert [load_image(file.getvalue()).getpixel((x, 0))[0] for x in (0, 1)] == [255, 128]
+
+def test_the_name_of_a_file_is_no_fault(tmp_path):
+    from tinyllava_cookbook.data.faults import image_fault
+    for name in 'over the limit.png', 'one side is over.png':
+        (tmp_path/name).write_bytes(b'<html>')
+        assert image_fault(tmp_path/name)[0] == 'undecodable-image'
+    assert image_fault(Image.new('L', (900, 20)))[0] == 'absurd-aspect'

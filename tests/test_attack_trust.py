@@ -253,3 +253,15 @@ def test_read_weights_of_a_part(good, tmp_path):
     read_weights(d)                                                    # the whole file goes first
     (d/'model.safetensors').unlink()
     with pytest.raises(ValueError, match='only files of the folder itself'): read_weights(d)
+
+def test_parts_are_found_by_name_in_one_way(tmp_path, monkeypatch):
+    from tinyllava_cookbook.core import UnknownName, ingredient
+    from tinyllava_cookbook.train.identity import start_identity
+    from tinyllava_cookbook.train.recipes import Recipe
+    from tinyllava_cookbook.trust import component_path
+    monkeypatch.chdir(tmp_path)
+    for name in 'one', 'a + b': (tmp_path/name).mkdir()
+    assert component_path('one + micro-siglip') == f"one + {ingredient('micro-siglip')}"
+    for name in 'a + b', 'one + one', 'owner/name': assert component_path(name) == name
+    for name in 'demo', 'micro-vlm', 'one + other': pytest.raises(UnknownName, component_path, name)
+    assert start_identity(Recipe('x', 'a + b', 'one'))['about'] == 'a + b + one'

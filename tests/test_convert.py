@@ -151,7 +151,9 @@ def test_in_out_in(parts, tmp_path, original):
 def test_export(parts, tmp_path, image, v, t, mode, kw):
     "Exported, in plain transformers: same ids, pixels, logits, answers; opened here again: same tensors"
     model,proc = compose(parts[v], parts[t], image_mode=mode, **kw)
-    d = to_llava(model, proc, tmp_path/'out', check=False)
+    recipe = dict(model=dict(mix='concat', trust_remote_code=True), name='x', stages=[])
+    d = to_llava(model, proc, tmp_path/'out', check=False, recipe=recipe)
+    assert json.loads((d/'recipe.json').read_text())['model'] == dict(mix='concat')   # whoever runs it vouches anew
     hf,p = load_strict(LlavaForConditionalGeneration, d), LlavaProcessor.from_pretrained(d)
     two = dict(images=[image, image.rotate(90, expand=True)], text=[PROMPT, 'A <image> B'], padding=True, return_tensors='pt')
     ours,theirs = proc(**two), p(**two)

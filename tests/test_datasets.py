@@ -466,3 +466,13 @@ def test_slips_of_a_table_name_the_next_step(tmp_path):
         with pytest.raises(FileNotFoundError, match=why): load_image(tmp_path/name)
     (tmp_path/'a.json').write_text('[{"messages": [{"role": "user", "content": "x"}]}]')
     with pytest.raises(TypeError, match="'shar'; a source has data, images, format, share, weight"): read_data(tmp_path/'a.json', shar=.2)
+
+def test_a_readers_own_error_is_not_a_wrong_key(tmp_path):
+    def reader(source, images, lines=0): raise TypeError("f() got an unexpected keyword argument 'x'")
+    FORMATS.register('own', reader)
+    try:
+        with pytest.raises(TypeError, match='^f.. got'): read_data('a', format='own', lines=2)
+    finally: FORMATS.remove('own')
+    from datasets import Dataset
+    Dataset.from_dict(dict(messages=['x'])).to_parquet(tmp_path/'a.parquet')
+    with pytest.raises(TypeError, match="'shar'; a source has data"): read_data(tmp_path, shar=.2)

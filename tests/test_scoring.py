@@ -283,3 +283,15 @@ def test_an_own_score_that_forgets_questions():
     try:
         with pytest.raises(ValueError, match="score 'own' gives 1 verdicts for 2 questions"): score_items([Item(i, None, 'a?', 'b') for i in range(2)], ['b', 'c'], 'own')
     finally: scores.remove('own')
+
+def test_a_scorer_says_by_its_signature_whether_it_needs_files(tmp_path):
+    def needs(annotations, answers): pass
+    def rules(facts:str|None, answers, partial=False): return len(answers)
+    (tmp_path/'a.jsonl').write_text('{"question_id": 1, "text": "yes"}\n')
+    for scorer in needs, rules: S.SCORERS.register(scorer.__name__, scorer)
+    try:
+        assert S.score_file('rules', None, tmp_path/'a.jsonl') == 1
+        with pytest.raises(ValueError, match=r"no option 'facts'; choose from \['partial'\]"): S.score_file('rules', None, tmp_path/'a.jsonl', facts=1)
+        with pytest.raises(ValueError, match='needs is scored by its own files'): S.score_file('needs', None, tmp_path/'a.jsonl')
+    finally:
+        for name in 'needs', 'rules': S.SCORERS.remove(name)

@@ -150,6 +150,10 @@ def test_asked_to_stop_says_so(capsys, monkeypatch):
     def stop(*a, **k): raise Stopped("asked to stop: saved in 'x' at step 1 of 2")
     monkeypatch.setattr(stages, 'train_recipe', stop)
     assert run(capsys, 'train', 'micro') == (REQUEUE, '', "tinyllava train: asked to stop: saved in 'x' at step 1 of 2\n")
+    def stop(*a, **k): raise Stopped('saved', 'auto')
+    monkeypatch.setattr(stages, 'train_recipe', stop)
+    assert run(capsys, 'train', 'micro') == (REQUEUE, '', 'tinyllava train: saved; --resume auto resumes\n')
+    assert str(Stopped('saved', 'auto')) == "saved; resume='auto' resumes"
 
 # ---- where the log goes
 

@@ -220,8 +220,7 @@ def _namespace():
 
 def _myself():
     began = psutil.Process().create_time()
-    return dict(host=socket.gethostname(), namespace=_namespace(), pid=os.getpid(),
-                began=began)
+    return dict(host=socket.gethostname(), namespace=_namespace(), pid=os.getpid(), began=began)
 
 def _holder(file):
     "Whom a lock names; an empty dict where that cannot be read (yet)"
@@ -294,8 +293,7 @@ def _acquire(file, me, patience):
             print(f"{str(file)!r} names {_describe(holder)}: watching it for up to {patience:g} s",
                   file=sys.stderr)
             if not _silent(file, patience): _refuse(file, holder, "(it gives signs of life)")
-        print(f"took over {str(file)!r}: {_describe(holder)} is gone",
-              file=sys.stderr)
+        print(f"took over {str(file)!r}: {_describe(holder)} is gone", file=sys.stderr)
         _take_away(file, holder)
 
 def _keep_touching(file, done):
@@ -345,15 +343,20 @@ class FolderLock:
 # %% ../nbs/05_durable.ipynb #20571821
 REQUEUE = 85   # Exit code of a run that has saved itself because of a signal
 STOP_SIGNALS = 'SIGTERM', 'SIGUSR1', 'SIGINT', 'SIGHUP'
+_NUMBERS = [getattr(signal, o) for o in STOP_SIGNALS if hasattr(signal, o)]
 
 class Stopped(SystemExit):
     "Ends the process with code 85"
     def __init__(self,
-        text:str, # What happened
+        text:str,       # What happened
+        resume:str='',  # The value of the argument `resume` that resumes the run
     ):
         super().__init__(REQUEUE)
-        self.text = text
-    def __str__(self) -> str: return self.text
+        self.text,self.resume = text, resume
+    def said(self, argument:str='resume={!r}') -> str:
+        "What happened and how to resume, with the argument as the reader writes it"
+        return self.text + (f'; {argument.format(self.resume)} resumes' if self.resume else '')
+    __str__ = said
 
 _asked = set()   # signals that came
 
@@ -366,7 +369,7 @@ def stop_if_asked(
 ):
     "End the process where a signal came and there is nothing to save"
     if asked_to_stop():
-        raise Stopped(f"stopped by a signal before {where}: nothing to save; resume='auto' resumes")
+        raise Stopped(f"stopped by a signal before {where}: nothing to save", 'auto')
 
 # %% ../nbs/05_durable.ipynb #9919f02f
 def _interactive():
@@ -400,8 +403,7 @@ def _end_on_second(pipe, numbers, grace):
 # %% ../nbs/05_durable.ipynb #80f74f4b
 def _handled():
     "The signals to handle: not those that the process was started to ignore, as by nohup"
-    numbers = [getattr(signal, o) for o in STOP_SIGNALS if hasattr(signal, o)]
-    return [o for o in numbers if signal.getsignal(o) != signal.SIG_IGN]
+    return [o for o in _NUMBERS if signal.getsignal(o) != signal.SIG_IGN]
 
 @contextmanager
 def _watched(numbers):
@@ -443,8 +445,6 @@ def shield_worker(
     "Keep the signals of `stop_on_signal` away from a loader process, as its `worker_init_fn`"
     if threading.current_thread() is not threading.main_thread(): return
     signal.set_wakeup_fd(-1)   # a forked worker shares the parent's
-    for name in STOP_SIGNALS:
-        number = getattr(signal, name, None)
-        if number is not None:
-            signal.signal(number, signal.SIG_DFL if name == 'SIGTERM' else signal.SIG_IGN)
+    for number in _NUMBERS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     if hasattr(os, 'setpgid'): os.setpgid(0, 0)

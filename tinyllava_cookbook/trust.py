@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'LAYER_COUNTS', 'LARGEST', 'listed', 'inside', 'check_links', 'checkpoint_path', 'tower_paths',
-           'read_object', 'settings', 'check_values', 'check_folder', 'why_not_fetched', 'reading', 'read_config',
-           'vouched']
+           'component_path', 'read_object', 'settings', 'check_values', 'check_folder', 'why_not_fetched', 'reading',
+           'read_config', 'vouched']
 
 # %% ../nbs/09_trust.ipynb #3c53ef94
 import math
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
-from .core import quiet, read_json
+from .core import ingredient, quiet, read_json
 from .plugins import check_plugins, load_model_types
 
 # %% ../nbs/09_trust.ipynb #ae282ad6
@@ -94,6 +94,16 @@ def tower_paths(
     "The checkpoints that `path` names"
     return [path] if Path(path).is_dir() else [part.strip()
         for part in re.split(r'\s\+\s', str(path), maxsplit=1)]
+
+# %% ../nbs/09_trust.ipynb #9360f99e
+def component_path(
+    name,   # One of `core.SHIPPED`, a folder, a name on the Hub; or two as 'one + other'
+) -> str:   # With folders in the place of shipped names
+    "Where a component is loaded from"
+    parts = tower_paths(name)
+    places = [part if '/' in str(part) or Path(part).is_dir() else ingredient(part)
+              for part in parts]
+    return ' + '.join(map(str, places))
 
 # %% ../nbs/09_trust.ipynb #db6eb2a6
 # Files with settings

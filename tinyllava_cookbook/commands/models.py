@@ -7,10 +7,8 @@ __all__ = []
 
 # %% ../../nbs/94_commands.models.ipynb #f0fb9224
 import json
-from pathlib import Path
 from ..cli import (Usage, check_given, command, hide_progress, importing,
     json_value, load_model, model_arguments, one_line, pairs, positive, trust_argument)
-from ..core import package_data
 
 # %% ../../nbs/94_commands.models.ipynb #d50a4eb4
 _chat_help = ("/add FILE shows one more image with the next question, /image FILE begins anew with another image, "
@@ -185,21 +183,15 @@ def _compose_args(p):
                    help='precision to write (default: %(default)s)')
 
 # %% ../../nbs/94_commands.models.ipynb #3f778f42
-def _shipped(name):
-    "The folder of a part that this package brings, by its name; anything else as it is"
-    folder = package_data()/name
-    given = '/' in name or Path(name).is_dir()
-    return name if given or not (folder/'config.json').is_file() else str(folder)
-
 @command('compose', 'join a vision encoder and a language model by a new connector',
          _compose_args)
 def _compose(a):
-    from tinyllava_cookbook.trust import checkpoint_path, tower_paths
-    a.vision, a.llm = _shipped(a.vision), _shipped(a.llm)
-    for part in (*tower_paths(a.vision), a.llm): checkpoint_path(part)
+    from tinyllava_cookbook.trust import checkpoint_path, component_path, tower_paths
+    vision,llm = map(component_path, (a.vision, a.llm))
+    for part in (*tower_paths(vision), llm): checkpoint_path(part)
     check_given(template=a.template)
     from tinyllava_cookbook.model.export import compose_folder
     hide_progress()
-    print(compose_folder(a.vision, a.llm, a.out, a.connector, a.to, template=a.template, image_mode=a.image_mode,
+    print(compose_folder(vision, llm, a.out, a.connector, a.to, template=a.template, image_mode=a.image_mode,
         seed=a.seed, dtype=a.dtype, tokenizer=a.tokenizer,
         trust_remote_code=a.trust_remote_code))

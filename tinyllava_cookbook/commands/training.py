@@ -108,13 +108,13 @@ def _check_trackers(names):
 # %% ../../nbs/92_commands.training.ipynb #f07815ff
 def _with_given(a, r, todo):
     "The recipe with the files and trackers that the command line gives to stages"
+    from tinyllava_cookbook.train.settings import given_files
     data = _stage_data(a.data, todo, [stage.name for stage in r.stages])
     stages = []
     for stage in r.stages:
         if stage.name in todo:
             trainer = stage.trainer | dict(report_to=a.report_to) if a.report_to else stage.trainer
-            file = data.get(stage.name, stage.data)
-            stage = replace(stage, data=file, images=a.images or stage.images, trainer=trainer)
+            stage = replace(stage, trainer=trainer, **given_files(stage, data, a.images))
         stages.append(stage)
     return replace(r, stages=stages)
 
@@ -170,8 +170,7 @@ def _run_recipe(a, r, todo, out):
         with leaving_page(out, a.parallel):
             train_recipe(r, out, stages=todo, **given)
     except Stopped as e:
-        said = str(e).replace("resume='auto'", '--resume auto')
-        print(f'tinyllava train: {said}', file=sys.stderr)
+        print('tinyllava train:', e.said('--resume {}'), file=sys.stderr)
         raise
 
 # %% ../../nbs/92_commands.training.ipynb #ab023248

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core import IGNORE, IMAGE_TOKEN
-from .datasets import BAD, Encoder
+from .datasets import BAD, Encoder, NothingToLearn
 from .images import image_counts, image_size, load_image, sample_aspect
 from .records import Sample, read_sample, record_name
+from ..image_files import TooLarge, TooThin
 
 # %% ../../nbs/15_data.faults.ipynb #85e27f7d
 FAULTS = {   # Kind to what it means
@@ -58,12 +59,13 @@ def image_fault(
     except BAD as e: return _why(source, most), str(e)
 
 # %% ../../nbs/15_data.faults.ipynb #a256fa20
+_SIZES = {TooLarge: 'huge-image', TooThin: 'absurd-aspect'}
+
 def _why(source, max_aspect) -> str:
     "The kind of fault of an image that cannot be decoded, from its header alone"
     try: image_size(source, max_aspect=max_aspect)
     except Exception as e:
-        if 'over the limit' in str(e): return 'huge-image'
-        return 'absurd-aspect' if 'one side is over' in str(e) else 'undecodable-image'
+        return _SIZES.get(type(e.__cause__ or e), 'undecodable-image')
     return 'truncated-image'
 
 # %% ../../nbs/15_data.faults.ipynb #d2f7de85
@@ -73,7 +75,7 @@ def text_fault(
 ) -> tuple[str,str]|None:# Kind and detail; `None` for a good one
     "What is wrong with a conversation before it is tokenized"
     try:
-        sample = record if isinstance(record, Sample) else read_sample(record, index)
+        sample = read_sample(record, index)
     except BAD as e:
         why = str(e.__cause__ or e)      # without the sample's name
         return 'image-count' if f'{IMAGE_TOKEN} in its user turns' in why else 'bad-record', why
@@ -121,7 +123,7 @@ def _token_fault(sample, encoder, limits):
         return None, None     # its length depends on an image that is bad
     try: counted = tuple(count(sample, encoder, limits))
     except Exception as e:      # a tokenizer's own template may raise anything
-        kind = 'nothing-learned' if str(e).startswith('nothing to learn') else 'bad-record'
+        kind = 'nothing-learned' if isinstance(e, NothingToLearn) else 'bad-record'
         return (kind, str(e)), None
     return _limit_fault(Count(*counted), encoder.max_length, limits), counted
 
@@ -166,7 +168,7 @@ class TextCheck:
 
     def __call__(self, row, i) -> Look:
         try:
-            sample = row if isinstance(row, Sample) else read_sample(row, i, self.folder)
+            sample = read_sample(row, i, self.folder)
         except BAD:
             return Look(record_name(row, i), _digest(reprlib.repr(row)),
                         text_fault(row, i))

@@ -85,7 +85,7 @@ def measure(
     "What one sample takes"
     if encoder is None:
         return len(row['input_ids']), len(row.get('pixel_values', ())), 0
-    sample = row if isinstance(row, Sample) else read_sample(row, i)
+    sample = read_sample(row, i)
     with naming(f"sample {sample.id!r}"):
         ids, _, images = encoder.tokens(sample)
     return len(ids), images, ids.count(encoder.image_token_id)

@@ -217,7 +217,7 @@ def show_samples(
     rows = []
     for i in np.random.default_rng(seed).permutation(_counted(r))[:n].tolist():
         row = r.rows[i]
-        sample = row if isinstance(row, Sample) else read_sample(row, i, r.folder)
+        sample = read_sample(row, i, r.folder)
         rows.append((_thumbnails(sample, dpi),
                      _mask_picture(sample, r.encoder, dpi)))
     return _page(rows, dpi).quantize(128, Image.Quantize.MAXCOVERAGE)     # a third of the bytes

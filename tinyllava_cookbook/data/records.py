@@ -66,11 +66,12 @@ def _said_before(record):
 
 # %% ../../nbs/12_data.records.ipynb #4b00b9ec
 def read_sample(
-    record:dict,          # `id`, `conversations` or `messages`, and `image` or `images`
+    record:dict|Sample,   # `id`, `conversations` or `messages`, and `image` or `images`; a `Sample` stays as it is
     index:int=0,          # Its place, the id of a record without one
     folder=None,          # As for `locate_image`
 ) -> Sample:              # The sample; errors name its id
     "One record of a LLaVA or HF `messages` file"
+    if isinstance(record, Sample): return record
     if not isinstance(record, (dict, Exception)):
         raise ValueError(f"sample {index}: {short_repr(record)} is not "
                          "an object with 'conversations'")
@@ -420,22 +421,22 @@ def read_data(
 ):                         # Rows with id, messages and images
     "Read training data in any of `FORMATS`"
     if format == 'auto': format = guess_format(path)
-    try: return FORMATS[format](path, images, **kwargs)
+    reader = FORMATS[format]
+    unnamed = kwargs.keys() - inspect.signature(reader).parameters
+    try: return reader(path, images, **kwargs)
     except TypeError as e:
-        if 'unexpected keyword' not in str(e): raise
+        if not unnamed: raise
         raise TypeError(f"data {short_repr(path)}: {e}; a source has data, "
                         "images, format, share, weight, and what "
                         "its reader takes") from e
 
 # %% ../../nbs/12_data.records.ipynb #c98d0336
-_TO_LLAVA = read_sharegpt4v, read_cc3m, read_train_llava   # pass on what they do not know
-
 def _taken(reader):
     "Names of what a reader takes; `None`: any"
     own = inspect.signature(reader).parameters.values()
     free = any(o.kind is o.VAR_KEYWORD for o in own)
-    if free and reader not in _TO_LLAVA: return None
-    more = _taken(read_llava) if free else ('data', 'format', 'share', 'weight')
+    if free and (reader is read_hf or reader.__module__ != __name__): return None
+    more = _taken(read_llava) if free else ('data', 'images', 'format', 'share', 'weight')
     return {*more, *(o.name for o in own)} - {'path', 'folder', 'kwargs'}
 
 # %% ../../nbs/12_data.records.ipynb #c98f69c9
@@ -446,5 +447,4 @@ def check_sources(
     for name, source in data_sources(data).items():
         taken = _taken(FORMATS[source_format(source)])
         if taken and (odd := source.keys() - taken):
-            raise ValueError(f"source {name!r} has {min(odd)!r}; "
-                             f"choose from {sorted(taken)}")
+            raise ValueError(f"source {name!r} has {min(odd)!r}; choose from {sorted(taken)}")

@@ -10,6 +10,7 @@ __all__ = ['scores', 'SCORERS', 'normalize', 'exact_match', 'bootstrap_ci', 'acc
 # %% ../../nbs/53_eval.scoring.ipynb #a258c65e
 import inspect, math
 from pathlib import Path
+from typing import get_args
 from ..core import Registry, Table, read_json
 from .items import Item, as_written, find
 from .results import Score, compare, mean, percentile_interval, ratio
@@ -386,7 +387,7 @@ def _count_odd(items):
 
 # %% ../../nbs/53_eval.scoring.ipynb #50ec7647
 def llavabench(
-    annotations,         # `questions.jsonl` or its folder; `None`: take the reviews as complete
+    annotations:str|Path|None,  # `questions.jsonl` or its folder; `None`: take the reviews as complete
     answers:list[dict],  # Reviews: `question_id`, `category`, and `tuple` or `content`
     partial:bool=False,  # Score what there is? Missing reviews are left out
 ) -> Score:              # `relative`, in percent, rounded as officially
@@ -413,9 +414,8 @@ def llavabench(
 
 # %% ../../nbs/53_eval.scoring.ipynb #6607f2e8
 SCORERS = Registry('benchmark', 'SCORERS')
-_FROM_FILES = (vqav2, gqa, textvqa, scienceqa, pope,
-               mme, mmvet, mmmu, mmbench)
-for _f in (*_FROM_FILES, llavabench):
+for _f in (vqav2, gqa, textvqa, scienceqa, pope, mme,
+           mmvet, mmmu, mmbench, llavabench):
     SCORERS.register(_f.__name__, _f)
 
 # %% ../../nbs/53_eval.scoring.ipynb #da676abe
@@ -427,12 +427,12 @@ def score_file(
 ) -> Score:          # The official numbers
     "Score a file of answers"
     scorer = SCORERS[bench]
-    known = [key for key in inspect.signature(scorer).parameters
-             if key not in ('annotations','answers')]
+    takes = inspect.signature(scorer).parameters
+    files,_,*known = takes
     if odd := [key for key in options if key not in known]:
         raise ValueError(f"{bench} has no option {odd[0]!r}; choose "
                          f"from {known}")
-    if annotations is None and scorer in _FROM_FILES:
+    if annotations is None and type(None) not in get_args(takes[files].annotation):
         raise ValueError(f"{bench} is scored by its own files; say where they are: "
                          "annotations=PATH, --annotations PATH")
     if annotations is not None and not Path(annotations).exists():

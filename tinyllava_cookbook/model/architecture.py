@@ -17,11 +17,11 @@ from torch import nn
 from transformers import AutoConfig
 
 from ..core import Registry, UnknownName, quiet, write_json
-from ..ingredients import ingredient, openelm_code
+from ..ingredients import openelm_code
 from .llms import trust_code
 from .vision import MoFConfig
 from .vlm import VLMConfig, VLMForConditionalGeneration
-from ..trust import check_folder, read_config, tower_paths
+from ..trust import check_folder, component_path, read_config, tower_paths
 
 # %% ../../nbs/29_model.architecture.ipynb #a91f47de
 @dataclass
@@ -177,10 +177,10 @@ def _from_hub(name):
             f"({type(error).__name__}); give a folder with its config.json") from None
 
 # %% ../../nbs/29_model.architecture.ipynb #8659f726
-def _shipped(name):
-    "The folder of an ingredient"
-    try: return ingredient(name)
-    except (KeyError, FileNotFoundError, ValueError):
+def _place(name):
+    "Where its configuration is read from"
+    try: return component_path(name)
+    except UnknownName:
         raise UnknownName(
             f"no architecture {name!r}; choose from {architectures.names()}, or give a folder with its "
             f"config.json") from None
@@ -201,7 +201,7 @@ def part_config(
     if folder.is_dir() and not (folder/'config.json').exists():
         raise FileNotFoundError(
             f"{name!r} has no config.json; give the folder of a checkpoint")
-    place = name if folder.is_dir() or '/' in name else _shipped(name)
+    place = _place(name)
     if Path(place).is_dir(): check_folder(place)   # sizes that can be built
     config = _from_hub(place)
     return getattr(config, 'vision_config', config)

@@ -47,6 +47,15 @@ class VLMConfig(PreTrainedConfig):
         self.tie_word_embeddings = bool(getattr(
             self.text_config, 'tie_word_embeddings', False))
 
+    @classmethod
+    def check_fields(cls,
+        names,   # Of fields to set
+    ):
+        "An error for a name that is not a field"
+        known = sorted(VLMConfig.__annotations__)
+        if unknown := sorted(set(names) - set(known)):
+            raise TypeError(f"VLMConfig has no field {unknown[0]!r}; choose from {known}")
+
 # %% ../../nbs/22_model.config.ipynb #ed0bb0ed
 def _check_derived(config, n_tokens):
     "An error where the configuration says otherwise than its components"

@@ -26,7 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from ..core import quiet, read_json, write_json
 from ..data.images import pinpoints, prepare, target_size
 from .card import model_card, scores_table
-from .checkpoints import load, save
+from .checkpoints import load, save, write_recipe
 from .names import llava_names, rename, tower_prefix
 from .processor import compose
 from .vision import n_prefix, patch_grid
@@ -367,8 +367,7 @@ def to_llava(
     out = _write(out, llava_hf_config(model), llava_hf_state(model), proc,
                  model.generation_config)
     if check: compare_llava(model, processor, out)
-    if recipe is not None:
-        write_json(out/'recipe.json', recipe.to_dict() if hasattr(recipe, 'to_dict') else recipe)
+    write_recipe(out, recipe)
     card = model_card(out, recipe=recipe, scores=scores)
     (out/'README.md').write_text(card, encoding='utf-8')
     return out

@@ -17,17 +17,20 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from ..core import quiet, read_json, write_json
 from ..data.images import target_size
+from .checkpoints import write_recipe
 from .export import FORMATS, empty_folder, hf_image_processor
 
 # %% ../../nbs/29_model.onnx.ipynb #24398428
-class VisionGraph(nn.Module):
-    "Pixels to the features that the language model reads"
+class _Graph(nn.Module):
+    "A part of a model as one function"
     def __init__(self,
-        model,  # A `VLMForConditionalGeneration`
+        model,  # A `VLMForConditionalGeneration`; with eager attention, where it reads text
     ):
         super().__init__()
         self.model = model
 
+class VisionGraph(_Graph):
+    "Pixels to the features that the language model reads"
     def forward(self, pixel_values:Tensor) -> Tensor:
         return self.model.image_features(pixel_values)
 
@@ -61,14 +64,8 @@ def cache_tensors(
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 # %% ../../nbs/29_model.onnx.ipynb #e851aebc
-class LanguageGraph(nn.Module):
+class LanguageGraph(_Graph):
     "Embeddings of new tokens and the cache of those before to logits, attention and the longer cache"
-    def __init__(self,
-        model,  # A `VLMForConditionalGeneration` with eager attention
-    ):
-        super().__init__()
-        self.model = model
-
     def forward(self, emb_btd:Tensor, past:list[Tensor], positions_bt:Tensor) -> tuple:
         out = self.model.language_model(
             inputs_embeds=emb_btd, past_key_values=cache_of(past), use_cache=True,
@@ -203,14 +200,8 @@ class OnnxModel:
             emb_btd = self.run(self.embed, np.array([[int(logits[0, -1].argmax())]]))[0]
 
 # %% ../../nbs/29_model.onnx.ipynb #7e1795ef
-class DecoderGraph(nn.Module):
+class DecoderGraph(_Graph):
     "Embeddings, attention mask and cache to the logits of every position and the longer cache"
-    def __init__(self,
-        model,  # A `VLMForConditionalGeneration` with eager attention
-    ):
-        super().__init__()
-        self.model = model
-
     def forward(self, emb_btd:Tensor, mask_bk:Tensor, positions_bt:Tensor, past:list[Tensor]) -> tuple:
         out = self.model.language_model(
             inputs_embeds=emb_btd, attention_mask=mask_bk, position_ids=positions_bt,
@@ -356,8 +347,7 @@ def to_transformers_js(
     size = target_size(processor.image_processor)
     _with_eager(model, lambda: _js_graphs(model, size, out/'onnx', inline))
     _js_files(model, processor, out, square)
-    if recipe is not None:
-        write_json(out/'recipe.json', recipe.to_dict() if hasattr(recipe, 'to_dict') else recipe)
+    write_recipe(out, recipe)
     return out
 
 FORMATS['onnx'] = to_transformers_js   # `tinyllava convert --to onnx`

@@ -314,14 +314,6 @@ def processor_for(
         template=config.template, image_token_grid=config.image_token_grid)
 
 # %% ../../nbs/24_model.processor.ipynb #9942aacf
-def _check_fields(fields, image_mode):
-    "Unknown names, found before anything is loaded"
-    IMAGE_MODES[image_mode]
-    known = sorted(VLMConfig.__annotations__)
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        raise TypeError(f"VLMConfig has no field {unknown[0]!r}; choose from {known}")
-
 def _assemble(config, vision, llm, seed):
     "A model of these two parts and a connector drawn from `seed`"
     with torch.device('meta'):   # costs no memory
@@ -394,7 +386,8 @@ def compose(
     **cfg,                       # Further fields of `VLMConfig`
 ) -> tuple:                      # Model and processor
     "Join a vision encoder and a language model by a new connector"
-    _check_fields(cfg, image_mode)
+    IMAGE_MODES[image_mode]   # unknown names are found before anything is loaded
+    VLMConfig.check_fields(cfg)
     attention = _by_half(attn_implementation)
     tower,image_processor = load_vision(vision, dtype, mix=mix,
         attn_implementation=attention.get('vision_config'))

@@ -261,11 +261,9 @@ def _adapter_bytes(linears, each):
     return each.compute*total
 
 # %% ../../nbs/37_train.activations.ipynb #2d873b6f
-def _dropout_bytes(linears, each):
+def _dropout_bytes(linears, each, query, width):
     "Masks of dropout before the adapters that end attention and MLP"
     def dropped(layers): return len(_with_dropout(layers)) > 0
-    query = sum(o.in_features for o in linears.write)
-    width = sum(o.in_features for o in linears.down)
     return query*(
         each.compute + each.drop)*dropped(linears.write) + width*each.drop*dropped(linears.down)
 
@@ -293,9 +291,10 @@ def block_bytes(
     made_again = all(_leaner(o, each) for o in [*norms, *linears.all()])
     saved += sum(_input_bytes(o, hidden, each, made_again) for o in readers)
     saved += _attention_bytes(block, config, linears, each, mask, length)
-    saved += _mlp_bytes(block, config, linears, each) + _adapter_bytes(linears, each) + _dropout_bytes(linears, each)
     query = sum(o.in_features for o in linears.write)
     width = sum(o.in_features for o in linears.down)
+    saved += _mlp_bytes(block, config, linears, each) + _adapter_bytes(linears, each)
+    saved += _dropout_bytes(linears, each, query, width)
     mlp = 3 if made_again else 2   # tensors of its width
     return saved, each.compute*max(mlp*width, 5*query) + 2*each.stream*hidden
 

@@ -6,7 +6,8 @@
 __all__ = ['check', 'check_names', 'field_kinds', 'check_values', 'check_types', 'check_folder_name', 'from_fields']
 
 # %% ../../nbs/28_train.fields.ipynb #24610844
-import copy, dataclasses, difflib, functools, os, types, typing
+import copy, dataclasses, functools, os, types, typing
+from ..core import not_among
 
 # %% ../../nbs/28_train.fields.ipynb #62392694
 def check(
@@ -24,11 +25,7 @@ def check_names(
 ):
     "Refuse a name that is not among those allowed; the message lists them and the nearest"
     for name in given:
-        if name in allowed: continue
-        near = difflib.get_close_matches(str(name), allowed, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ''
-        raise ValueError(
-            f"no {what} {name!r}; choose from {sorted(allowed)}{hint}")
+        if name not in allowed: raise ValueError(not_among(what, name, sorted(allowed)))
 
 # %% ../../nbs/28_train.fields.ipynb #514beb80
 _MOST = 10**9   # Largest whole number that a field takes: more than there are samples, and small enough to count with

@@ -102,7 +102,7 @@ def _stopped(trainer, out):
     watch = next(callback for callback in callbacks if isinstance(callback, StopSignal))
     if not watch.stopped or state.global_step >= state.max_steps: return
     at = f"step {state.global_step} of {state.max_steps}"
-    raise Stopped(f"asked to stop: saved in {str(out)!r} at {at}; resume='auto' resumes")
+    raise Stopped(f"asked to stop: saved in {str(out)!r} at {at}", 'auto')
 
 # %% ../../nbs/35_train.finished.ipynb #9e003e5f
 def _record(trainer, result, out, final, origin):

@@ -19,9 +19,9 @@ from xxhash import xxh3_128
 from ..data.datasets import VLMDataset
 from ..data.records import Sample
 from ..durable import checksum
-from ..ingredients import component_path
 from ..model.config import VLMConfig
 from .recipes import Recipe
+from ..trust import component_path, tower_paths
 
 # %% ../../nbs/33_train.identity.ipynb #a96c0f0b
 LOOKED_AT = 256   # Images, and rows that are no Arrow table, that are read for an identity
@@ -230,8 +230,8 @@ def _part_id(name):
 
 def _parts_identity(recipe):
     "What a model is joined from"
-    names = [*recipe.vision.split(' + '), *recipe.llm.split(' + ')]
-    ids = [_part_id(name.strip()) for name in names]
+    names = *tower_paths(recipe.vision), recipe.llm
+    ids = list(map(_part_id, names))
     how = [recipe.connector, recipe.template, recipe.image_mode, recipe.seed, recipe.model]
     text = json.dumps([ids, how], sort_keys=True, default=str)
     return dict(id=xxh3_128(text.encode()).hexdigest(), about=f'{recipe.vision} + {recipe.llm}')

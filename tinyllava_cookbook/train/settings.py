@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ModelSettings', 'check_model', 'TrainerSettings', 'trainer_names', 'check_trainer', 'check_warmup', 'check_order',
-           'check_parts']
+           'given_files', 'check_parts']
 
 # %% ../../nbs/29_train.settings.ipynb #cb91ce37
 import dataclasses, json, typing
@@ -198,6 +198,16 @@ def check_order(
     check(list(names) == due,
           f"stages {list(names)} of recipe {recipe.name!r}: each starts from what the one before it leaves, "
           f"in the order {order}; run neighbours in that order, or one stage at a time")
+
+# %% ../../nbs/29_train.settings.ipynb #d98581b0
+def given_files(
+    stage,      # A `Stage`
+    data:dict,  # Stage -> its data
+    images,     # Folder of the images, or `None`
+) -> dict:      # `data` and `images`
+    "What a stage reads: what it is given, else its own"
+    images = str(images) if images else stage.images
+    return dict(data=data.get(stage.name, stage.data), images=images)
 
 # %% ../../nbs/29_train.settings.ipynb #b7716c2e
 def check_parts(

@@ -23,6 +23,7 @@ from .ready import ready_stages
 from .recipes import Recipe
 from .recipes import recipe as find_recipe
 from .results import finished_result
+from .settings import given_files
 from .start import start_model
 
 # %% ../../nbs/37_train.stages.ipynb #2a470ca9
@@ -33,10 +34,9 @@ def _are_files(data):
 
 def _with_given(stage, data, images):
     "A stage with the files that it is given; rows from Python have none, and are no published data"
-    if images: stage = replace(stage, images=str(images))
-    file = data.get(stage.name, stage.data)
-    if not _are_files(file): return replace(stage, data=None, corpus=None)
-    return replace(stage, data=json.loads(json.dumps(file, default=str)))
+    given = given_files(stage, data, images)
+    if not _are_files(given['data']): given.update(data=None, corpus=None)
+    return replace(stage, **json.loads(json.dumps(given, default=str)))
 
 def _with_kept(stage, folder):
     "A stage with the files that earlier weights name, where they are of it"

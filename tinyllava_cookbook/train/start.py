@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ..ingredients import component_path
 from ..model.checkpoints import load
 from ..model.processor import compose
 from .recipes import Recipe
-from ..trust import vouched
+from ..trust import component_path, vouched
 
 # %% ../../nbs/34_train.start.ipynb #6a1f927b
 def start_model(

@@ -26,8 +26,8 @@ from ..model.vlm import VLMForConditionalGeneration, current_name
 from ..train.recipes import Stage, Tune
 from ..train.run_log import read_run
 from ..train.tuning import apply_tune
-from .attention import (AnswerAttention, answer_inputs, explain_answer, overlay,
-                                              token_log_probs)
+from .attention import (AnswerAttention, EmptyAnswer, answer_inputs, explain_answer,
+                                              overlay, token_log_probs)
 from ..weights import check_finite, open_weights
 
 # %% ../../nbs/63_viz.checkpoints.ipynb #181ce6be
@@ -151,9 +151,7 @@ def _probability(model, asked):
 def _own_answer(model, processor, image, question, max_new_tokens):
     "The model's own answer as inputs; `None` where it is empty"
     try: return answer_inputs(model, processor, image, question, None, max_new_tokens)
-    except ValueError as error:
-        if 'is empty' not in str(error): raise
-        return None
+    except EmptyAnswer: return None
 
 def _answer_of(one, image, question, wanted, method, max_new_tokens, device):
     "What one checkpoint says"

@@ -18,7 +18,7 @@ from ..core import IGNORE, Table
 from ..data.mixtures import Mixture
 from ..data.images import best_canvas, pinpoints, target_size
 from ..data.masks import KIND_COLORS, token_kinds
-from ..data.records import Sample, naming, read_sample
+from ..data.records import naming, read_sample
 from .places import Box, canvas_to_image, shown_box
 
 # %% ../../nbs/61_viz.data.ipynb #6217c9c5
@@ -215,8 +215,7 @@ def _count(rows, places, encoder):
     "Tokens and supervised tokens of each of these samples"
     counts = []
     for i in map(int, places):
-        row = rows[i]
-        sample = row if isinstance(row, Sample) else read_sample(row, i)
+        sample = read_sample(rows[i], i)
         with naming(f'sample {sample.id!r}'):
             ids, labels, _ = encoder.tokens(sample)
         counts.append((len(ids), sum(label != IGNORE for label in labels)))

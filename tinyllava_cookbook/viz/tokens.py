@@ -100,12 +100,13 @@ def _norm_seen(decoder, seen):
 # %% ../../nbs/62_viz.tokens.ipynb #53ef0172
 def layer_states(
     decoder:nn.Module, # Of a language model
-    run,               # A function that runs it once, with `output_hidden_states=True`, and returns its output
+    run,               # What runs it once: itself, or a model around it
+    **inputs,          # Of `run`
 ) -> tuple:            # Hidden states before the final norm, one for the input and one after each layer; and the norm
     "What every layer of a decoder gives out, and the norm that comes after the last"
     seen = {}
     with _norm_seen(decoder, seen):
-        states = run().hidden_states
+        states = run(**inputs, output_hidden_states=True, use_cache=False).hidden_states
     for module,(before_btd,after_btd) in seen.items():
         same = after_btd.shape == states[-1].shape and torch.equal(
             after_btd, states[-1])
@@ -142,10 +143,7 @@ def logit_lens(
     positions=None,       # Which; `None` takes all
 ) -> LogitLens:           # Layer 0 is the input of the first layer
     "Read every layer with the output layer"
-    def run():
-        return model.model(**asked.inputs, output_hidden_states=True,
-                           use_cache=False)
-    states, norm = layer_states(model.language_model, run)
+    states, norm = layer_states(model.language_model, model.model, **asked.inputs)
     ids = asked.inputs['input_ids'][0]
     at = _positions(positions, len(ids))
     layers = [model.output_head(norm(h_btd[:, at]))[0].float().softmax(-1) for h_btd in states]
@@ -252,10 +250,7 @@ def words_to_image(
     layer:int=0,         # States of which layer: 0 is the image tokens themselves
 ) -> Tensor:             # (words, n)
     "Cosine between words, as the output layer knows them, and image tokens as a layer holds them"
-    def run():
-        return model.model(**asked.inputs, output_hidden_states=True,
-                           use_cache=False)
-    states, _ = layer_states(model.language_model, run)
+    states, _ = layer_states(model.language_model, model.model, **asked.inputs)
     layer = layer_number(layer, len(states))
     here = image_places(processor, asked)
     ids = [_first_id(processor, word) for word in words]

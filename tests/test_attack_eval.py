@@ -415,3 +415,24 @@ def test_a_submission_has_the_name_that_was_given(home, tmp_path):
         with pytest.raises(ValueError, match='answers.json. holds the answers and would be written over; give another out'):
             R.submission('mmvet', answers, home/'data', out=tmp_path/name)
     assert read_jsonl(answers) == rows
+
+def test_a_split_of_nothing_is_not_the_usual_one(capsys, home):
+    "`--split scienceqa=$SPLIT` with a variable that is not set"
+    for option in ('--split', '--graded'):
+        code, _, err = run(capsys, 'eval', home/'model', '--bench', 'scienceqa', '--data', home/'data', '--out', home/'no', option, 'scienceqa=')
+        assert code == 2 and f'{option} scienceqa= says nothing' in err
+
+def test_grades_of_other_answers_are_not_taken(tmp_path):
+    "`--graded mmbench=FILE` of an earlier run scored that run's answers in the name of this one"
+    said = [dict(question_id=i, text=text) for i,text in enumerate(('A', 'Hm'))]
+    answers, old, new = (write_lines(tmp_path/name, rows) for name,rows in
+                         dict(a=said, old=[said[0] | dict(text='B'), said[1] | dict(choice='A')], new=[said[0], said[1] | dict(choice='A')]).items())
+    R.check_judged('mmbench', new, answers)
+    with pytest.raises(ValueError, match="judges another answer to mmbench '0': 'B', not 'A'"): R.check_judged('mmbench', old, answers)
+    R.check_judged('mmvet', write_lines(tmp_path/'vet', [dict(question_id=0, score=[.5])]), answers)   # which holds no answer
+
+def test_a_model_is_known_before_it_answers(opened, tmp_path):
+    "bitsandbytes packs 4-bit weights when they first run on a CPU: --blind after that was another model's, and could not be resumed"
+    item = Item(1, None, 'What?', 'red')
+    R.answer_and_score(*opened, [item], tmp_path, max_new_tokens=1, progress=False, who=dict(weights='as they were loaded'))
+    assert read_json(tmp_path/'run.json')['weights'] == 'as they were loaded'

@@ -1,4 +1,5 @@
 "Views that would show a plausible picture of something else: layers, heads, positions, grids and cases that are not there."
+import numpy as np
 import pytest
 
 torch = pytest.importorskip('torch')
@@ -9,13 +10,14 @@ from tinyllava_cookbook.data.records import Sample
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.infer.generate import supervised_ids, user_turn
-from tinyllava_cookbook.viz import attention, checkpoints, data as D, tokens
+from tinyllava_cookbook.data.images import load_image
+from tinyllava_cookbook.viz import attention, checkpoints, data as D, explorer, tokens
 from tinyllava_cookbook.viz.attention import answer_attention, answer_inputs, conversation_inputs, explain_answer, tower_attention
 from tinyllava_cookbook.viz.causal import (answer_batch, answer_log_probs, attention_values, layer_activations, object_tokens, occluded,
                                            patched_log_probs, patching_effects, relevance_values, rollout_values, token_blocks)
 from tinyllava_cookbook.viz.explorer import DatasetExplorer, explore_attention, png
 from tinyllava_cookbook.viz.places import TokenMap, merge_maps, shown_box, token_maps
-from tinyllava_cookbook.viz.probes import attention_calls, attention_rows
+from tinyllava_cookbook.viz.probes import AttentionCall, attention_calls, attention_rows, in_eval, output_gradients
 from tinyllava_cookbook.viz.tokens import earlier_words, lens_maps, logit_lens, nearest_words, next_words, words_to_image
 
 pytestmark = pytest.mark.takes(8)
@@ -195,6 +197,37 @@ def test_shares_of_values_that_are_no_attention(opened, asked):
     seen.weights = 0*seen.weights
     assert seen.share().eq(0).all()
 
+def test_the_share_of_one_head_is_not_that_of_all(opened, asked):
+    "The map was of the head that was chosen, the number above it of all of them"
+    pytest.importorskip('ipywidgets')
+    seen = explain_answer(*opened, asked)
+    for head in 0, 3:
+        assert torch.allclose(seen.share(1, head), seen.of_layer(1)[head][..., seen.places].sum(-1), atol=1e-6)
+        assert torch.allclose(seen.on_image(1, head), seen.on_tokens(1, head).sum(-1), atol=1e-6)
+    titles = [ax.get_title() for ax in attention.show_attention(seen, 1, 3).axes]
+    assert f'{seen.share(1, 3)[0]:.0%}' in titles[1]
+    sliders = explore_attention(*opened, RED, 'what?', answer='red and blue')
+    for name, value in dict(layer=1, head=3).items(): sliders.controls[name].value = value
+    assert f'{seen.share(1, 3)[0]:.0%} on the image' in sliders.line.value
+
+def test_answers_over_a_run_of_which_one_says_nothing():
+    "The column of the others was gone with it"
+    seen = attention.AnswerAttention(RED, 'what?', ['red'], torch.full((1, 1, 1, 4), .25), torch.arange(2), [0], [])
+    told = [checkpoints.CheckpointAnswer('first', 1, '', 0., .1, None), checkpoints.CheckpointAnswer('last', 9, 'red', .9, .9, seen)]
+    assert [row['on_image'] for row in checkpoints.answers_table(told)] == [None, .5] and 'on_image' in repr(checkpoints.answers_table(told))
+
+def test_explorers_of_nothing_and_columns_that_are_not_there(opened, asked):
+    "A bare TraitError, KeyError, TypeError and IndexError"
+    pytest.importorskip('ipywidgets')
+    wrong = dict(kind='color', prompt='what?', text='red', answer='blue', correct=False, question_id=1)
+    lens = logit_lens(*opened, asked, [3, 5])
+    cases = {'there are no samples': lambda: DatasetExplorer([], opened[1]), '0 models and 1 questions': lambda: explorer.explore_two({}, [RED], ['what?']),
+             '1 models and 0 questions': lambda: explorer.explore_two(dict(one=opened), [], []),
+             "no image of question 1; images has ..1..": lambda: explorer.explore_errors([wrong], {'1': RED}),
+             'position 5 is not in a text of 2 tokens': lambda: tokens.show_lens(lens, [5]), 'no position is given': lambda: logit_lens(*opened, asked, [])}
+    for says, look in cases.items():
+        with pytest.raises(ValueError, match=says): look()
+
 def test_an_image_that_was_held_sideways(opened, tmp_path):
     "The model saw it upright, its map lay on it as it is stored"
     exif = Image.Exif()
@@ -245,6 +278,63 @@ def test_layers_that_do_not_attend(tmp_path):
     with attention_rows(llm, [5]) as found: llm(ids, use_cache=False)
     assert sorted(found) == [1, 3]
     with pytest.raises(ValueError, match=r'layers \[0, 2\] of Lfm2Model do not attend'), attention_calls(llm): llm(ids, use_cache=False)
+    last = lfm2.Lfm2Model(lfm2.Lfm2Config(vocab_size=30, hidden_size=16, intermediate_size=32, num_attention_heads=2,
+                                          num_key_value_heads=1, num_hidden_layers=3, layer_types=['full_attention', 'full_attention', 'conv']))
+    with pytest.raises(ValueError, match=r'layers \[2\] of Lfm2Model do not attend'), attention_calls(last): last(ids, use_cache=False)
+    assert not any(part._forward_pre_hooks for part in last.modules())
+
+def test_an_empty_answer_is_named(opened):
+    "It was a bare IndexError of logit_lens, and a view of nothing of next_words"
+    with pytest.raises(ValueError, match="the answer to '<image>.*what.' is empty"): conversation_inputs(*opened, [user_turn('what?', 1)], [RED], [])
+
+def test_conversations_that_are_never_answered(opened):
+    "One that ends with the assistant, and one of more tokens than the model reads: views showed numbers of both"
+    ends = [user_turn('what?', 1), dict(role='assistant', content='red')]
+    with pytest.raises(ValueError, match='does not end with the user'): conversation_inputs(*opened, ends, [RED], [5])
+    with pytest.raises(ValueError, match='does not end with the user'): conversation_inputs(*opened, [], [RED], [5])
+    most = opened[0].config.text_config.max_position_embeddings
+    with pytest.raises(ValueError, match=f'tokens, but the model reads {most}'): conversation_inputs(*opened, [user_turn('what?', 1)], [RED], [5]*most)
+
+def test_a_view_of_a_model_that_answers_writes_no_mode():
+    "Each part's mode is left alone where none is in training, and put back where some are"
+    class Part(torch.nn.Module):
+        def __setattr__(self, name, value):
+            wrote.append(name)
+            super().__setattr__(name, value)
+    wrote = []
+    both = torch.nn.Sequential(Part(), Part().eval())
+    look = in_eval(lambda model: [part.training for part in model])
+    assert look(both) == [False, False] and [part.training for part in (both, *both)] == [True, True, False]
+    both.eval()
+    wrote.clear()
+    assert look(both) == [False, False] and not wrote
+
+@pytest.mark.parametrize('mode', ['I;16', 'CMYK', 'P', 'LA', 'F'])
+def test_what_is_drawn_is_what_the_model_is_shown(opened, mode):
+    "Grey of 16 bits was drawn in false colours, and all white below a map; a transparent image without its white"
+    grey = Image.linear_gradient('L')
+    wide = Image.fromarray(np.asarray(grey).astype('uint16')*257)
+    image = {'I;16': wide, 'F': grey.convert('F'), 'LA': grey.convert('LA')}.get(mode) or grey.convert('RGB').convert(mode)
+    if mode == 'P': image.info['transparency'] = 0
+    drawn = conversation_inputs(*opened, [user_turn('what?', 1)], [image], [5]).image
+    assert drawn.mode == 'RGB' and drawn.tobytes() == load_image(image).tobytes()
+
+def test_gradients_that_do_not_arrive_are_named():
+    "Layers in 4 bits pass none on some CPUs: torch said that a tensor at index 0 was not used"
+    layers = [AttentionCall(*[None]*4, {}, True, torch.ones(2, requires_grad=True)) for _ in range(2)]
+    with pytest.raises(ValueError, match=r'attention of layers \[0\]: .* 4 bits'): output_gradients(layers[1].output.sum(), layers)
+
+def test_the_mean_of_a_loss_ends_with_its_stage(tmp_path):
+    "Losses of two stages mean different things: at the border the mean was of both"
+    from tinyllava_cookbook.train.run_log import LOG, json_line, read_run
+    from tinyllava_cookbook.viz.training import show_runs
+    for name, loss in dict(a=4., b=1.).items():
+        (tmp_path/name).mkdir()
+        rows = [dict(step=0, event='begin', max_steps=20, time=100.+loss), *(dict(step=i, loss=loss, time=100.) for i in range(1, 21))]
+        (tmp_path/name/LOG).write_text(''.join(map(json_line, rows)))
+    fig = show_runs([read_run(tmp_path)])
+    drawn = [line.get_ydata().tolist() for line in fig.axes[0].lines if len(line.get_xdata()) > 2]
+    assert [o for o in drawn if o not in ([4.]*20, [1.]*20)] == [] and len(drawn) == 4
 
 def test_one_layer_needs_no_list(opened, asked):
     assert explain_answer(*opened, asked, layers=-1).weights.equal(explain_answer(*opened, asked, layers=[1]).weights)
@@ -252,10 +342,10 @@ def test_one_layer_needs_no_list(opened, asked):
 def test_an_explorer_of_one_layer(parts):
     "Rollout has no layer 0 and no head 2; and the sliders name the layers that attend"
     pytest.importorskip('ipywidgets')
-    explorer = explore_attention(*parts('siglip', over=dict(num_hidden_layers=1)), RED, 'what?', answer='red')
-    assert explorer.controls['layer'].options == (('mean', 'mean'), ('0', 0))
-    for name, value in dict(layer=0, head=2, method='rollout').items(): explorer.controls[name].value = value
-    assert explorer.picture.value and 'on the image' in explorer.line.value
+    sliders = explore_attention(*parts('siglip', over=dict(num_hidden_layers=1)), RED, 'what?', answer='red')
+    assert sliders.controls['layer'].options == (('mean', 'mean'), ('0', 0))
+    for name, value in dict(layer=0, head=2, method='rollout').items(): sliders.controls[name].value = value
+    assert sliders.picture.value and 'on the image' in sliders.line.value
 
 def test_figures_of_tokens_that_no_font_shows(opened, recwarn):
     "Matplotlib warned of missing glyphs, and the label was empty; it warned of tensors, too"

@@ -54,6 +54,19 @@ def test_maps_are_those_of_the_attention_notebook(site, model):
     top, left = divmod(int(heat.nan_to_num().argmax()), heat.shape[1])
     assert abs(peak[1]/len(cells) - top/heat.shape[0]) < .2 and abs(peak[2]/len(cells[0]) - left/heat.shape[1]) < .2
 
+def test_maps_are_of_the_answer_in_its_conversation(service):
+    "The last question was asked alone, about a small copy of the last image, which has other tiles"
+    from tinyllava_cookbook.viz.attention import conversation_inputs, explain_answer
+    first, second = Image.new('RGB', (64, 64), 'red'), Image.new('RGB', (900, 600), 'blue')
+    turns = [generate.user_turn('what?', 1), dict(role='assistant', content='red'), generate.user_turn('and this?', 1)]
+    found = demo.where_it_looked(service, turns, [first, second], 'blue')
+    of = service.model, service.processor
+    asked = conversation_inputs(*of, turns, [first, second], generate.supervised_ids(of[1], turns, 'blue')[:-1])
+    expected = explain_answer(*of, asked)
+    assert [o['share'] for o in found['tokens']] == expected.on_image().tolist() and found['tokens'][0]['map'] == demo.coarse(expected.heat())[0]
+    page = Image.open(io.BytesIO(base64.b64decode(found['image'].split(',')[1])))
+    assert page.size == (448, 299)
+
 def test_of_a_long_answer_only_what_is_shown_is_computed(site, monkeypatch):
     "Maps of 20,000 characters took the memory of the machine, for 48 that the page gets"
     asked = []

@@ -1,5 +1,5 @@
 "Published models by name, against a small mirror of the Hub on this machine; no other network."
-import hashlib, json, threading
+import hashlib, json, re, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -165,3 +165,15 @@ def test_names_of_recipes():
     assert hub_id('TinyLLaVA-share-Sig-StLM') == 'bczhou/TinyLLaVA-2.0B' and hub_id('TinyLLaVA-base-Sig-Qwen2-0.5B').startswith('Zhang199/')
     own = recipe('tinyllava_share').to_dict() | dict(vision='openai/clip-vit-large-patch14-336', llm='stabilityai/stablelm-2-zephyr-1_6b')
     assert name_of_recipe(own) == 'TinyLLaVA-share-C-StLM'
+
+@pytest.mark.parametrize('name,says', [('runs/first/modle', "did you mean 'runs/first/model'?"), ('runs/frist/model', "did you mean 'runs/first'?"), ('runs/first/x/y', "'runs/first' holds the folders ['model']"),
+    ('bczhou/TinyLLaVA-3.1', "did you mean 'bczhou/TinyLLaVA-3.1B'?"), ('runs/frist', "did you mean 'runs/first'?"), ('no/such/model', "lists: ['LLaVA-1.5-13B'"), ('~/mine', "lists: ['LLaVA-1.5-13B'"), ('nobody', "lists: ['LLaVA-1.5-13B'")])
+def test_a_name_that_is_nothing_says_what_may_be_given(tmp_path, monkeypatch, name, says):
+    (tmp_path/'runs'/'first'/'model').mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=re.escape(says)): fetch_model(name)
+
+def test_a_published_model_that_is_not_here_is_not_said_to_be_meant(monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    with pytest.raises(FileNotFoundError) as told: fetch_model('bczhou/TinyLLaVA-3.1B')
+    assert 'did you mean' not in str(told.value)

@@ -1,5 +1,5 @@
 "Scoring beyond the official numbers: bad input, other forms of files, order, intervals, comparisons, speed."
-import json, os, random, subprocess, sys
+import json, os, random, re, subprocess, sys
 import pytest
 from hypothesis import given, settings, strategies as st
 from tinyllava_cookbook.eval import scoring as S
@@ -283,6 +283,37 @@ def test_an_own_score_that_forgets_questions():
     try:
         with pytest.raises(ValueError, match="score 'own' gives 1 verdicts for 2 questions"): score_items([Item(i, None, 'a?', 'b') for i in range(2)], ['b', 'c'], 'own')
     finally: scores.remove('own')
+
+@pytest.mark.parametrize('bench,option,value', [('vqav2', 'convert', 'False'), ('gqa', 'partial', 'no'), ('pope', 'eps', float('nan')), ('pope', 'questions', ''),
+    ('mmmu', 'seed', 'x'), ('mmvet', 'subset', []), ('scienceqa', 'split', [])])
+def test_options_are_of_their_kind(tmp_path, bench, option, value):
+    "'False' and 'no' were taken for true, as any text is; an empty list ended in an IndexError"
+    with pytest.raises(ValueError, match=re.escape(f'{bench}: {option} is {value!r}, not ')):
+        S.score_file(bench, tmp_path, tmp_path/'a.jsonl', **{option: value})
+
+def test_nothing_to_score_is_named(tmp_path):
+    "An empty split, and ids that MM-Vet has not, which were left out in silence"
+    dump(tmp_path/'problems.json', {'1': dict(choices=['a', 'b'], answer=0)})
+    dump(tmp_path/'pid_splits.json', dict(test=[]))
+    with pytest.raises(ValueError, match='no questions to score; the benchmark'): S.scienceqa(tmp_path, [dict(question_id=1, text='A')])
+    with pytest.raises(ValueError, match="subset: 'v1_9' is no question of MM-Vet; its ids are like 'v1_0'"): S.mmvet_subset({'v1_0': {}}, ['v1_0', 'v1_9'])
+
+def test_letters_of_mmbench_are_among_its_options(tmp_path):
+    "A judge's letter that is no option would be a miss in silence; a reference that is none is a miss, as officially, and counted"
+    rows = [dict(index=i, question='What?', A='cat', B='dog', answer=answer) for i,answer in ((1, 'B'), (2, 'C'))]
+    dump(tmp_path/'items.json', rows)
+    said = [dict(question_id=1, text='Hm', choice='Z'), dict(question_id=2, text='A')]
+    score = S.mmbench(tmp_path, said)
+    assert score.value == 0 and score.problems['answers_beyond_options'] == 1
+    for odd in ('b', 'C', 'AB', 1):
+        with pytest.raises(ValueError, match=rf"question 1: choice {odd!r} is none of its letters \['A', 'B'\]"): S.mmbench(tmp_path, [said[0] | dict(choice=odd), said[1]])
+
+@pytest.mark.parametrize('answer', [-1, 2, 'A', None])
+def test_an_answer_of_scienceqa_is_one_of_its_choices(tmp_path, answer):
+    "-1 is also what a prediction without a letter is read as: it was right"
+    dump(tmp_path/'problems.json', {'1': SQA | dict(answer=answer)})
+    dump(tmp_path/'pid_splits.json', dict(test=['1']))
+    with pytest.raises(ValueError, match=f"problem '1': answer {answer!r} is none of its 2 choices"): S.scienceqa(tmp_path, [dict(question_id=1, text='Hm')])
 
 def test_a_scorer_says_by_its_signature_whether_it_needs_files(tmp_path):
     def needs(annotations, answers): pass

@@ -83,10 +83,11 @@ def _remove_answers(folder):
 def _eval_questions(a, model, processor, items):
     "Scores with the images and, with --blind, without; answers are written as they come"
     with importing():
+        from tinyllava_cookbook.eval.identity import identity
         from tinyllava_cookbook.eval.run import answer_and_score
     folder = Path(a.out) if a.out else Path(f'{a.answers}.run') if a.answers else None
     how = dict(batch_size=a.batch_size, score='pope' if a.pope else 'exact', progress=sys.stderr.isatty(),
-               model_id=Path(a.model).name, anew=a.anew)
+               model_id=Path(a.model).name, anew=a.anew, who=identity(model, processor))
     res = answer_and_score(model, processor, items, folder, **how)
     blind = answer_and_score(model, processor, items, folder and folder/'blind', blind=True, **how) if a.blind else None
     if res is None or a.blind and blind is None: return None, None
@@ -96,12 +97,19 @@ def _eval_questions(a, model, processor, items):
     return res, blind
 
 # %% ../../nbs/93_commands.evaluation.ipynb #25f72f79
+def _named(texts, option):
+    "A value for each benchmark; an empty one would be taken for none"
+    found = pairs(texts, option)
+    if empty := [name for name,value in found.items() if not value.strip()]:
+        raise Usage(f"{option} {empty[0]}= says nothing; give a value, or leave it out")
+    return found
+
 def _eval_benches(a):
     from tinyllava_cookbook.eval.benchmarks import load_all
     if not a.data or not a.out:
         raise Usage("--bench needs --data DIR, the benchmarks' files, and --out DIR")
-    splits, graded = pairs(a.splits, '--split'), pairs(
-        a.graded, '--graded')
+    splits = _named(a.splits, '--split')
+    graded = _named(a.graded, '--graded')
     # before the weights are loaded
     items = load_all(a.bench.split(','), a.data, splits, graded, a.allow_partial)
     check_given(a.model)

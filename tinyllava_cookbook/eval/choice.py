@@ -43,6 +43,9 @@ def _shown(problem, row):
 # %% ../../nbs/52_eval.choice.ipynb #35e086ac
 def _sqa_item(id, problem, row):
     "A scored question; one without an answer is wrong"
+    if problem['answer'] not in range(len(problem['choices'])):
+        raise ValueError(f"problem {id!r}: answer {problem['answer']!r} is none of its "
+                         f"{len(problem['choices'])} choices, counted from 0")
     text = None if row is None else said(row)
     letter = 'FAILED' if text is None else sqa_answer(text)
     known = letter in LETTERS[:len(problem['choices'])]
@@ -71,10 +74,9 @@ def _sqa_tables(items):
               for name,column in names.items()}
     bare = [item for item in items
             if not (item['has_text'] or item['has_image'])]
-    tables['context'] = dict(text=_percent([item for item in items
-                                            if item['has_text']]),
-                             image=_percent([item for item in items if item['has_image']]),
-                             none=_percent(bare))
+    some = lambda key: [item for item in items if item[key]]
+    tables['context'] = dict(text=_percent(some('has_text')),
+                             image=_percent(some('has_image')), none=_percent(bare))
     return tables
 
 # %% ../../nbs/52_eval.choice.ipynb #6a586a62
@@ -97,11 +99,9 @@ def scienceqa(
     problems = read_json(path)
     splits = read_json(path.with_name('pid_splits.json'))
     if split not in splits:
-        raise ValueError(f"no split {split!r}; choose from "
-                         f"{sorted(splits)}")
+        raise ValueError(f"no split {split!r}; choose from {sorted(splits)}")
     by_id, wrong = match(answers, splits[split], partial, lenient=True)
-    items = [_sqa_item(id, problems[id], by_id.get(id))
-             for id in splits[split]]
+    items = [_sqa_item(id, problems[id], by_id.get(id)) for id in splits[split]]
     return Score('scienceqa', 'accuracy', _sqa_metrics(items),
                  _sqa_tables(items), items, wrong, 100.)
 
@@ -187,8 +187,7 @@ def mmmu_right(
     texts = [value for value in values if isinstance(value, str)]
     for answer in parsed:
         if answer in values: return True
-        if isinstance(answer,
-                      str) and any(text in answer for text in texts):
+        if isinstance(answer, str) and any(text in answer for text in texts):
             return True
     return False
 
@@ -258,8 +257,7 @@ def _mmmu_item(id, entry, row, rng):
 # %% ../../nbs/52_eval.choice.ipynb #fe7ae1f0
 def _mmmu_tables(items):
     "Accuracy per subject and per domain"
-    named = [dict(item, kind=_domain.get(item['kind'], 'other'))
-             for item in items]
+    named = [dict(item, kind=_domain.get(item['kind'], 'other')) for item in items]
     found = table(named, 'kind')
     domains = {name: found[name]
                for name in [*MMMU_DOMAINS, 'other'] if name in found}
@@ -360,40 +358,37 @@ def mmbench_gold(
         raise ValueError(f"{str(path)!r} has no answers; this split is "
                          "scored by its server")
     for row in rows:
-        letters = [letter for letter in 'ABCDEFGHI'
-                   if row.get(letter) not in empty]
+        letters = [letter for letter in 'ABCDEFGHI' if row.get(letter) not in empty]
         row['options'] = {letter: row[letter] for letter in letters}
     return {_index(row['index']): row for row in rows}
-
-# %% ../../nbs/52_eval.choice.ipynb #1949fd1f
-def _per_split(items):
-    "Mean score of each split that is there"
-    groups = {}
-    for item in items:
-        groups.setdefault(item['split'], []).append(item['score'])
-    return {split: mean(scores) for split,scores in groups.items()}
 
 # %% ../../nbs/52_eval.choice.ipynb #7ba657e7
 def _mmb_report(items):
     "VLMEvalKit's table: overall, abilities, categories, per split"
-    rows = {'Overall': _per_split(items)}
+    rows = {'Overall': table(items, 'split')}
     for column in ('l2','kind'):
-        for value in sorted({item[column]
-                             for item in items if item[column]}):
+        for value in sorted({item[column] for item in items if item[column]}):
             some = [item for item in items if item[column]==value]
-            rows[_L2.get(value, value)] = _per_split(some)
+            rows[_L2.get(value, value)] = table(some, 'split')
     return rows
 
 # %% ../../nbs/52_eval.choice.ipynb #d1f919d0
+def _mmb_choice(index, question, row):
+    "A judge's letter, `False` without one"
+    choice = row.get('choice') or False
+    letters = [*question['options'], 'Z', False]
+    if choice in letters: return choice
+    raise ValueError(f"question {index!r}: choice {choice!r} is none of its "
+                     f"letters {letters[:-2]}, nor 'Z' for none of them")
+
 def _mmb_pass(index, question, row):
     "One turn of the options: prediction, parsed choice, verdict"
     text, read = None, False
     if row:
         text = said(row, 'prediction')
         read = mmbench_infer(text, question['options'])
-    return dict(index=index, text=text, read=read,
-                parsed=read or row.get('choice', False),
-                answer=question['answer'])
+    parsed = read or _mmb_choice(index, question, row)
+    return dict(index=index, text=text, read=read, parsed=parsed, answer=question['answer'])
 
 FIRST_PASS = 1_000_000    # Indices of the first turn are below; the k-th adds k times as much
 
@@ -404,8 +399,7 @@ def mmbench_passes(
     partial:bool=False,  # Score what there is?
 ) -> tuple[dict,dict]:   # Index of each question to its passes, and the counts of what did not match
     "Prediction and parsed choice in each pass of each question"
-    rows = [{**row, 'question_id': _index(row['question_id'])}
-            for row in answers]
+    rows = [{**row, 'question_id': _index(row['question_id'])} for row in answers]
     by_id, problems = match(rows, list(gold), partial)
     passes = {i: [] for i in gold if i<FIRST_PASS}      # as officially: no first pass, no question
     judged = 0
@@ -416,10 +410,11 @@ def mmbench_passes(
         passes[i % FIRST_PASS].append(one)
         judged += bool(one['parsed'] and not one['read'])
     # fewer turns of the options than officially: easier to get all right
-    short = [i for i,some in passes.items()
-             if len(some)<len(gold[i]['options'])]
+    short = [i for i,some in passes.items() if len(some)<len(gold[i]['options'])]
+    # a letter that no prediction can be read as: a miss, as officially
+    beyond = [i for i,row in gold.items() if row['answer'] not in row['options']]
     return passes, problems | dict(short_passes=len(short),
-                                   judged=judged)
+                                   judged=judged, answers_beyond_options=len(beyond))
 
 # %% ../../nbs/52_eval.choice.ipynb #d62fa560
 def _mmb_item(index, question, passes):

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'BENCHES', 'check_text', 'Item', 'answer_row', 'need', 'checked', 'checked_rows', 'lacking', 'image_file',
-           'find', 'Bench', 'bench', 'as_written', 'check_split', 'load_benchmark', 'incomplete']
+           'find', 'Bench', 'bench', 'as_written', 'check_split', 'check_options', 'load_benchmark', 'incomplete']
 
 # %% ../../nbs/48_eval.items.ipynb #318ca0ee
+import inspect, math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -261,6 +262,36 @@ def check_split(
     only = BENCHES[name].split
     if split and split!=only:
         raise ValueError(f"{name} has no split {split!r}; choose from {[only]}")
+
+# %% ../../nbs/48_eval.items.ipynb #42063fd3
+def _number(value):
+    "Is it one, neither NaN nor infinite?"
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return plain and math.isfinite(value)
+
+_FITS = {   # Type of a default -> what a value is to be, and is it?
+    bool: ('true or false as JSON writes them', lambda value: isinstance(value, bool)),
+    int: ('a whole number', lambda value: type(value) is int),
+    float: ('a number', _number),
+    str: ('a text', lambda value: isinstance(value, str)),
+    type(None): ('a file or a list', lambda value: value not in ('', [], {}))}
+
+def check_options(
+    bench:str,       # For messages
+    scorer:Callable, # Takes annotations, answers and options
+    options:dict,    # Name to value
+):
+    "An error for an option that a scorer has not, and for a value of another kind than its default"
+    _,_,*known = inspect.signature(scorer).parameters.values()   # files and answers
+    usual = {one.name: one.default for one in known}
+    for name,value in options.items():
+        if name not in usual:
+            raise ValueError(f"{bench} has no option {name!r}; choose "
+                             f"from {list(usual)}")
+        what, fits = _FITS.get(type(usual[name]), ('', lambda value: True))
+        if not fits(value):
+            raise ValueError(f"{bench}: {name} is {value!r}, not {what}; "
+                             f"the default is {usual[name]!r}")
 
 # %% ../../nbs/48_eval.items.ipynb #f245a694
 def load_benchmark(

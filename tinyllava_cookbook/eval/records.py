@@ -306,6 +306,8 @@ def match(
     "Pair answers with questions by id"
     if not rows:
         raise ValueError("no answers to score")
+    if not ids:
+        raise ValueError("no questions to score; the benchmark's file, or the part of it that is asked for, is empty")
     by_id, twice, clash = _pair_up(rows)
     ids = [str(id) for id in ids]
     known = set(ids)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROUND', 'plan', 'rounds', 'ranks', 'rank_device', 'answer_chats', 'answer_batch', 'merge', 'answer_items',
-           'write_scores', 'run_eval', 'answer_and_score']
+           'check_judged', 'write_scores', 'run_eval', 'answer_and_score']
 
 # %% ../../nbs/57_eval.run.ipynb #b3a7bb53
 import os, tempfile, time
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..core import rank_and_world, read_json, to_json, versions, write_json, write_lines
 from .identity import asked_hash, identity, image_hash
 from .benchmarks import BENCHES, Item, answer_row, load_all, score_items, scores
-from .records import read_jsonl
+from .records import read_answers, read_jsonl
 from .scoring import check_references
 from .shards import ANEW, Shard, claim, read_shards, set_aside
 from .report import (SUBMISSIONS, annotations, as_published, results_table, score_answers,
@@ -227,6 +227,22 @@ def _wants_submission(name, splits):
     return name in SUBMISSIONS and (name!='vqav2'
                                     or splits.get(name, 'val')!='val')
 
+# %% ../../nbs/57_eval.run.ipynb #b5f8306e
+def check_judged(
+    name:str,          # A benchmark, for the message
+    graded:str|Path,   # A judge's file
+    answers:str|Path,  # answers.jsonl
+):
+    "An error where a judge has read other answers than these; where its file holds them"
+    rows = read_jsonl(answers, ('question_id', 'text'), None)
+    said = {str(row['question_id']): row['text'] for row in rows}
+    if len(said)<len(rows): return   # ids of images, each with several questions
+    for row in read_answers(graded):
+        id, text = str(row['question_id']), row.get('text')
+        if isinstance(text, str) and said.get(id, text)!=text:
+            raise ValueError(f"{str(graded)!r} judges another answer to {name} {id!r}: "
+                             f"{text[:60]!r}, not {said[id][:60]!r}; have these judged (tinyllava judge)")
+
 # %% ../../nbs/57_eval.run.ipynb #24098ffb
 def _collect(items, done, out, data_dir, splits,
              graded, partial, allow_partial):
@@ -239,7 +255,10 @@ def _collect(items, done, out, data_dir, splits,
         split = splits.get(name)
         if _wants_submission(name, splits) and not partial:
             submission(name, out/name/'answers.jsonl', data_dir, split)
-        answers = graded.get(name, out/name/'answers.jsonl')
+        answers = out/name/'answers.jsonl'
+        if name in graded:
+            check_judged(name, graded[name], answers)
+            answers = graded[name]
         results[name] = score_answers(name, answers, data_dir,
                                       split, name in graded, partial,
                                       allow_partial)
@@ -354,10 +373,10 @@ def answer_and_score(
     blind:bool=False,       # Zero the pixels
     progress:bool=True,     # Show a bar
     anew:bool=False,        # Begin again, and keep what is there in `old-N`?
+    who:dict|None=None,     # From `identity`; `None`: found out
 ) -> dict|None:             # `score_items`' result, `blind`, `seconds`; `None`: other ranks have work left
     "Answer questions of one's own, and score them"
-    if not items:
-        raise ValueError("no questions to ask")
+    if not items: raise ValueError("no questions to ask")
     if score=='exact': check_references(items)
     scores[score]                      # an unknown name fails before the work, not after it
     start = time.perf_counter()
@@ -366,7 +385,7 @@ def answer_and_score(
         path = answer_items(model, processor, items,
                             folder or f'{nowhere}/{score}', batch_size,
                             max_new_tokens, model_id, blind,
-                            rank, world, progress, anew)
+                            rank, world, progress, anew, who)
         if path is None: return None
         rows = read_jsonl(path, ('answer_id', 'text'), 'answer_id')
     seconds = round(time.perf_counter()-start, 2)

@@ -12,7 +12,7 @@ import inspect, math
 from pathlib import Path
 from typing import get_args
 from ..core import Registry, Table, read_json
-from .items import Item, as_written, find
+from .items import Item, as_written, check_options, find
 from .results import Score, compare, mean, percentile_interval, ratio
 from .records import ASIDE, collector_paused, match, read_answers, said
 from .yesno import (POPE_CATEGORIES, POPE_OFFSETS, mme, mme_answer, pope, pope_answer,
@@ -242,6 +242,9 @@ def mmvet_subset(
     "Some of the questions"
     if some is None: return data
     ids = some if isinstance(some, (list,set)) else read_json(some)
+    if lost := [id for id in ids if id not in data]:
+        raise ValueError(f"subset: {lost[0]!r} is no question of MM-Vet; its "
+                         f"ids are like {next(iter(data))!r}")
     return {id: entry for id,entry in data.items() if id in ids}
 
 # %% ../../nbs/53_eval.scoring.ipynb #35bdcb9b
@@ -427,12 +430,9 @@ def score_file(
 ) -> Score:          # The official numbers
     "Score a file of answers"
     scorer = SCORERS[bench]
-    takes = inspect.signature(scorer).parameters
-    files,_,*known = takes
-    if odd := [key for key in options if key not in known]:
-        raise ValueError(f"{bench} has no option {odd[0]!r}; choose "
-                         f"from {known}")
-    if annotations is None and type(None) not in get_args(takes[files].annotation):
+    check_options(bench, scorer, options)
+    files,*_ = inspect.signature(scorer).parameters.values()
+    if annotations is None and type(None) not in get_args(files.annotation):
         raise ValueError(f"{bench} is scored by its own files; say where they are: "
                          "annotations=PATH, --annotations PATH")
     if annotations is not None and not Path(annotations).exists():

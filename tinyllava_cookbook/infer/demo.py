@@ -18,8 +18,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 from starlette.concurrency import run_in_threadpool
-from ..core import IMAGE_TOKEN, package_data
-from .generate import prompt_ids, supervised_ids, user_turn
+from ..core import package_data
+from .generate import prompt_ids, supervised_ids
 from .requests import Message, RequestError, Strict, conversation
 from .service import Service
 from ..viz.attention import conversation_inputs, explain_answer
@@ -32,7 +32,7 @@ class Inside(Strict):
     answer: str = Field(min_length=1, max_length=20_000)
 
 # %% ../../nbs/67_infer.demo.ipynb #0edb7315
-MAP_SIDE = 448   # Pixels of the longest side of an image whose maps are computed
+MAP_SIDE = 448   # Pixels of the longest side of an image that the page gets
 MAP_CELLS = 24   # Rows and columns of a map, at most
 MAP_TOKENS = 48  # Words of an answer with a map
 
@@ -70,17 +70,15 @@ def where_it_looked(
 ) -> dict:            # Image, words and maps
     "Attention of each word of an answer over the last image"
     if not images: return dict(image=None, tokens=[])
-    question = turns[-1]['content'].replace(IMAGE_TOKEN, '').strip()
     if not answer.strip(): raise ValueError("the answer is empty; there is nothing to look into")
     of = service.model, service.processor
-    turn = [user_turn(question, 1)]
-    new = supervised_ids(service.processor, turn, answer)[:-1][:MAP_TOKENS]
-    found = explain_answer(*of, conversation_inputs(*of, turn, [small_copy(images[-1])], new))
+    new = supervised_ids(service.processor, turns, answer)[:-1][:MAP_TOKENS]
+    found = explain_answer(*of, conversation_inputs(*of, turns, images, new))
     maps = coarse(found.heat())
     shares = found.on_image().tolist()
     tokens = [dict(text=text, share=share, map=one) for text, share,
               one in zip(found.tokens, shares, maps)]
-    return dict(image=_as_url(found.image), tokens=tokens)
+    return dict(image=_as_url(small_copy(found.image)), tokens=tokens)
 
 # %% ../../nbs/67_infer.demo.ipynb #252f02c0
 @torch.inference_mode()

@@ -7,7 +7,7 @@ __all__ = ['PARAMETERS', 'PART_IDS', 'LAYOUTS', 'models', 'paper_name', 'name_of
            'models_table', 'hub_id', 'fetch_settings', 'fetch_model', 'code_home']
 
 # %% ../../nbs/24_model.hub.ipynb #dce73ecc
-import difflib
+import difflib, re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -231,6 +231,28 @@ def _find(name):
     return next((o for o in known if name in (o.hub, o.rule)), None)
 
 # %% ../../nbs/24_model.hub.ipynb #ae8dfe82
+def _folders(path):
+    "Names of the folders in a folder"
+    try: return sorted(o.name for o in path.iterdir() if o.is_dir() and o.name[0] != '.')
+    except OSError: return []   # it may not be read
+
+def _near(name):
+    "What is called nearly so: a published model, or a folder on the way to a path"
+    published = {o.lower(): o for known in models for o in (known, models[known].hub)}
+    if name in published.values(): return ''
+    near = difflib.get_close_matches(name.lower(), published, 1)
+    here, wrong = Path(name).parent, Path(name).name
+    while not here.is_dir(): here, wrong = here.parent, here.name
+    folders = _folders(here)
+    beside = difflib.get_close_matches(wrong, folders, 1)
+    found = [published[o] for o in near] or [str(here/o) for o in beside]
+    if found: return f"; did you mean {found[0]!r}?"
+    return f"; {str(here)!r} holds the folders {folders[:12]}" if folders and str(here) != '.' else ''
+
+def _is_hub_name(name):
+    "Can it be owner/name?"
+    return bool(re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', name))
+
 def hub_id(
     name:str,  # A folder, a name of `models`, or owner/name
 ) -> str:      # A folder, or owner/name
@@ -241,11 +263,10 @@ def hub_id(
     if known:
         _check_opens(name, known)
         return known.hub
-    if '/' in name: return name
-    near = difflib.get_close_matches(name.lower(), [o.lower() for o in models], 1)
-    hint = [f"; did you mean {o!r}?" for o in models if o.lower() in near]
+    if _is_hub_name(name): return name
+    names = [o for o in models if models[o].opens]
     raise FileNotFoundError(f"no checkpoint folder {name!r}; give a folder or 'owner/name' of the Hub, "
-                            f"or a name that `tinyllava models` lists{''.join(hint)}")
+                            f"or a name that `tinyllava models` lists{_near(name) or f': {names}'}")
 
 # %% ../../nbs/24_model.hub.ipynb #8c490e37
 _LEFT = ['*.msgpack', '*.h5', '*.ot', '*.gguf', '*.onnx', '*.pt', '*.pth',
@@ -257,7 +278,7 @@ def _snapshot(hub, **which):
     try: return snapshot_download(hub, **which)
     except OSError as e:
         if e.errno: raise   # of the operating system: a full disk
-        raise FileNotFoundError(why_not_fetched(hub, e)) from e
+        raise FileNotFoundError(why_not_fetched(hub, e) + _near(hub)) from e
 
 def fetch_settings(
     name:str,  # As for `hub_id`

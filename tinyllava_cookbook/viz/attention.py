@@ -45,24 +45,40 @@ class AnswerInputs:
         return self.image.size[::-1]
 
 # %% ../../nbs/61_viz.attention.ipynb #65302863
-def _upright(image):
-    "An image as the model sees it, which heeds how the camera was held"
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return load_image(image) if turned else image
+def _shown(image):
+    "An image as the model is shown it: upright, in RGB; itself where it is so already"
+    plain = isinstance(image, Image.Image) and image.mode == 'RGB' and 'transparency' not in image.info
+    if plain and image.getexif().get(ExifTags.Base.Orientation, 1) == 1: return image
+    return load_image(image)
+
+def _check_conversation(turns, answer):
+    "An error where there is nothing to look at, or nobody has asked"
+    if not turns or turns[-1]['role'] != 'user':
+        raise ValueError("the conversation does not end with the user; what the assistant says last is `answer`")
+    if not answer:
+        raise EmptyAnswer(f"the answer to {turns[-1]['content'][:60]!r} is empty; views need one token of it or more")
+
+def _check_length(model, ids):
+    "An error for a text that is longer than what the model reads"
+    most = getattr(model.config.text_config, 'max_position_embeddings', None) or len(ids)
+    if len(ids) > most:
+        raise ValueError(f"prompt and answer have {len(ids)} tokens, but the model reads {most}; shorten them")
 
 def conversation_inputs(
     model,            # A `VLMForConditionalGeneration`
     processor,        # Its processor
     turns:list[dict], # A conversation that ends with the user
-    images:list,      # Its PIL images; may be none
+    images:list,      # Its images: paths, URLs or PIL images; may be none
     answer:list[int], # Token ids of the answer, without the end of the turn
 ) -> AnswerInputs:    # For one forward pass
     "A conversation, followed by an answer"
+    _check_conversation(turns, answer)
     prompt = prompt_ids(processor, turns, images)
+    _check_length(model, prompt+answer)
     ids = torch.tensor([prompt+answer], device=model.device)
     inputs = dict(input_ids=ids) | pixel_inputs(model, processor, images)
     tokens = [processor.tokenizer.decode([id_]) for id_ in answer]
-    image = _upright(images[-1]) if images else None
+    image = _shown(images[-1]) if images else None
     return AnswerInputs(image, turns[-1]['content'], prompt, answer, inputs, tokens)
 
 # %% ../../nbs/61_viz.attention.ipynb #38af81c6
@@ -123,22 +139,27 @@ class TokenWeights:
                 f"layer {layer!r} was not recorded; choose from {self.layers} or 'mean'")
         return self.weights[self.layers.index(layer)]
 
+    def of_heads(self, layer='mean', head='mean') -> Tensor:
+        "(heads, tokens, positions) of a layer: one head by its number, or all of them"
+        weights_htp = self.of_layer(layer)
+        n = len(weights_htp)
+        if head == 'mean': return weights_htp
+        if type(head) is not int or not -n <= head < n:
+            raise ValueError(f"head {head!r} of {n}; choose from 0 to {n-1}, or 'mean'")
+        return weights_htp[[head]]
+
     def on_tokens(self, layer='mean', head='mean') -> Tensor:
         "(tokens, n): values of image tokens, or of features where the connector asks"
-        weights_htn = self.of_layer(layer)[..., self.places]
-        n = len(weights_htn)
-        if head != 'mean' and (type(head) is not int or not -n <= head < n):
-            raise ValueError(f"head {head!r} of {n}; choose from 0 to {n-1}, or 'mean'")
-        weights_tn = weights_htn.mean(0) if head == 'mean' else weights_htn[head]
+        weights_tn = self.of_heads(layer, head)[..., self.places].mean(0)
         return weights_tn if self.query_patches is None else weights_tn @ self.query_patches
 
-    def on_image(self, layer='mean') -> Tensor:
+    def on_image(self, layer='mean', head='mean') -> Tensor:
         "(tokens,): sum of the image's values; with 'attention', how much of it all the image gets"
-        return self.of_layer(layer)[..., self.places].sum(-1).mean(0)
+        return self.of_heads(layer, head)[..., self.places].sum(-1).mean(0)
 
-    def share(self, layer='mean') -> Tensor:
+    def share(self, layer='mean', head='mean') -> Tensor:
         "(tokens,): the image's part of all values, whatever their signs: 0 to 1 with every method"
-        sizes_tp = self.of_layer(layer).abs().mean(0)
+        sizes_tp = self.of_heads(layer, head).abs().mean(0)
         total_t = sizes_tp.sum(-1).clamp_min(torch.finfo().tiny)
         return sizes_tp[..., self.places].sum(-1)/total_t
 
@@ -319,7 +340,7 @@ def show_attention(
     name=None,           # One map, where there are several; `None` merges them
 ):                       # The figure
     "The image, then each answer token's values over it"
-    heat, share = att.heat(layer, head, name), att.share(layer)
+    heat, share = att.heat(layer, head, name), att.share(layer, head)
     n = 1 + min(len(att.tokens), most)
     fig, axes = _panels(n, columns, size)
     axes[0].imshow(att.image)

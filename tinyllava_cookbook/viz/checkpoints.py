@@ -157,8 +157,10 @@ def _answer_of(one, image, question, wanted, method, max_new_tokens, device):
     "What one checkpoint says"
     model, processor = open_checkpoint(one.folder, device)
     asked = _own_answer(model.eval(), processor, image, question, max_new_tokens)
-    right = wanted and answer_inputs(model, processor, image, question, wanted)
-    found = CheckpointAnswer(one.name, one.step, '', 0., right and _probability(model, right), None)
+    found = CheckpointAnswer(one.name, one.step, '', 0., None, None)
+    if wanted is not None:
+        right = answer_inputs(model, processor, image, question, wanted)
+        found.wanted = _probability(model, right)
     if asked:
         found.answer = processor.tokenizer.decode(asked.answer).strip()
         found.prob = _probability(model, asked)
@@ -190,7 +192,7 @@ def answers_table(
     for one in answers:
         row = dict(step=one.step, answer=one.answer or '(nothing)', prob=round(one.prob, 3))
         if one.wanted is not None: row['wanted'] = round(one.wanted, 3)
-        if one.attention: row['on_image'] = round(one.attention.share().mean().item(), 3)
+        row['on_image'] = round(one.attention.share().mean().item(), 3) if one.attention else None
         rows.append(row)
     return Table(rows)
 

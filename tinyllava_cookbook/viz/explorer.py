@@ -128,8 +128,8 @@ def explore_attention(
         deep = found[method].layers == [method]
         return found[method], token, *(('mean', 'mean') if deep else (layer, head))
     def caption(**values):
-        att, token, layer, _ = at(**values)
-        return f'{question} {said}: {att.share(layer)[token]:.0%} on the image'
+        att, token, *where = at(**values)
+        return f'{question} {said}: {att.share(*where)[token]:.0%} on the image'
     return Explorer(lambda **values: _attention_figure(*at(**values)), controls,
                     caption)
 
@@ -150,6 +150,7 @@ class DatasetExplorer(Explorer):
         template:str|None=None, # A chat template; `None` takes the model's
     ):
         widgets = _widgets()
+        if not len(samples): raise ValueError("there are no samples to look at; give one or more")
         self.samples = samples
         self.processor = processor
         self.encoder = processor.encoder(template)
@@ -175,15 +176,23 @@ class DatasetExplorer(Explorer):
         return f'{sample+1} of {len(self.samples)}: {len(labels)} tokens, {supervised} supervised'
 
 # %% ../../nbs/64_viz.explorer.ipynb #0aa89b0b
+def _wrong(rows, images):
+    "The wrong answers; each has its image"
+    wrong = [row for row in rows if not row['correct']]
+    if not wrong:
+        raise ValueError(f"all {len(rows)} answers are right; there is no error to look at")
+    ids = [row['question_id'] for row in wrong]
+    if lost := [id for id in ids if id not in images]:
+        raise ValueError(f"no image of question {lost[0]!r}; images has {list(images)[:4]}")
+    return wrong
+
 def explore_errors(
     rows:list[dict],     # Of an evaluation: 'kind', 'prompt', 'text', 'answer', 'correct', 'question_id'
     images:dict,         # Question id to path or PIL image
 ) -> Explorer:           # Controls: kind, number
     "The wrong answers of an evaluation, filtered by kind"
     widgets = _widgets()
-    wrong = [row for row in rows if not row['correct']]
-    if not wrong:
-        raise ValueError(f"all {len(rows)} answers are right; there is no error to look at")
+    wrong = _wrong(rows, images)
     counts = Counter(row['kind'] for row in wrong)
     kinds = [(f'all ({len(wrong)})', ''), *((f'{kind} ({n})', kind) for kind,n in sorted(counts.items()))]
     kind = widgets.Dropdown(options=kinds, description='kind')
@@ -206,6 +215,13 @@ def explore_errors(
     return Explorer(figure, dict(kind=kind, number=number), caption)
 
 # %% ../../nbs/64_viz.explorer.ipynb #ea6620d7
+def _check_asked(models, images, questions):
+    "One image for each question, and something to show"
+    if len(images) != len(questions):
+        raise ValueError(f"{len(images)} images for {len(questions)} questions; give one each")
+    if not models or not questions:
+        raise ValueError(f"{len(models)} models and {len(questions)} questions; give one or more of each")
+
 def explore_two(
     models:dict,          # Name to model and processor, two or more
     images:list,          # Paths or PIL images
@@ -213,8 +229,7 @@ def explore_two(
 ) -> Explorer:            # Control: question
     "What several models answer to the same question, and where each looked"
     widgets = _widgets()
-    if len(images) != len(questions):
-        raise ValueError(f"{len(images)} images for {len(questions)} questions; give one each")
+    _check_asked(models, images, questions)
     kept = {}
     def look(name, i):
         "Computed when it is first looked at"

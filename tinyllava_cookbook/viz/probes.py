@@ -27,12 +27,12 @@ def in_eval(
     "A view without dropout, which leaves each part of the model in its own mode"
     @wraps(view)
     def seen(model, *args, **kwargs):
-        modes = [(part, part.training) for part in model.modules()]
-        model.eval()
+        trained = [part for part in model.modules() if part.training]
+        if trained: model.eval()
         try:
             return view(model, *args, **kwargs)
         finally:
-            for part,mode in modes: part.training = mode
+            for part in trained: part.training = True
     return seen
 
 # %% ../../nbs/60_viz.probes.ipynb #4f44908e
@@ -252,11 +252,24 @@ def attention_rows(
     numbers.check(found)
 
 # %% ../../nbs/60_viz.probes.ipynb #606de507
-def _check_each(numbers):
+@contextmanager
+def _layers_that_run(model):
+    "Numbers of the layers that run inside the block, whether they attend or not"
+    n = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = (part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == n)
+    ran = set()
+    handles = [layer.register_forward_pre_hook(lambda *_, i=i: ran.add(i))
+               for i,layer in enumerate(next(lists, []))]
+    try:
+        yield ran
+    finally:
+        for handle in handles: handle.remove()
+
+def _check_each(numbers, ran):
     "An error where some layers do not attend, as in hybrid models"
     found = set(numbers.known.values())
     numbers.check(found)
-    if others := sorted(set(range(max(found))) - found):
+    if others := sorted((ran | set(range(max(found)))) - found):
         raise ValueError(f"layers {others} of {type(numbers.model).__name__} do not attend, so nothing is followed "
                          "through all; take attention_rows, or the method 'attention'")
 
@@ -270,9 +283,9 @@ def attention_calls(
     def see(module, call):
         numbers.number(module)
         calls.append(call)
-    with attention_probe(model, see):
+    with attention_probe(model, see), _layers_that_run(model) as ran:
         yield calls
-    _check_each(numbers)
+    _check_each(numbers, ran)
 
 # %% ../../nbs/60_viz.probes.ipynb #f7a0203e
 def _through_layer(call, share_brt, weights, chunk):
@@ -332,8 +345,13 @@ def output_gradients(
     if not objective.requires_grad:
         raise ValueError(
             "the objective has no gradient; run the model without torch.no_grad or inference_mode")
-    return list(torch.autograd.grad(objective, [call.output for call in calls],
-                                    retain_graph=True))
+    outputs = [call.output for call in calls]
+    grads = list(torch.autograd.grad(objective, outputs, retain_graph=True, allow_unused=True))
+    if lost := [i for i,grad in enumerate(grads) if grad is None]:
+        raise ValueError(
+            f"no gradient reaches the attention of layers {lost}: what comes after it passes none, as layers in "
+            "4 bits on a CPU; load the model without quantization, or take 'attention' or 'rollout'")
+    return grads
 
 # %% ../../nbs/60_viz.probes.ipynb #457b3720
 def relevance(

@@ -131,6 +131,7 @@ def _positions(positions, n):
     at = torch.as_tensor(positions).flatten()
     odd = [o for o in at.tolist() if type(o) is not int or not -n <= o < n]
     if odd: raise ValueError(f"position {odd[0]} is not in a text of {n} tokens; choose from {-n} to {n-1}")
+    if not len(at): raise ValueError(f"no position is given; choose from {-n} to {n-1}, or leave it out for all")
     return at
 
 # %% ../../nbs/62_viz.tokens.ipynb #700b8a59
@@ -161,7 +162,8 @@ def show_lens(
     "The likeliest word of each layer at some positions, darker where it is likelier"
     import matplotlib.pyplot as plt
     n = len(lens.read)
-    at = list(range(max(0, n-10), n)) if positions is None else list(positions)
+    if positions is None: positions = range(max(0, n-10), n)
+    at = _positions(list(positions), n).tolist()
     fig, ax = plt.subplots(figsize=(.75*len(at)+.6, .3*len(lens.words)+.5), dpi=72)
     ax.imshow(lens.probs[:, at].numpy(), cmap='Blues', vmin=0, vmax=1, aspect='auto')
     for layer,row in enumerate(lens.words):

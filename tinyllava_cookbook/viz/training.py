@@ -14,18 +14,23 @@ from ..train.run_log import RunLog, read_run, running_mean
 # %% ../../nbs/63_viz.training.ipynb #8678d80d
 PANELS = dict(loss='loss', lr='learning rate', tokens_s='supervised tokens/s', memory='memory, GiB')
 
+def _stage_curves(run, name):
+    "Steps since the first stage began, and values, of each stage"
+    before = 0
+    for log in run.stages:
+        steps, values = log.values(name)
+        yield [before + step for step in steps], values
+        before += log.max_steps
+
 def run_curve(
     run:RunLog,   # From `read_run`
     name:str,     # Of a quantity, such as a key of `PANELS`
 ) -> tuple[list, list]:  # Steps since the first stage began, and values
     "One quantity over all stages of a run"
     steps, values = [], []
-    before = 0
-    for log in run.stages:
-        mine, found = log.values(name)
-        steps += [before + step for step in mine]
+    for mine,found in _stage_curves(run, name):
+        steps += mine
         values += found
-        before += log.max_steps
     return steps, values
 
 def _borders(run):
@@ -36,13 +41,17 @@ def _borders(run):
 # %% ../../nbs/63_viz.training.ipynb #e7e709e0
 _NOISY = 'loss', 'tokens_s'   # Of these the mean shows the trend
 
-def _draw_curve(ax, name, steps, values, color, label):
-    "The values; noisy ones faint, and their running mean"
-    values = np.array(values, float)
-    if name in _NOISY:
-        ax.plot(steps, values, color=color, lw=.8, alpha=.35)
-        values = running_mean(values)
-    ax.plot(steps, values, color=color, lw=1.4, label=label)
+def _draw_curve(ax, name, run, color):
+    "A line for each stage: the values; noisy ones faint, and their running mean"
+    label = run.folder.name
+    for steps,found in _stage_curves(run, name):
+        if not found: continue
+        values = np.array(found, float)
+        if name in _NOISY:
+            ax.plot(steps, values, color=color, lw=.8, alpha=.35)
+            values = running_mean(values)
+        ax.plot(steps, values, color=color, lw=1.4, label=label)
+        label = None   # once in the legend
 
 def _draw_evals(ax, run, color):
     "The loss on held-out data, as dots"
@@ -72,8 +81,7 @@ def show_runs(
                              layout='constrained', squeeze=False)
     for ax,name in zip(axes[0], names):
         for run,color in zip(runs, _colors(len(runs))):
-            steps, values = run_curve(run, name)
-            if values: _draw_curve(ax, name, steps, values, color, run.folder.name)
+            _draw_curve(ax, name, run, color)
             if name == 'loss': _draw_evals(ax, run, color)
             for border in _borders(run):
                 ax.axvline(border, color=color, lw=.6, ls='--')

@@ -221,6 +221,7 @@ def _check_data(a, r, todo):
             check_sources(stage.data)
     if a.eval_data: check_data_file(a.eval_data)
 
+# %% ../../nbs/92_commands.training.ipynb #022d001d
 def _check_idle(stages):
     "An error for a stage that trains nothing"
     for stage in stages:

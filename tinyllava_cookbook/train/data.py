@@ -55,6 +55,7 @@ def _has_image(row):
     try: return len(image_fields(row)) > 0
     except ValueError: return True
 
+# %% ../../nbs/33_train.data.ipynb #5b028aab
 def check_images(
     stage:Stage,  # What it trains counts
     rows,         # From `stage_rows`, or encoded

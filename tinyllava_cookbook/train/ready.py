@@ -64,6 +64,7 @@ def _check_rows(stage, rows):
     if stage.pack: check_once(rows, f'stage {stage.name!r}')
     check_images(stage, rows)
 
+# %% ../../nbs/34_train.ready.ipynb #f4e44be7
 def ready_stages(
     recipe:Recipe,       # Any recipe
     out,                 # Folder of the run

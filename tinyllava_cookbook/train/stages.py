@@ -67,6 +67,7 @@ def _check_start(each):
     raise ValueError(f"stage {each.stage.name!r} starts from {str(each.start)!r}, where it leaves its own weights: "
                      "they would be written over; give another folder (out, --out)")
 
+# %% ../../nbs/37_train.stages.ipynb #232de6ce
 _log = getLogger(__name__)
 
 def _say_unlike(recipe, stage, processor):

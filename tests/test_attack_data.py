@@ -394,5 +394,6 @@ def test_a_number_of_samples_stays_one(world):
     spec = dict(a=dict(data=str(data), share=2))
     kept = [len(read_mixture(spec, share=share)) for share in (.1, .5, 1)]
     assert kept == [1, 1, 2]
+    assert len(read_mixture(dict(a=spec['a'] | dict(share=9)), share=.5)) == 2   # half of the four that there are, not of nine
     for odd,says in (1.5, 'above 1 it is a number of samples'), (True, 'has True'), ('.5', "has .5"):
         with pytest.raises(ValueError, match=says): read_mixture(dict(a=spec['a'] | dict(share=odd), b=spec['a']))

@@ -331,6 +331,13 @@ def test_command_errors(capsys):
         assert code and out == '' and err.count('\n') <= 2 and text in err, (argv, err)
 
 
+def test_data_in_the_home_folder_is_here(tmp_path, monkeypatch):
+    "It was forecast as the published data of the recipe"
+    from common import color_data
+    monkeypatch.setenv('HOME', str(tmp_path))
+    color_data(tmp_path)
+    assert B.corpus(recipe('micro'), Stage('own', data='~/data.json', corpus='llava-665k')).samples == 16
+
 def test_a_share_and_weights_of_data_that_is_here(tmp_path):
     "A share was taken twice, and weights of sources were not: half of the steps and of the dollars"
     from common import color_data

@@ -9,6 +9,7 @@ from tinyllava_cookbook.infer.memory import BITS, cache_bytes, inference_budget,
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.architecture import architectures, meta_model
 from tinyllava_cookbook.model.checkpoints import load, save, with_template
+from tinyllava_cookbook.model.features import blank_image, image_features
 from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.budget import budget
 from tinyllava_cookbook.train.cards import gpus, parse_gpus, published_hours
@@ -111,3 +112,16 @@ def test_another_template(small):
 def test_debug_configs_have_their_own_shape(tmp_path, llm, kind):
     twin = tiny_twin(Recipe('own', CLIP, llm, stages=recipe('tinyllava_base').stages), tmp_path, n=8)
     assert json.loads((tmp_path/twin.llm.split('/')[-1]/'config.json').read_text())['model_type'] == kind
+
+def test_work_on_an_image_is_that_of_its_patches(tmp_path):
+    "However few tokens the connector makes of them: as many positions as pass through the MLP of a real forward pass"
+    parts = [tiny_checkpoint(o, tmp_path/o) for o in ('clip', 'llama')]
+    model,_ = compose(*parts, connector='resampler', connector_kwargs=dict(n_queries=2))
+    passed = []
+    for name,module in model.vision_tower.named_modules():
+        if name.endswith('fc1'): module.register_forward_hook(lambda m, args, out: passed.append((args[0].numel(), out.numel())))
+    with torch.no_grad(): image_features(model, blank_image(model))
+    need = inference_memory(model, 32, prompt=1, answer=1)
+    hidden,inner = passed[0]
+    assert model.config.image_seq_length == 2 and hidden == 17*32   # 16 patches and CLS
+    assert need.work == 4*(4*hidden + 2*inner) + 4*model.config.text_config.vocab_size

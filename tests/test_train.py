@@ -7,6 +7,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 from tinyllava_cookbook.data.batches import EpochBatches
+from tinyllava_cookbook.data.mixtures import Mixture
+from tinyllava_cookbook.data.records import read_sample
 from tinyllava_cookbook.core import read_json, write_json
 from tinyllava_cookbook.ingredients import tiny_checkpoint
 from tinyllava_cookbook.model.checkpoints import load
@@ -14,7 +16,7 @@ from tinyllava_cookbook.model.processor import compose
 from tinyllava_cookbook.train.recipes import Recipe, Stage, Tune, batch_sizes, from_dict, override, recipe, recipes, to_dict
 from tinyllava_cookbook.train.stages import train_recipe, train_stage
 from tinyllava_cookbook.train.displays import TrainBar
-from tinyllava_cookbook.train.data import stage_dataset
+from tinyllava_cookbook.train.data import check_images, stage_dataset, stage_rows
 from tinyllava_cookbook.train.trainer import training_args
 from tinyllava_cookbook.train.tuning import apply_tune, learnable, param_groups, reachable
 
@@ -164,8 +166,20 @@ def test_every_sample_once_per_epoch():
     for n in (1, 7, 16, 33):
         for world in (1, 2, 3):
             seen = [i for r in range(world) for b in EpochBatches(n, 2, 2, world, r, seed=1) for i in b]
-            assert sorted(set(seen)) == list(range(n))
-            assert len(seen) == n or n % (4*world) < world   # only a rest smaller than the processes is repeated
+            assert sorted(seen) == list(range(n))   # a rest smaller than the processes, too
+
+def test_text_alone_reaches_no_connector(parts, encoded, data, tmp_path):
+    "In whatever form the samples come; where the LLM is trained, or one sample has an image, nothing is said"
+    aligning = stage(tune=dict(vision='full', connector='full'))
+    rows = stage_rows(aligning, data)
+    text = [i for i in range(16) if not rows[i]['images']]
+    for some in ([encoded[i] for i in text], rows.select(text), Mixture(dict(a=rows.select(text))), [read_sample(rows[i]) for i in text]):
+        with pytest.raises(ValueError, match="none of its 4 samples has an image, so that vision and connector would learn nothing"):
+            check_images(aligning, some)
+        check_images(stage(), some)
+    check_images(aligning, rows)
+    with pytest.raises(ValueError, match='or set ft.tune.llm=full'):
+        train(parts, aligning, tmp_path, rows.select(text))
 
 # ---- resume
 

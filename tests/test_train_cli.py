@@ -95,6 +95,32 @@ def test_dry_run_names_what_is_missing(capsys, monkeypatch, tmp_path, argv, says
     assert 'here.json' not in err
     assert run(capsys, 'train', 'micro', 'finetune', '--data', 'somebody/talk', '--start', 'tinyllava/TinyLLaVA', '--dry-run')[::2] == (0, '')
 
+@pytest.mark.parametrize('dry', [[], ['--dry-run']])
+@pytest.mark.parametrize('argv,says', [
+    (['--data', 'table.csv'], "'table.csv' is no parquet file, and no .json or .jsonl; write its rows as a JSON list"),
+    (['--set', 'finetune.data={"a": "here.json", "b": {"data": "here.json", "shar": 0.5}}'], "source 'b' has 'shar'; choose from ['data', 'format'"),
+    (['--set', 'finetune.data={"b": {"data": "here.json", "turns": 2, "of": 3}}'], "source 'b' has 'of'; choose from"),
+    (['--set', 'finetune.data={"data": "here.json", "share": 0.5}'], "source 'share' is 0.5, which is no file; each source has a name"),
+    (['--data', 'here.json', '--eval-data', 'table.csv'], "'table.csv' is no parquet file"),
+    (['--set', 'finetune.data={"b": {"data": "here.json", "format": "lava"}}'], "no data format 'lava'; choose from ['captions'"),
+    (['--parallel', 'zero4'], "parallel 'zero4'; choose from ['ddp', 'zero1'"),
+    (['--accept', 'seed'], "choose from ['data', 'images', 'start', 'template']"),
+    (['--resume', 'run/checkpoint-2'], "no checkpoint 'run/checkpoint-2': say --resume auto, or its folder"),
+])
+def test_what_nothing_reads_is_said_before_training_is_imported(capsys, monkeypatch, tmp_path, argv, says, dry):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stages, 'train_recipe', None)
+    (tmp_path/'here.json').touch()
+    (tmp_path/'table.csv').touch()
+    code,_,err = run(capsys, 'train', 'micro', 'finetune', *argv, *dry)
+    assert (code, err.count('\n')) == (1, 1) and says in err
+
+def test_dry_run_says_which_stage_has_no_data_yet_or_trains_nothing(capsys):
+    code,out,_ = run(capsys, 'train', 'micro', '--dry-run')
+    assert code == 0 and 'no data yet for pretrain, finetune: a run needs --data STAGE=FILE for each' in out
+    code,_,err = run(capsys, 'train', 'micro', 'pretrain', '--set', 'pretrain.tune.connector=frozen', '--dry-run')
+    assert code == 1 and "stage 'pretrain' trains nothing; set" in err
+
 def test_dry_run_of_a_packed_stage(capsys, monkeypatch):
     "Rows, not samples, are what a device takes"
     monkeypatch.setenv('WORLD_SIZE', '8')

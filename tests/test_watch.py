@@ -213,6 +213,16 @@ def test_a_stopped_run_leaves_a_quick_page(tmp_path, monkeypatch):
     with run_page.leaving_page(tmp_path): pass
     assert not (tmp_path/'index.html').exists()                       # the first process writes
 
+def test_a_foreign_page_is_refused_before_training_and_by_watch(tmp_path):
+    from tinyllava_cookbook.viz.run_page import leaving_page, write_run_page
+    (tmp_path/'finetune').mkdir()
+    (tmp_path/'finetune/log.jsonl').write_text(lines(begin(0), *steps(1, 4), dict(step=4, event='end')))
+    (tmp_path/'index.html').write_text('<title>My photos</title>')
+    with pytest.raises(FileExistsError, match='is not of a run, and would be written over; give another folder'):
+        with leaving_page(tmp_path): raise AssertionError('it began')
+    with pytest.raises(FileExistsError, match='index.html'): write_run_page(tmp_path, quick=True)
+    assert (tmp_path/'index.html').read_text() == '<title>My photos</title>'
+
 def test_on_a_gpu_the_step_waits_for_it_and_memory_is_the_peak(tmp_path, monkeypatch):
     "The calls that only a GPU answers, answered here"
     from types import SimpleNamespace

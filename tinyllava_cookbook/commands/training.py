@@ -60,7 +60,7 @@ def _train_args(p):
                    help='auto, cpu or cuda (default: %(default)s)')
     trust_argument(p)
     p.add_argument('--dry-run', action='store_true',
-                   help='print the stages and batch sizes, name files that are missing, then stop')
+                   help='print the stages and batch sizes, name files that are missing or no data, then stop')
 
 # %% ../../nbs/92_commands.training.ipynb #356a34fd
 def _stage_data(given, stages, names):
@@ -129,6 +129,15 @@ def _check_parts(r, known):
     if known and named(r) == named(known): return
     with importing(): check_parts(r)   # torch takes a second
 
+def _check_options(a):
+    "Names that options do not know are found before torch is imported"
+    from tinyllava_cookbook.train.parallel import PARALLEL
+    from tinyllava_cookbook.train.plan import check_accept
+    _check_trackers(a.report_to)
+    check_accept(a.accept)
+    if a.parallel not in PARALLEL:
+        raise ValueError(f"parallel {a.parallel!r}; choose from {list(PARALLEL)}")
+
 def _plan(a):
     "The recipe with its changes, its stages to train, and where to"
     from tinyllava_cookbook.train.recipes import override, recipe
@@ -138,7 +147,7 @@ def _plan(a):
     _check_parts(r, None if a.recipe.endswith('.json') else known)
     todo = a.stages or [stage.name for stage in r.stages]
     check_order(r, todo)
-    _check_trackers(a.report_to)
+    _check_options(a)
     if a.resume not in (None, 'auto') and len(todo) > 1:
         raise Usage("--resume DIR is of one stage: name that stage")
     return _with_given(a, r, todo), todo, a.out or f'runs/{r.name}'
@@ -180,6 +189,8 @@ def _show_plan(r, stages, out, a):
     print(r)
     for s in stages:
         print(f"\n{_batch_line(s, world)}\n{json.dumps(asdict(s), indent=1)}")
+    lacking = [s.name for s in stages if not s.data]
+    if lacking: print(f"\nno data yet for {', '.join(lacking)}: a run needs --data STAGE=FILE for each")
     print('\n'+shlex.join(_train_words(a, out)))
 
 # %% ../../nbs/92_commands.training.ipynb #b9cc8f7a
@@ -195,6 +206,33 @@ def _missing_data(r, todo, images):
         found += [f"no image folder {o!r}: say --images DIR" for o in folders]
     return found
 
+# %% ../../nbs/92_commands.training.ipynb #919a26f4
+_USUAL_KEYS = {'data', 'images', 'share', 'weight'}   # Of a source; a format, and what its reader takes, are looked up
+
+def _check_data(a, r, todo):
+    "An error for data that no reader takes, and for what a source says to none"
+    from tinyllava_cookbook.data.paths import check_data_file, data_sources, source_format
+    for stage in map(r.stage, todo):
+        sources = data_sources(stage.data).values() if stage.data else ()
+        for source in sources: check_data_file(source['data'], source_format(source))
+        if any(source.keys() - _USUAL_KEYS for source in sources):
+            # a second for what knows the readers
+            from tinyllava_cookbook.data.records import check_sources
+            check_sources(stage.data)
+    if a.eval_data: check_data_file(a.eval_data)
+
+# %% ../../nbs/92_commands.training.ipynb #022d001d
+def _check_idle(stages):
+    "An error for a stage that trains nothing"
+    for stage in stages:
+        if stage.trained: continue
+        with importing(): from tinyllava_cookbook.train.tuning import check_trains
+        check_trains(stage, False)
+
+def _missing_checkpoint(a):
+    lost = a.resume not in (None, 'auto') and not Path(a.resume).is_dir()
+    return [f"no checkpoint {a.resume!r}: say --resume auto, or its folder"] if lost else []
+
 # %% ../../nbs/92_commands.training.ipynb #d9634b5e
 def _check_inputs(a, r, todo):
     "An error that names every file and folder that a run would not find"
@@ -204,20 +242,23 @@ def _check_inputs(a, r, todo):
     found += [f"no data {o!r} to evaluate on: say --eval-data FILE" for o in held_out]
     if a.start and is_missing(a.start, 'hf'):
         found.append(f"no model {a.start!r} to start from: say --start DIR")
-    if a.resume not in (None, 'auto') and not Path(a.resume).is_dir():
-        found.append(f"no checkpoint {a.resume!r}: say --resume auto, or its folder")
+    found += _missing_checkpoint(a)
     if found: raise FileNotFoundError('; '.join(dict.fromkeys(found)))
 
 # %% ../../nbs/92_commands.training.ipynb #c247ccc8
 @command('train', 'train a recipe, or some of its stages', _train_args)
 def _train(a):
-    from tinyllava_cookbook.durable import stop_on_signal
+    from tinyllava_cookbook.durable import check_complete, stop_on_signal
     r,todo,out = _plan(a)
     if a.dry_run:
         _show_plan(r, [r.stage(name) for name in todo], out, a)
-        return _check_inputs(a, r, todo)
-    files = [stage.data for stage in r.stages if stage.name in todo and isinstance(stage.data, str)]
-    if a.resume is None: check_given(a.start, [*files, a.eval_data], a.images)
+        _check_inputs(a, r, todo)
+        _check_data(a, r, todo)
+        return _check_idle(map(r.stage, todo))
+    for what in _missing_checkpoint(a): raise FileNotFoundError(what)
+    if a.resume not in (None, 'auto'): check_complete(a.resume)
+    _check_data(a, r, todo)
+    if a.resume is None: check_given(a.start, images=a.images)
     with stop_on_signal(): _run_recipe(a, r, todo, out)
     if rank_and_world()[0] == 0:
         print(f"done: weights in {out}")

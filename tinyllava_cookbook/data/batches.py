@@ -92,17 +92,21 @@ class PadCollator:
         pad_token_id:int,            # Id that fills `input_ids`; any will do, the mask hides it
         side:str='right',            # 'right' to train, 'left' to generate
         multiple_of:int|None=None,   # Round the length up to a multiple of this
+        none:bool=False,             # Make of no samples one token that teaches nothing; else they are an error
     ):
         if side not in SIDES:
             raise ValueError(f"no padding side {side!r}; choose from {list(SIDES)}")
         if pad_token_id is None:
             raise ValueError("pad_token_id is None; give the tokenizer a pad token, or pass any id")
         self.pad_token_id,self.side,self.multiple_of = pad_token_id,side,multiple_of
+        self.none = none
 
     def __call__(self,
         samples:list[dict],           # From an `Encoder`
     ) -> dict[str, torch.Tensor]:     # input_ids, attention_mask, labels (b, t); pixel_values, perhaps image_sizes
         "One batch; `pixel_values` is absent when no sample has an image"
+        if not samples and self.none:
+            samples = [dict(input_ids=[self.pad_token_id], labels=[IGNORE])]
         if not samples:
             raise ValueError("an empty batch; padding needs at least one sample")
         return collate(samples, partial(_padded, self))
@@ -163,7 +167,7 @@ def _own_batches(batches, indices):
     "What one process takes of a global batch"
     size, world = batches.size, batches.world_size
     n = math.ceil(len(indices)/(size*world))*world
-    if len(indices) < n: indices = np.resize(indices, n)   # fewer samples than processes: some are seen twice
+    # fewer samples than batches: the last ones are empty
     return [o.tolist() for o in np.array_split(indices, n)[batches.rank::world]]
 
 # %% ../../nbs/14_data.batches.ipynb #ba764eca

@@ -16,7 +16,7 @@ from .images import IMAGE_MODES, image_counts, image_tensors
 from .mixtures import Mixture
 from .paths import data_sources
 from ..pixels import has_table
-from .records import Sample, naming, read_data, read_sample, record_name
+from .records import Sample, check_sources, naming, read_data, read_sample, record_name
 from .templates import ChatTemplate, chat_template
 
 # %% ../../nbs/13_data.datasets.ipynb #2c6dcafe
@@ -357,6 +357,7 @@ def read_mixture(
     **kwargs,              # For all readers
 ):                         # The rows of one source, or a `Mixture`
     "Training data as a recipe names it"
+    check_sources(data)
     each = data_sources(data)
     weights, shares = ({k: v.pop(o, 1) for k, v in each.items()} for o in ('weight', 'share'))
     rows = {k: read_data(v.pop('data'), **{'images': images, **kwargs, **v}) for k, v in each.items()}

@@ -30,7 +30,7 @@ def passes(
 # %% ../../nbs/12_data.mixtures.ipynb #5ac734f0
 def _kept(n, own, share, seed):
     "Sorted indices of a part of `n` samples, or of so many of them; of those, the part `share`"
-    wanted = round(own*share*n) if own <= 1 else int(own*share)
+    wanted = round(own*share*n) if own <= 1 else int(min(own, n)*share)
     most = min(n, max(1, wanted))
     if most == n: return np.arange(n)
     order = np.random.default_rng(seed).permutation(n)

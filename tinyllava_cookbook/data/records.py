@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'Sample', 'read_sample', 'cached_rows', 'read_llava', 'read_sharegpt4v', 'read_cc3m', 'read_train_llava',
-           'read_captions', 'HFRows', 'read_hf', 'read_data']
+           'read_captions', 'HFRows', 'read_hf', 'read_data', 'check_sources']
 
 # %% ../../nbs/12_data.records.ipynb #a26e6d90
 import csv, hashlib, inspect
@@ -19,7 +19,7 @@ from ..core import IMAGE_TOKEN, Registry
 from ..cached_files import cache_lock, file_stamp, find_cached, known_checksum, write_cached
 from .fields import (conversation, image_fields, locate_image, naming, one_of, record_name,
                                             sample_id, short_repr)
-from .paths import check_data_file, guess_format, image_folder
+from .paths import check_data_file, data_sources, guess_format, image_folder, source_format
 from .templates import read_messages
 from ..json_records import ON_READING, printable, read_records
 
@@ -382,10 +382,7 @@ def _open_hf(source, split, streaming, **kwargs):
     if files:
         return load_dataset('parquet', data_files=files, split='train',
                             streaming=streaming, **kwargs)
-    if path.is_file():
-        raise ValueError(f"{str(path)!r} is no parquet file, and no "
-                         ".json or .jsonl; write its rows as a JSON "
-                         "list of conversations")
+    check_data_file(path, 'hf')
     if path.exists():
         raise FileNotFoundError(f"{str(path)!r} is no HF dataset: it "
                                 "holds no parquet file and no "
@@ -432,3 +429,22 @@ def read_data(
         raise TypeError(f"data {short_repr(path)}: {e}; a source has data, "
                         "images, format, share, weight, and what "
                         "its reader takes") from e
+
+# %% ../../nbs/12_data.records.ipynb #c98d0336
+def _taken(reader):
+    "Names of what a reader takes; `None`: any"
+    own = inspect.signature(reader).parameters.values()
+    free = any(o.kind is o.VAR_KEYWORD for o in own)
+    if free and (reader is read_hf or reader.__module__ != __name__): return None
+    more = _taken(read_llava) if free else ('data', 'images', 'format', 'share', 'weight')
+    return {*more, *(o.name for o in own)} - {'path', 'folder', 'kwargs'}
+
+# %% ../../nbs/12_data.records.ipynb #c98f69c9
+def check_sources(
+    data,  # As for `data_sources`
+):
+    "An error for what a source says and its reader does not take; reads nothing"
+    for name, source in data_sources(data).items():
+        taken = _taken(FORMATS[source_format(source)])
+        if taken and (odd := source.keys() - taken):
+            raise ValueError(f"source {name!r} has {min(odd)!r}; choose from {sorted(taken)}")

@@ -13,6 +13,8 @@ from torch import nn
 
 from ..core import Table
 from ..model.architecture import meta_model, meta_vlm
+from ..model.vision import n_patches
+from ..train.activations import each_tower
 from ..train.budget import CONTEXT, SLACK, TILES
 from ..train.cards import GPU, parse_gpus
 from ..train.memory import NF4, readable
@@ -83,6 +85,16 @@ class InferenceMemory:
         parts = f"weights {readable(self.weights)}, KV cache {readable(self.cache)}, work {readable(self.work)}"
         return f"{self.bits} bits: {readable(self.total)} for {self.tokens} tokens ({parts})"
 
+# %% ../../nbs/41_infer.memory.ipynb #632ecbd9
+def _work_of_one(config):
+    "Numbers of a position while a layer is computed: its hidden states, and those of the MLP"
+    inner = getattr(config, 'intermediate_size', None) or 4*config.hidden_size
+    return 4*config.hidden_size + 2*inner
+
+def _image_work(model):
+    "The same of all patches of an image, however few tokens the connector makes of them"
+    return max(n_patches(config, 'cls_patch')*_work_of_one(config) for _,config in each_tower(model))
+
 # %% ../../nbs/41_infer.memory.ipynb #f4d4ba8f
 def inference_memory(
     model:nn.Module,     # A VLM, also on the meta device
@@ -97,10 +109,9 @@ def inference_memory(
     tiles = TILES if c.image_mode == 'anyres' else 1
     read = prompt + images*tiles*c.image_seq_length
     each = 4 if bits == 32 else 2
-    text,v = c.text_config, c.vision_config
-    inner = getattr(text, 'intermediate_size', None) or 4*text.hidden_size
-    reading = batch*read*(4*text.hidden_size + 2*inner)*each
-    seeing = batch*images*tiles*c.image_seq_length*(4*v.hidden_size + 2*4*v.hidden_size)*each
+    text = c.text_config
+    reading = batch*read*_work_of_one(text)*each
+    seeing = batch*images*tiles*_image_work(model)*each
     tokens = batch*(read + answer)
     parameters = sum({id(p): p.numel() for p in model.parameters()}.values())
     return InferenceMemory(bits, parameters, weight_bytes(model, bits), cache_bytes(model, tokens, 8*each),

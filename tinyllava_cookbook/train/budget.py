@@ -87,7 +87,7 @@ def corpus(
     samples:int|None=None,   # Another number of samples
 ) -> Corpus:                 # What it trains on
     "The data of a stage, as far as its cost goes"
-    here = stage.data is not None and all(Path(o).exists() for o in _files(stage.data))
+    here = stage.data is not None and all(Path(o).expanduser().exists() for o in _files(stage.data))
     if not here and stage.corpus is None:
         raise ValueError(f"recipe {recipe.name!r}, stage {stage.name!r}: its data is not here and it names no corpus; "
                          f"set {stage.name}.corpus to one of {corpora.names()}, or {stage.name}.data to a file")

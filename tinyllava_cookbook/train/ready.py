@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core import pick_device
 from ..data.mixtures import check_once
 from ..data.templates import chat_template
-from .data import stage_rows
+from .data import check_images, stage_rows
 from .feature_plan import check_frozen_tower
 from .parallel import parallel_args
 from .recipes import Recipe, Stage
@@ -59,6 +59,12 @@ def _folders(recipe, out, names, start):
     return found
 
 # %% ../../nbs/34_train.ready.ipynb #06c0e2d0
+def _check_rows(stage, rows):
+    "An error for rows that the stage cannot be trained on as it says"
+    if stage.pack: check_once(rows, f'stage {stage.name!r}')
+    check_images(stage, rows)
+
+# %% ../../nbs/34_train.ready.ipynb #f4e44be7
 def ready_stages(
     recipe:Recipe,       # Any recipe
     out,                 # Folder of the run
@@ -87,5 +93,5 @@ def ready_stages(
     for stage in stages:
         files = [(data.get(stage.name), None), *held_out]
         read = [stage_rows(stage, file, images, share) for file,share in files]
-        if stage.pack: check_once(read[0], f'stage {stage.name!r}')
+        _check_rows(stage, read[0])
         yield ReadyStage(stage, *folders[stage.name], *read)

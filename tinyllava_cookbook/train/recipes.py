@@ -369,10 +369,11 @@ def recipe_names() -> list[str]:  # Sorted
 
 def _named_arguments(text, name):
     "Arguments after a recipe's name, `ARGUMENT=TEXT,...`"
-    given = text.split(',') if text else []
-    odd = [argument for argument in given if '=' not in argument]
+    given = [argument.split('=', 1) for argument in text.split(',')] if text else []
+    odd = [words[0] for words in given if len(words) < 2]
     check(not odd, f"{odd} after {name!r} is not ARGUMENT=TEXT, e.g. micro:llm=micro-llama")
-    return dict(argument.split('=', 1) for argument in given if argument)
+    check(len(dict(given)) == len(given), f"{text!r} after {name!r} says an argument twice; say it once")
+    return dict(given)
 
 # %% ../../nbs/30_train.recipes.ipynb #9f2f2fad
 def recipe(
@@ -385,8 +386,7 @@ def recipe(
     check(not os.path.isfile(file) or name in recipes, f"{str(name)!r} is a folder; its recipe is {file!r}")
     name,_,given = str(name).partition(':')
     kwargs |= _named_arguments(given, name)
-    arguments = inspect.signature(recipes[name]).parameters
-    check_names(kwargs, list(arguments), f"argument of recipe {name!r}:")
+    check_names(kwargs, [*inspect.signature(recipes[name]).parameters], f"argument of recipe {name!r}:")
     return recipes[name](**kwargs)
 
 # %% ../../nbs/30_train.recipes.ipynb #782e47a6

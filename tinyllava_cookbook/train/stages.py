@@ -9,6 +9,7 @@ __all__ = ['train_recipe']
 import json
 from dataclasses import replace
 from functools import partial
+from logging import getLogger
 from pathlib import Path
 
 from ..core import read_json
@@ -59,6 +60,25 @@ def _as_trained(recipe, out, names, data, images, start):
                       else _with_kept(stage, start or out/stage.name))
     return replace(recipe, stages=stages)
 
+# %% ../../nbs/37_train.stages.ipynb #0ae01fdd
+def _check_start(each):
+    "An error where a stage would write over the model that it starts from"
+    if not each.start or Path(each.start).resolve() != each.weights.resolve(): return
+    raise ValueError(f"stage {each.stage.name!r} starts from {str(each.start)!r}, where it leaves its own weights: "
+                     "they would be written over; give another folder (out, --out)")
+
+# %% ../../nbs/37_train.stages.ipynb #232de6ce
+_log = getLogger(__name__)
+
+def _say_unlike(recipe, stage, processor):
+    "A finished model answers by its own template and image mode: that the last stage has others is said"
+    if stage.name != recipe.stages[-1].name: return
+    for name in 'template', 'image_mode':
+        trained,own = getattr(stage, name), getattr(processor, name)
+        if trained in (None, own, 'pretrain'): continue   # that one is for alignment, not for answers
+        _log.warning("stage %r trains with %s %r, but the model that it leaves answers with %r; did you mean "
+                     "%s.%s=%s?", stage.name, name, trained, own, stage.name, name, own)
+
 # %% ../../nbs/37_train.stages.ipynb #077afa10
 def _run(recipe, out, takes, trusted, options):
     "One stage after the other: left out where it is finished, else trained"
@@ -74,7 +94,9 @@ def _run(recipe, out, takes, trusted, options):
                 each.folder, each.stage, each.rows, recipe.seed, origin, options['accept'])
             if not found:
                 stop_if_asked(f"stage {name!r}")
+                _check_start(each)
                 opened = opened or open_model(each.start)
+                if each is ready[-1]: _say_unlike(recipe, each.stage, opened[1])
                 stop_if_asked(f"the first step of stage {name!r}")
                 trained = train_stage(*opened, each.stage, each.folder, each.rows, seed=recipe.seed,
                     eval_data=each.held_out, final=each.weights, origin=origin, **options)

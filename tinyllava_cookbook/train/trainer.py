@@ -384,7 +384,7 @@ _LOADER = 'num_workers', 'pin_memory', 'persistent_workers', 'prefetch_factor'
 def _collator(model, processor, packs):
     "Samples to a batch: padded, or packed rows"
     pad = processor.tokenizer.pad_token_id or 0
-    if packs is None: return PadCollator(pad)
+    if packs is None: return PadCollator(pad, none=True)
     flash = 'flash' in model.config.text_config._attn_implementation
     return PackCollator(pad, seq_lens=flash)
 

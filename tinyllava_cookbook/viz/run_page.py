@@ -236,9 +236,19 @@ def _budget(run, parallel):
 
 _MEMORY = '<p>Memory on a CPU is that of the whole process, Python and its libraries included.</p>'
 
-# %% ../../nbs/66_viz.run_page.ipynb #2d5c01d2
+# %% ../../nbs/66_viz.run_page.ipynb #b7f839a7
 PAGE = 'index.html'   # In the folder of a run
+_TITLE = 'Run '       # Begins that of each page
 
+def _not_foreign(folder):
+    "Where the page goes; an error where another page is there, and would be written over"
+    page = Path(folder)/PAGE
+    if page.is_file() and f'<title>{_TITLE}' not in page.read_text('utf-8', 'replace'):
+        raise FileExistsError(f"{str(page)!r} is not of a run, and would be written over; "
+                              "give another folder (out, --out), or move it away")
+    return page
+
+# %% ../../nbs/66_viz.run_page.ipynb #2d5c01d2
 def write_run_page(
     folder,               # Of a run
     parallel:str='ddp',   # One of `PARALLEL`
@@ -246,13 +256,13 @@ def write_run_page(
 ) -> Path:                # The page
     "Describe a run in one file that loads nothing"
     run = read_run(folder)
+    page = _not_foreign(run.folder)
     parts = {'Curves': lambda: _curves(run), 'Samples over time': lambda: _samples(run, quick),
              'Where the time went': lambda: _html(ledger_table(run))}
     if not quick: parts['Forecast against measured'] = lambda: _budget(run, parallel)
     sections = [(name, _guarded(run, name, make)) for name,make in parts.items()]
-    title = f'Run {run.folder.absolute().name}'
-    return write_page(run.folder/PAGE, title, _TEMPLATE, summary=run.summary,
-                      sections=sections)
+    title = _TITLE + run.folder.absolute().name
+    return write_page(page, title, _TEMPLATE, summary=run.summary, sections=sections)
 
 # %% ../../nbs/66_viz.run_page.ipynb #e270cd8c
 def _leave(folder, parallel, quick):
@@ -267,7 +277,8 @@ def leaving_page(
     folder,               # Of a run
     parallel:str='ddp',   # One of `PARALLEL`
 ):
-    "Whatever happens within, the first process leaves the page of the run"
+    "Whatever happens within, the first process leaves the page of the run; a foreign page is an error before it"
+    _not_foreign(folder)
     whole = False
     try:
         yield

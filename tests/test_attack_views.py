@@ -295,6 +295,18 @@ def test_conversations_that_are_never_answered(opened):
     most = opened[0].config.text_config.max_position_embeddings
     with pytest.raises(ValueError, match=f'tokens, but the model reads {most}'): conversation_inputs(*opened, [user_turn('what?', 1)], [RED], [5]*most)
 
+def test_prompts_of_a_batch_that_the_model_cannot_read(opened):
+    "Causal views measured them all the same"
+    model,processor = opened
+    most = model.config.text_config.max_position_embeddings
+    batch = answer_batch(processor, ['what?', 'red '*most], [RED, RED], ['red', 'red'])
+    for view in answer_log_probs, layer_activations, attention_values, rollout_values, relevance_values:
+        with pytest.raises(ValueError, match=f'the prompts have up to .* tokens, but the model reads {most}; shorten them'): view(model, batch)
+
+def test_no_layer_at_all(opened, asked):
+    "It was taken for all of them"
+    with pytest.raises(ValueError, match='no layer is chosen; choose from -2 to 1'): explain_answer(*opened, asked, layers=[])
+
 def test_a_view_of_a_model_that_answers_writes_no_mode():
     "Each part's mode is left alone where none is in training, and put back where some are"
     class Part(torch.nn.Module):

@@ -19,7 +19,7 @@ from tinyllava_cookbook.infer.generate import (answer_ids, pixel_inputs, prompt_
 from ..model.features import tower_features
 from ..model.vision import n_prefix, patch_grid
 from .places import TokenMap, merge_maps, token_maps
-from .probes import (attention_calls, attention_rows, attention_weights, in_eval,
+from .probes import (attention_calls, attention_rows, attention_weights, check_length, in_eval,
     output_gradients, query_patches, relevance, rollout, weight_gradients)
 
 # %% ../../nbs/61_viz.attention.ipynb #62ec754f
@@ -58,12 +58,6 @@ def _check_conversation(turns, answer):
     if not answer:
         raise EmptyAnswer(f"the answer to {turns[-1]['content'][:60]!r} is empty; views need one token of it or more")
 
-def _check_length(model, ids):
-    "An error for a text that is longer than what the model reads"
-    most = getattr(model.config.text_config, 'max_position_embeddings', None) or len(ids)
-    if len(ids) > most:
-        raise ValueError(f"prompt and answer have {len(ids)} tokens, but the model reads {most}; shorten them")
-
 def conversation_inputs(
     model,            # A `VLMForConditionalGeneration`
     processor,        # Its processor
@@ -74,7 +68,7 @@ def conversation_inputs(
     "A conversation, followed by an answer"
     _check_conversation(turns, answer)
     prompt = prompt_ids(processor, turns, images)
-    _check_length(model, prompt+answer)
+    check_length(model, len(prompt+answer))
     ids = torch.tensor([prompt+answer], device=model.device)
     inputs = dict(input_ids=ids) | pixel_inputs(model, processor, images)
     tokens = [processor.tokenizer.decode([id_]) for id_ in answer]

@@ -21,7 +21,8 @@ from ..model.vlm import merge_inputs
 from ..train.tuning import layer_list
 from .micro import ColorCase, object_box, recolored, unused_color
 from .places import TokenMap, token_maps
-from .probes import attention_calls, attention_rows, in_eval, layer_number, output_gradients, relevance, rollout
+from .probes import (attention_calls, attention_rows, check_length, in_eval, layer_number,
+    output_gradients, relevance, rollout)
 
 # %% ../../nbs/65_viz.causal.ipynb #f8dcb494
 @dataclass
@@ -73,6 +74,11 @@ def answer_batch(
                        places.unflatten(0, (len(prompts), -1)))
 
 # %% ../../nbs/65_viz.causal.ipynb #ae223869
+def _last_logits(model, batch):
+    "Logits of the first token of each answer"
+    check_length(model, batch.row+1, 'the prompts have up to')
+    return model(**batch.inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
+
 @in_eval
 @torch.no_grad()
 def answer_log_probs(
@@ -82,7 +88,7 @@ def answer_log_probs(
 ) -> Tensor:             # (b, vocabulary)
     "Log-probabilities of every word as the first of the answer"
     parts = torch.arange(len(batch.answer_b)).split(size)
-    logits = [model(**batch.select(part).inputs, logits_to_keep=1, use_cache=False).logits[:, -1] for part in parts]
+    logits = [_last_logits(model, batch.select(part)) for part in parts]
     return torch.cat(logits).float().log_softmax(-1)
 
 # %% ../../nbs/65_viz.causal.ipynb #d15a31aa
@@ -319,7 +325,7 @@ def attention_values(
 ) -> Tensor:            # (b, n)
     "Attention of the answer's position to image tokens, mean over layers and heads"
     with attention_rows(model.language_model, [batch.row]) as found:
-        model(**batch.inputs, logits_to_keep=1, use_cache=False)
+        _last_logits(model, batch)
     return _to_image(torch.stack(list(found.values())).mean((0, 2))[:, 0], batch)
 
 # %% ../../nbs/65_viz.causal.ipynb #3b8d0f2a
@@ -331,7 +337,7 @@ def rollout_values(
 ) -> Tensor:            # (b, n)
     "Rollout of the answer's position to image tokens"
     with attention_calls(model.language_model) as calls:
-        model(**batch.inputs, logits_to_keep=1, use_cache=False)
+        _last_logits(model, batch)
     return _to_image(rollout(calls, [batch.row])[:, 0], batch)
 
 # %% ../../nbs/65_viz.causal.ipynb #33df1f14
@@ -342,7 +348,7 @@ def relevance_values(
 ) -> Tensor:            # (b, n)
     "Relevance of image tokens for the answer"
     with torch.enable_grad(), attention_calls(model.language_model) as calls:
-        logits_bv = model(**batch.inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
+        logits_bv = _last_logits(model, batch)
     log_probs = logits_bv.float().log_softmax(-1).gather(
         1, batch.answer_b[:, None])
     # rows of a batch do not see each other

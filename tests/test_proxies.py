@@ -9,6 +9,7 @@ from tinyllava_cookbook.recipes.proxy import PROXIES, RATES, proxy, proxy_data, 
 from tinyllava_cookbook.recipes.results import accuracy, interval, plot_losses
 from tinyllava_cookbook.recipes.sweep import Cell, cell_id, run_file, run_sweep, sweep_cells, sweeps
 from tinyllava_cookbook.recipes.variants import part_folder
+from tinyllava_cookbook.train import twin
 from tinyllava_cookbook.train.recipes import recipe, recipe_names
 
 @pytest.mark.parametrize('name', PROXIES)
@@ -28,6 +29,17 @@ def test_a_proxy_keeps_what_the_recipe_is_about(name):
 def test_every_recipe_has_a_proxy_or_says_why_not():
     for name in set(recipe_names()) - set(PROXIES) - {'micro', 'llava_v15_details'}:
         with pytest.raises(ValueError, match=f"recipe '{name}' (goes on from|has two vision towers)"): proxy(name)
+
+def test_two_towers_are_told_as_elsewhere(monkeypatch, tmp_path):
+    "By `tower_paths`: with any space around the sign, and not in the name of a folder"
+    with pytest.raises(ValueError, match='has two vision towers'): proxy(dataclasses.replace(recipe('llava_v15'), vision='a/b\t+ c/d'))
+    monkeypatch.setattr(twin, 'tiny_checkpoint', lambda kind, folder, **size: folder)
+    monkeypatch.setattr(twin, 'write_world', lambda *args: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'siglip + 2').mkdir()
+    def towers(vision): return twin.tiny_twin(dataclasses.replace(recipe('llava_v15'), vision=vision), tmp_path).vision
+    assert towers('siglip + 2') == str(tmp_path/'siglip')
+    assert towers('clip\t+ siglip') == f"{tmp_path/'clip'} + {tmp_path/'siglip'}"
 
 def test_a_run_is_another_where_anything_that_decides_it_is():
     small = proxy('llava_v15')

@@ -23,6 +23,7 @@ from ..model.architecture import part_config
 from .variants import MIX, mixed_file
 from ..train.budget import corpora
 from ..train.recipes import ADAPTERS, Recipe, Stage, Tune, recipe
+from ..trust import tower_paths
 
 # %% ../../nbs/69_recipes.proxy.ipynb #f012c902
 BATCH = 32   # The published batch over the proxy's
@@ -208,7 +209,7 @@ def proxy(
     if r.start:
         raise ValueError(f"recipe {r.name!r} goes on from {r.start!r}; "
                          "a proxy begins with parts: take a recipe that does")
-    if ' + ' in r.vision:
+    if len(tower_paths(r.vision)) > 1:
         raise ValueError(f"recipe {r.name!r} has two vision towers, {r.vision!r}; "
                          "one is shipped: take a recipe with one")
     size = published_size(r)

@@ -14,6 +14,7 @@ from ..microworld import write_world
 from ..model.checkpoints import save
 from ..model.processor import compose
 from .recipes import Recipe, Stage, recipe
+from ..trust import tower_paths
 
 # %% ../../nbs/68_train.twin.ipynb #324f0568
 _TOWERS = dict(siglip='siglip', dinov2='dinov2', clip='clip')
@@ -37,7 +38,7 @@ def family(
 # %% ../../nbs/68_train.twin.ipynb #dc2cd96c
 def _part(name, known, dir, **size):
     "Folders of tiny checkpoints in the place of `name`, which may be several towers"
-    kinds = [family(o, known) for o in name.split(' + ')]
+    kinds = [family(o, known) for o in tower_paths(name)]
     return ' + '.join(str(tiny_checkpoint(o, dir/o, **size)) for o in kinds)
 
 # %% ../../nbs/68_train.twin.ipynb #de3a89b9

@@ -326,3 +326,11 @@ def test_a_scorer_says_by_its_signature_whether_it_needs_files(tmp_path):
         with pytest.raises(ValueError, match='needs is scored by its own files'): S.score_file('needs', None, tmp_path/'a.jsonl')
     finally:
         for name in 'needs', 'rules': S.SCORERS.remove(name)
+
+def test_a_subset_that_is_none(tmp_path):
+    "It was a general word about records; 0 was read from the terminal"
+    for odd in 7, 0, True, 1.5:
+        with pytest.raises(ValueError, match=f'mmvet: subset is {odd!r}, not a file or a list; the default is None'):
+            S.score_file('mmvet', None, tmp_path/'answers.jsonl', subset=odd)
+    (tmp_path/'some.json').write_text('7')
+    with pytest.raises(ValueError, match="subset: '.*some.json' holds no list of ids"): S.mmvet_subset({'v1_0': {}}, tmp_path/'some.json')

@@ -274,7 +274,7 @@ _FITS = {   # Type of a default -> what a value is to be, and is it?
     int: ('a whole number', lambda value: type(value) is int),
     float: ('a number', _number),
     str: ('a text', lambda value: isinstance(value, str)),
-    type(None): ('a file or a list', lambda value: value not in ('', [], {}))}
+    type(None): ('a file or a list', lambda value: value not in ('', [], {}) and not isinstance(value, (int, float)))}
 
 def check_options(
     bench:str,       # For messages

@@ -242,6 +242,8 @@ def mmvet_subset(
     "Some of the questions"
     if some is None: return data
     ids = some if isinstance(some, (list,set)) else read_json(some)
+    if not isinstance(ids, (list,set,dict)):
+        raise ValueError(f"subset: {str(some)!r} holds no list of ids")
     if lost := [id for id in ids if id not in data]:
         raise ValueError(f"subset: {lost[0]!r} is no question of MM-Vet; its "
                          f"ids are like {next(iter(data))!r}")

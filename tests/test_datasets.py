@@ -476,3 +476,14 @@ def test_a_readers_own_error_is_not_a_wrong_key(tmp_path):
     from datasets import Dataset
     Dataset.from_dict(dict(messages=['x'])).to_parquet(tmp_path/'a.parquet')
     with pytest.raises(TypeError, match="'shar'; a source has data"): read_data(tmp_path, shar=.2)
+
+@pytest.mark.parametrize('damage', [lambda whole: whole[:len(whole)//2], lambda whole: b'', lambda whole: whole[:200] + b'\xff'*100 + whole[300:]])
+def test_a_damaged_parquet_file_is_named(tmp_path, damage):
+    "It was an `ArrowInvalid` or a `DatasetGenerationError` without a name"
+    from datasets import Dataset
+    path = tmp_path/'rows.parquet'
+    Dataset.from_dict(dict(messages=['yes or no']*99)).to_parquet(path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="rows.parquet' is damaged: .*; fetch or write it anew$"): read_data(path)
+    if b'\xff'*100 not in path.read_bytes():
+        with pytest.raises(ValueError, match="rows.parquet' is damaged: "): read_data(tmp_path)

@@ -17,8 +17,8 @@ from datasets import Dataset, load_dataset, load_from_disk
 from datasets.table import MemoryMappedTable
 from ..core import IMAGE_TOKEN, Registry
 from ..cached_files import cache_lock, file_stamp, find_cached, known_checksum, write_cached
-from .fields import (conversation, image_fields, locate_image, naming, one_of, record_name,
-                                            sample_id, short_repr)
+from .fields import (conversation, image_fields, locate_image, naming, naming_damage, one_of,
+                                            record_name, sample_id, short_repr)
 from .paths import check_data_file, data_sources, guess_format, image_folder, source_format
 from .templates import read_messages
 from ..json_records import ON_READING, printable, read_records
@@ -403,7 +403,7 @@ def read_hf(
     "A HF dataset with `messages` and `images`"
     ds = source
     if not hasattr(source, 'features'):
-        ds = _open_hf(source, split, streaming, **kwargs)
+        with naming_damage(source): ds = _open_hf(source, split, streaming, **kwargs)
     if ds.features and not {'messages',
                             'conversations'} & set(ds.features):
         raise ValueError(f"no column 'messages' or 'conversations'; "

@@ -12,6 +12,7 @@ from collections import Counter
 from itertools import takewhile
 from pathlib import Path
 from ..core import IMAGE_TOKEN, LETTER, SHORT, read_json
+from ..data.fields import naming_damage
 from .items import Item, bench, checked, lacking, need
 from .records import read_table
 
@@ -115,7 +116,8 @@ def _mmmu_parquet(path, every):
     numbers = range(1, 8 if every else 2)
     columns = [*_MMMU_COLUMNS,
                *(f'image_{number}' for number in numbers)]
-    for row in read_table(path, columns=columns).to_pylist():
+    with naming_damage(path): rows = read_table(path, columns=columns).to_pylist()
+    for row in rows:
         choices = []
         if row['question_type']=='multiple-choice':
             choices = ast.literal_eval(row['options'])

@@ -322,6 +322,16 @@ def test_command(capsys):
     code, out, err = run(capsys, 'budget', 'llava_v15', '--gpus', 'RTX3090', '--stage', 'finetune', '--set', 'finetune.tune.llm=qlora')
     assert (code, err) == (0, '') and 'finetune' in out and 'pretrain' not in out
 
+def test_a_forecast_for_other_data_says_so(monkeypatch, tmp_path):
+    "Files that are not here left the stage's published corpus in their place, without a word"
+    monkeypatch.chdir(tmp_path)
+    r = recipe('micro')
+    lost = dataclasses.replace(r.stages[0], data=dict(a='a.json', b=dict(data='b.json', share=.5)))
+    found = B.budget(dataclasses.replace(r, stages=[lost, r.stages[1]]))
+    said = "pretrain: no data ['a.json', 'b.json'] here; the forecast is for drawn by the notebook on the microworld"
+    assert said in repr(found).splitlines() and 'no data' in found._repr_html_() and 'finetune: no data' not in repr(found)
+    assert [o['absent'] for o in found.to_dict()['stages']] == [['a.json', 'b.json'], []]
+
 def test_command_errors(capsys):
     for argv, text in ((['mikro'], "did you mean 'micro'?"), (['micro', '--gpus', '2xT4'], "no GPU 'T4'; choose from ['A100-40G'"),
                        (['micro', '--stage', 'tune'], "choose from ['finetune', 'pretrain']"), (['micro', '--mfu', '40'], '--mfu 40'),

@@ -16,13 +16,13 @@ from pathlib import Path
 from torch import nn
 
 from ..core import Registry, Table
+from ..data.paths import data_sources
 from ..model.packed_attention import PACKED, choose_attention
 from .activations import (ElementBytes, MicroBatch, adapter_size, annotate, recipe_model,
                                                   with_mode)
 from .cards import GPU, gpus, parse_gpus, published_hours
 from .memory import Memory, memory
-from .recipes import Recipe, Stage, batch_sizes, recipe_names
-from .recipes import recipe as find_recipe
+from .recipes import Recipe, Stage, batch_sizes, recipe_names, recipe as find_recipe
 from .feature_plan import FeaturePlan, feature_bytes, plan_line, views_per_run
 from .meter import flop_rates, tower_flops
 from .parallel import PARALLEL
@@ -76,10 +76,10 @@ def _own_data(stage):
                   f'{len(samples)} of its {len(due)} samples')
 
 # %% ../../nbs/39_train.budget.ipynb #bd52b7c6
-def _files(data):
-    "Where the sources of a stage's data are"
-    if not isinstance(data, dict): return [data]
-    return [o['data'] if isinstance(o, dict) else o for o in data.values()]
+def _absent(stage):
+    "Files of its data that are not here"
+    given = () if stage.data is None else data_sources(stage.data).values()
+    return [str(o['data']) for o in given if not Path(o['data']).expanduser().exists()]
 
 def corpus(
     recipe:Recipe,           # Gives the data that is usual where a stage names none
@@ -87,7 +87,7 @@ def corpus(
     samples:int|None=None,   # Another number of samples
 ) -> Corpus:                 # What it trains on
     "The data of a stage, as far as its cost goes"
-    here = stage.data is not None and all(Path(o).expanduser().exists() for o in _files(stage.data))
+    here = stage.data is not None and not _absent(stage)
     if not here and stage.corpus is None:
         raise ValueError(f"recipe {recipe.name!r}, stage {stage.name!r}: its data is not here and it names no corpus; "
                          f"set {stage.name}.corpus to one of {corpora.names()}, or {stage.name}.data to a file")
@@ -139,8 +139,7 @@ def sample_flops(
     "Operations per sample, the second forward pass of checkpointing included"
     images = data.images*_tiles(stage)
     tokens = min(data.text + images*model.config.image_seq_length, stage.max_length)
-    counts = dict(tokens=tokens, learned=data.supervised, images=images,
-                  squares=tokens**2)
+    counts = dict(tokens=tokens, learned=data.supervised, images=images, squares=tokens**2)
     rates = flop_rates(model)
     forward = 2*sum(p.numel() for p in model.get_decoder().parameters() if p.ndim > 1)
     adapters = 6*sum(adapter_size(m) for m in model.language_model.modules())
@@ -193,6 +192,7 @@ class StageBudget:
     cost:float        # US dollars for the stage
     data:str          # What was assumed of it
     features:FeaturePlan|None=None   # Of a feature cache; `None` where none can be used, or its hours are not known
+    absent:list|tuple=()   # Its files that are not here, so that `data` stands for them
 
 def n_steps(
     stage:Stage,   # Gives epochs, data fraction and the global batch size
@@ -237,8 +237,7 @@ def stage_budget(
     "Forecast one stage"
     count,_,gpu = parse_gpus(gpus)
     model,data = annotate(recipe_model(recipe), stage), corpus(recipe, stage, samples)
-    batch,accumulate,forecast = _shape_and_memory(
-        model, stage, data, count, parallel)
+    batch,accumulate,forecast = _shape_and_memory(model, stage, data, count, parallel)
     steps = n_steps(stage, data)
     flops = sample_flops(model, stage, data)*stage.global_batch_size
     # not a number for a card that has no name
@@ -247,7 +246,7 @@ def stage_budget(
     cost = hours*count*((gpu.price or 0) if price is None else price)
     fits = need(forecast) <= gpu.gib*2**30
     return StageBudget(stage.name, forecast, fits, batch, accumulate, steps, flops,
-                       hours, cost, data.source, feature_plan(model, stage, data, speed))
+                       hours, cost, data.source, feature_plan(model, stage, data, speed), _absent(stage))
 
 # %% ../../nbs/39_train.budget.ipynb #eebac6bd
 def _known(value, digits=None):
@@ -280,7 +279,8 @@ def _remarks(budget):
         sums = f"hours need a card by its name: {', '.join(gpus.names())}"
     filled = [f"{o.stage}: {o.memory!r}" for o in budget.stages]
     cached = [plan_line(o.features) for o in budget.stages if o.features]
-    return [sums, *_published(budget), *filled, *cached, *budget.advice]
+    other = [f"{o.stage}: no data {o.absent} here; the forecast is for {o.data}" for o in budget.stages if o.absent]
+    return [*other, sums, *_published(budget), *filled, *cached, *budget.advice]
 
 def _as_html(budget):
     "A table between paragraphs"

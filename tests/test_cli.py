@@ -158,6 +158,12 @@ def test_usage_errors_exit_with_2(capsys, line):
     code, out, err = run(capsys, *line.split())
     assert (code, out) == (2, '') and 'usage: tinyllava' in err
 
+@pytest.mark.parametrize('line', ['train micro', 'recipes show micro', 'budget micro', 'deepspeed-config micro', 'profile micro'])
+def test_a_field_that_is_set_twice(capsys, line):
+    "The last was taken without a word"
+    code,_,err = run(capsys, *line.split(), '--set', 'finetune.lr=1', '--set', 'seed=1', '--set', ' finetune.lr =2')
+    assert code == 2 and "argument --set: 'finetune.lr' is said twice; say it once" in err
+
 def test_folder_without_processor(capsys, home, tmp_path):
     import shutil
     broken = tmp_path/'broken'

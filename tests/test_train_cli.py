@@ -1,5 +1,5 @@
 "Training from a shell: every option reaches the trainer, a dry run tells the truth, DeepSpeed reads our configuration."
-import importlib.machinery, json, shlex, sys
+import dataclasses, importlib.machinery, json, shlex, sys
 import pytest
 from common import run
 
@@ -101,6 +101,8 @@ def test_dry_run_names_what_is_missing(capsys, monkeypatch, tmp_path, argv, says
     (['--set', 'finetune.data={"a": "here.json", "b": {"data": "here.json", "shar": 0.5}}'], "source 'b' has 'shar'; choose from ['data', 'format'"),
     (['--set', 'finetune.data={"b": {"data": "here.json", "turns": 2, "of": 3}}'], "source 'b' has 'of'; choose from"),
     (['--set', 'finetune.data={"data": "here.json", "share": 0.5}'], "source 'share' is 0.5, which is no file; each source has a name"),
+    (['--data', 'here.json', '--eval-data', 'here.json'], 'eval_data would never be used: set finetune.trainer.eval_steps'),
+    (['--data', 'here.json', '--set', 'finetune.trainer.eval_steps=5'], 'there is nothing to evaluate on: give eval_data (--eval-data)'),
     (['--data', 'here.json', '--eval-data', 'table.csv'], "'table.csv' is no parquet file"),
     (['--set', 'finetune.data={"b": {"data": "here.json", "format": "lava"}}'], "no data format 'lava'; choose from ['captions'"),
     (['--parallel', 'zero4'], "parallel 'zero4'; choose from ['ddp', 'zero1'"),
@@ -114,6 +116,15 @@ def test_what_nothing_reads_is_said_before_training_is_imported(capsys, monkeypa
     (tmp_path/'table.csv').touch()
     code,_,err = run(capsys, 'train', 'micro', 'finetune', *argv, *dry)
     assert (code, err.count('\n')) == (1, 1) and says in err
+
+@pytest.mark.parametrize('trainer,held_out,says', [({}, [], 'eval_data would never be used'), (dict(eval_steps=1), None, 'nothing to evaluate on')])
+def test_evaluations_that_never_are_stop_before_weights_are_loaded(monkeypatch, tmp_path, trainer, held_out, says):
+    r = recipe('micro')
+    r.stages = [dataclasses.replace(stage, trainer=trainer) for stage in r.stages]
+    rows = [dict(id='0', conversations=[{'from': 'human', 'value': 'what?'}, {'from': 'gpt', 'value': 'red'}])]
+    monkeypatch.setattr(stages, 'start_model', None)
+    with pytest.raises(ValueError, match=says):
+        stages.train_recipe(r, tmp_path, dict(finetune=rows), stages='finetune', device='cpu', eval_data=held_out)
 
 def test_dry_run_says_which_stage_has_no_data_yet_or_trains_nothing(capsys):
     code,out,_ = run(capsys, 'train', 'micro', '--dry-run')

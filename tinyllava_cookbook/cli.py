@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['commands', 'Command', 'Usage', 'command', 'positive', 'pairs', 'json_value', 'not_over', 'trust_argument',
-           'recipe_arguments', 'opening_arguments', 'model_arguments', 'importing', 'check_given', 'hide_progress',
-           'load_model', 'endpoint_arguments', 'endpoint_of', 'import_argument', 'import_named', 'parser', 'one_line',
-           'passive_waiting', 'main', 'command_calls', 'show_commands']
+           'changes_argument', 'recipe_arguments', 'opening_arguments', 'model_arguments', 'importing', 'check_given',
+           'hide_progress', 'load_model', 'endpoint_arguments', 'endpoint_of', 'import_argument', 'import_named',
+           'parser', 'one_line', 'passive_waiting', 'main', 'command_calls', 'show_commands']
 
 # %% ../nbs/90_cli.ipynb #02acc75e
 import argparse, ast, gc, inspect, json, os, sys, textwrap
@@ -97,14 +97,30 @@ def trust_argument(
                    help='run the code that comes with a language model which transformers does not know')
 
 # %% ../nbs/90_cli.ipynb #51c08972
+class _Changes(argparse.Action):
+    "Each --set as it is typed; a path that is said twice is an error"
+    def __call__(self, p, a, text, option=None):
+        found = getattr(a, self.dest)
+        path = text.partition('=')[0].strip()
+        if any(path == one.partition('=')[0].strip() for one in found):
+            raise argparse.ArgumentError(self, f"{path!r} is said twice; say it once")
+        setattr(a, self.dest, [*found, text])
+
+def changes_argument(
+    p:argparse.ArgumentParser,     # Changed in place
+    help:str='change a field',     # What it does
+):
+    "Add --set, for fields of a recipe"
+    p.add_argument('--set', metavar='PATH=VALUE', action=_Changes, default=[], dest='changes',
+                   help=help + ', e.g. finetune.lr=1e-4 (repeatable)')
+
 def recipe_arguments(
     p:argparse.ArgumentParser,  # Changed in place
 ):
     "Add RECIPE, and --set to change its fields"
     p.add_argument('recipe', metavar='RECIPE',
                    help='name of a recipe, or a JSON file')
-    p.add_argument('--set', metavar='PATH=VALUE', action='append', default=[], dest='changes',
-                   help='change a field, e.g. finetune.lr=1e-4 (repeatable)')
+    changes_argument(p)
 
 # %% ../nbs/90_cli.ipynb #aec55f84
 def opening_arguments(

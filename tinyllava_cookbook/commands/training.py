@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from ..core import rank_and_world
-from ..cli import (Usage, check_given, command, hide_progress, importing,
+from ..cli import (Usage, changes_argument, check_given, command, hide_progress, importing,
     pairs, positive, recipe_arguments, trust_argument)
 
 # %% ../../nbs/92_commands.training.ipynb #e6ca5b7a
@@ -83,8 +83,7 @@ def _train_words(a, out):
     "The command as it would be typed"
     options = {'--out': [out], '--set': a.changes, '--data': a.data, '--images': [a.images], '--start': [a.start],
         '--resume': [a.resume], '--accept': a.accept, '--parallel': [a.parallel],
-        '--eval-data': [a.eval_data],
-        '--report-to': a.report_to, '--import': getattr(a, 'plugins', []),
+        '--eval-data': [a.eval_data], '--report-to': a.report_to, '--import': getattr(a, 'plugins', []),
         '--ask-every': [a.ask_every and str(a.ask_every)], '--device': [a.device],
         '--feature-cache': [a.feature_cache], '--feature-dtype': [a.feature_dtype]}
     given = [w for k,vs in options.items() for v in vs if v and (k, v) not in _usual for w in (k, v)]
@@ -212,14 +211,16 @@ _USUAL_KEYS = {'data', 'images', 'share', 'weight'}   # Of a source; a format, a
 def _check_data(a, r, todo):
     "An error for data that no reader takes, and for what a source says to none"
     from tinyllava_cookbook.data.paths import check_data_file, data_sources, source_format
+    from tinyllava_cookbook.train.settings import check_evaluated
+    if a.eval_data: check_data_file(a.eval_data)
     for stage in map(r.stage, todo):
+        if not a.resume: check_evaluated(stage, a.eval_data)
         sources = data_sources(stage.data).values() if stage.data else ()
         for source in sources: check_data_file(source['data'], source_format(source))
         if any(source.keys() - _USUAL_KEYS for source in sources):
             # a second for what knows the readers
             from tinyllava_cookbook.data.records import check_sources
             check_sources(stage.data)
-    if a.eval_data: check_data_file(a.eval_data)
 
 # %% ../../nbs/92_commands.training.ipynb #022d001d
 def _check_idle(stages):
@@ -268,8 +269,7 @@ def _recipes_args(p):
     p.add_argument('words', metavar='show|stages NAME', nargs='*',
                    help='one recipe, a name or a JSON file (default: all); stages: one line for each of them, '
                    'or for those named after it: stage, folder of its weights, data, images, apart by tabs')
-    p.add_argument('--set', metavar='PATH=VALUE', action='append', default=[], dest='changes',
-                   help='change a field of it, e.g. finetune.lr=1e-4 (repeatable)')
+    changes_argument(p, 'change a field of it')
     p.add_argument('--json', action='store_true',
                    help='print JSON: a list, or the recipe with all its fields')
 

@@ -22,6 +22,7 @@ from .meter import tower_flops
 from .parallel import fsdp_units, join_processes
 from .precision import hold_weights, local_precision
 from .recipes import Stage
+from .settings import check_evaluated
 from .trainer import VLMTrainer, training_args
 
 # %% ../../nbs/35_train.stage_trainer.ipynb #a4e5c03d
@@ -29,8 +30,7 @@ _log = getLogger(__name__)
 
 def _read(processor, stage, data, eval_data, images):
     "The encoded samples, and those that are held out"
-    if eval_data is not None and 'eval_steps' not in stage.trainer:
-        raise ValueError(f"eval_data would never be used: set {stage.name}.trainer.eval_steps")
+    check_evaluated(stage, eval_data)
     encoded = partial(stage_dataset, processor, stage, images=images, as_bytes=True)
     if eval_data is None: return encoded(data), None
     held_out = encoded(stage_rows(stage, eval_data, images, share=1.))

@@ -23,7 +23,7 @@ from .ready import ready_stages
 from .recipes import Recipe
 from .recipes import recipe as find_recipe
 from .results import finished_result
-from .settings import given_files
+from .settings import check_evaluated, given_files
 from .start import start_model
 
 # %% ../../nbs/37_train.stages.ipynb #2a470ca9
@@ -83,6 +83,8 @@ def _say_unlike(recipe, stage, processor):
 def _run(recipe, out, takes, trusted, options):
     "One stage after the other: left out where it is finished, else trained"
     ready = list(ready_stages(recipe, out, **takes))   # all of them, before weights are loaded
+    for each in ready:
+        if not options['resume']: check_evaluated(each.stage, takes['eval_data'])
     open_model = partial(start_model, recipe, trust_remote_code=trusted)
     opened,results = None, {}
     with run_lock(out):

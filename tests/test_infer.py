@@ -1,5 +1,5 @@
 "Answering: batches, streams, conversations, pictures of all kinds, attention."
-import shutil, threading
+import copy, random, shutil, threading
 from functools import partial
 from types import SimpleNamespace
 import pytest, torch
@@ -109,6 +109,36 @@ def test_what_questions_on_one_image_cost(many):
     G.answer_ids(model, processor, [prompt]*10, [picture(0)]*10, 1)
     for hook in hooks: hook.remove()
     assert sum(tiles) == 1 and sum(tokens) == len(prompt) - rest + 10*rest
+
+def test_a_batch_in_bf16_is_as_near_to_float32_as_its_rows_alone():
+    "Tolerance: 4 roundings of the largest logit; a token that float32 prefers by more than twice that is the same"
+    from tinyllava_cookbook.infer.decoding import extend, slot_cache
+    from tinyllava_cookbook.microscene import draw, sample_scene
+    from tinyllava_cookbook.microworld import questions as asked_about
+    from tinyllava_cookbook.viz.micro import micro_vlm
+    model, processor = micro_vlm()
+    rng, asked = random.Random(0), []
+    while len(asked) < 24:
+        scene = sample_scene(rng, 'test')
+        image = draw(scene, rng)
+        asked += [(qa.question, image) for qa in asked_about(scene, rng)[:2]]
+    prompts = [G.prompt_ids(processor, [G.user_turn(question, 1)]) for question, _ in asked]
+    def logits(model, some):
+        pixels = G.pixel_inputs(model, processor, [asked[i][1] for i in some])
+        return extend(model, slot_cache(model, len(some), 64), 0, [0]*len(some), [prompts[i] for i in some], pixels)
+    each = range(len(asked))
+    with torch.inference_mode():
+        full_bv = logits(model, each)
+        half = copy.deepcopy(model).bfloat16()
+        batch_bv, alone_bv = logits(half, each), torch.cat([logits(half, [i]) for i in each])
+        answers = G.answer_ids(half, processor, prompts, [image for _, image in asked], 6)
+    tolerance = 4*2**-8*full_bv.abs().max()
+    assert 0 < (batch_bv - full_bv).abs().max() < tolerance   # it was computed in bf16
+    assert (batch_bv - full_bv).abs().mean() < 1.2*(alone_bv - full_bv).abs().mean()
+    best_b2 = full_bv.topk(2).values
+    sure = best_b2[:, 0] - best_b2[:, 1] > 2*tolerance
+    assert sure.sum() >= 20 and torch.equal(batch_bv.argmax(-1)[sure], full_bv.argmax(-1)[sure])
+    assert torch.equal(torch.tensor([o[0] for o in answers])[sure], full_bv.argmax(-1)[sure])
 
 @pytest.mark.parametrize('name', ['llama', 'anyres', 'mistral'])
 @pytest.mark.parametrize('blind', [False, True])

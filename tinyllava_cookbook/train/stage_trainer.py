@@ -14,7 +14,7 @@ from logging import getLogger
 
 from ..core import seed_everything
 from ..data.datasets import CachedDataset
-from .data import check_images, pack_sizes, stage_dataset, stage_packs, stage_rows
+from .data import pack_sizes, stage_dataset, stage_packs, stage_rows
 from .displays import stage_callbacks
 from .feature_cache import rounding_of, use_feature_cache
 from .identity import run_identity
@@ -46,7 +46,6 @@ def _say_small(stage, dataset):
 
 def _planned(model, stage, dataset, out, device, seed, parallel):
     "Packs, arguments that follow from them, and the identity of the run"
-    check_images(stage, getattr(dataset, 'ds', dataset))
     packs = stage_packs(stage, dataset, device, seed)
     if packs is None: _say_small(stage, dataset)
     sizes = pack_sizes(stage, packs, packs and packs.samples)

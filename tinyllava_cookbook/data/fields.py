@@ -52,7 +52,8 @@ def naming_damage(
         plain = type(why) is OSError and why.errno is None   # as pyarrow raises it
         if not plain and not isinstance(why, ArrowInvalid): raise
         file = str(_first_damaged(Path(path).expanduser()))
-        raise ValueError(f"{file!r} is damaged: {' '.join(str(why).split())}; fetch or write it anew") from e
+        said = ' '.join(str(why).split()).rstrip('.')
+        raise ValueError(f"{file!r} is damaged: {said}; fetch or write it anew") from e
 
 # %% ../../nbs/11_data.fields.ipynb #3650d15a
 _show = reprlib.Repr()

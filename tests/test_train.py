@@ -178,8 +178,8 @@ def test_text_alone_reaches_no_connector(parts, encoded, data, tmp_path):
             check_images(aligning, some)
         check_images(stage(), some)
     check_images(aligning, rows)
-    with pytest.raises(ValueError, match='or set ft.tune.llm=full'):
-        train(parts, aligning, tmp_path, rows.select(text))
+    with pytest.raises(ValueError, match="stage 'pretrain': none of its 4 samples has an image"):   # before weights are loaded
+        train_recipe('micro', tmp_path, dict(pretrain=rows.select(text)), stages=['pretrain'])
 
 # ---- resume
 

@@ -416,7 +416,8 @@ def bench_answers(root, a):
     lengths = (2, 4) if a.tiny else (16, 64)
     rows = [row_of(new) for new in lengths]
     first = best_seconds(lambda: answer_ids(model, processor, prompts, pictures, max_new_tokens=1))
-    rows += [at_memory_rate(model, prompts, o, first, new, memory_rate(a.tiny)) for o,new in zip(rows, lengths)]
+    rate = memory_rate(a.tiny)
+    rows += [at_memory_rate(model, prompts, o, first, new, rate) for o,new in zip(rows, lengths)]
     ten = partial(answer_ids, model, processor, max_new_tokens=2)
     def shared(): return ten(prompts[:10], pictures[:1]*10)
     def each(): return [ten([p], pictures[:1]) for p in prompts[:10]]

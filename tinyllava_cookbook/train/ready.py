@@ -58,12 +58,6 @@ def _folders(recipe, out, names, start):
         found[name] = Path(out)/name, before, stage_weights(recipe, out, name)
     return found
 
-# %% ../../nbs/34_train.ready.ipynb #06c0e2d0
-def _check_rows(stage, rows):
-    "An error for rows that the stage cannot be trained on as it says"
-    if stage.pack: check_once(rows, f'stage {stage.name!r}')
-    check_images(stage, rows)
-
 # %% ../../nbs/34_train.ready.ipynb #f4e44be7
 def ready_stages(
     recipe:Recipe,       # Any recipe
@@ -91,7 +85,7 @@ def ready_stages(
         parallel_args(parallel, stage, pick_device(device).type == 'cuda')
         if stage.template: chat_template(stage.template)
     for stage in stages:
-        files = [(data.get(stage.name), None), *held_out]
-        read = [stage_rows(stage, file, images, share) for file,share in files]
-        _check_rows(stage, read[0])
+        read = [stage_rows(stage, file, images, share) for file,share in ((data.get(stage.name), None), *held_out)]
+        if stage.pack: check_once(read[0], f'stage {stage.name!r}')
+        check_images(stage, read[0])
         yield ReadyStage(stage, *folders[stage.name], *read)

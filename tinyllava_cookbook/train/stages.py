@@ -70,9 +70,9 @@ def _check_start(each):
 # %% ../../nbs/37_train.stages.ipynb #232de6ce
 _log = getLogger(__name__)
 
-def _say_unlike(recipe, stage, processor):
+def _say_unlike(last, stage, processor):
     "A finished model answers by its own template and image mode: that the last stage has others is said"
-    if stage.name != recipe.stages[-1].name: return
+    if stage.name != last: return
     for name in 'template', 'image_mode':
         trained,own = getattr(stage, name), getattr(processor, name)
         if trained in (None, own, 'pretrain'): continue   # that one is for alignment, not for answers
@@ -98,7 +98,7 @@ def _run(recipe, out, takes, trusted, options):
                 stop_if_asked(f"stage {name!r}")
                 _check_start(each)
                 opened = opened or open_model(each.start)
-                if each is ready[-1]: _say_unlike(recipe, each.stage, opened[1])
+                _say_unlike(recipe.stages[-1].name, each.stage, opened[1])
                 stop_if_asked(f"the first step of stage {name!r}")
                 trained = train_stage(*opened, each.stage, each.folder, each.rows, seed=recipe.seed,
                     eval_data=each.held_out, final=each.weights, origin=origin, **options)
